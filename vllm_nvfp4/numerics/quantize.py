@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round a weight to NVFP4 or MXFP4, and activations to FP8. Torch only, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_nvfp4.numerics.codes import decode_e2m1, encode_e2m1, pack_codes
+from vllm_nvfp4.numerics.formats import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_MIN_SUBNORMAL,
+    E8M0_BIAS,
+    MXFP4,
+    NVFP4,
+    BlockFormat,
+)
+from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Round to float8_e4m3fn, saturating at +-448 (torch's cast alone may give NaN beyond it)."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def nvfp4_global_scale(weight: torch.Tensor) -> torch.Tensor:
+    """global_scale = amax(|w|) / (6 * 448), so that the largest block scale is 448. A scalar, f32.
+
+    An all-zero weight gets 1. Source: NVIDIA ModelOpt's ``weight_scale_2``.
+    """
+    amax = weight.abs().amax().float()
+    return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
+
+
+def _block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 scale = amax(block) / (6 * global_scale); blocks: [N, K/16, 16] f32."""
+    scale = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
+    # A block that is not all zero must not get scale 0: it would be lost entirely.
+    nonzero = scale.clamp(min=E4M3_MIN_SUBNORMAL)
+    return to_e4m3(torch.where(scale > 0, nonzero, torch.ones_like(scale)))
+
+
+# Candidate factors of the absolute-maximum scale. 2/3 maps the largest element of a block to 4
+# instead of 6 ("four over six"); the others let the scale shrink (clip) or grow.
+_MSE_FACTORS = (1.0, 1.5, 1.25, 1.125, 1.0625, 0.9375, 0.875, 0.8125, 0.75, 1.375, 1.625)
+
+
+def _block_scale_mse(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """The e4m3 scale, among ``_MSE_FACTORS`` times the RTN scale, with the least squared error."""
+    base = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
+    best_scale = _block_scale_rtn(blocks, global_scale)
+    best_error = torch.full(base.shape, torch.inf, device=blocks.device)
+    for factor in _MSE_FACTORS:
+        scale = to_e4m3((base * factor).clamp(min=E4M3_MIN_SUBNORMAL))
+        step = scale.float()[..., None] * global_scale
+        error = (decode_e2m1(encode_e2m1(blocks / step)) * step - blocks).square().sum(-1)
+        better = (error < best_error) & (base > 0)
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale.float(), best_scale.float()).to(torch.float8_e4m3fn)
+    return best_scale
+
+
+def quantize_nvfp4(
+    weight: torch.Tensor, method: str = "rtn", global_scale: torch.Tensor | None = None
+) -> BlockScaledWeight:
+    """Quantise a weight to NVFP4.
+
+    weight:       [N, K] floating point, K a multiple of 16
+    method:       "rtn" (block scale from the absolute maximum) or "mse" (a sweep of block scales,
+                  four-over-six included)
+    global_scale: scalar f32; default :func:`nvfp4_global_scale`
+    """
+    blocks = _blocks(weight, NVFP4)
+    if global_scale is None:
+        global_scale = nvfp4_global_scale(weight)
+    choose = {"rtn": _block_scale_rtn, "mse": _block_scale_mse}[method]
+    block_scale = choose(blocks, global_scale)
+    step = block_scale.float()[..., None] * global_scale
+    codes = encode_e2m1(blocks / step).flatten(1)
+    return BlockScaledWeight(
+        pack_codes(codes), block_scale, global_scale.float().expand(len(codes)).contiguous(), NVFP4
+    )
+
+
+def quantize_mxfp4(weight: torch.Tensor) -> BlockScaledWeight:
+    """Quantise a weight [N, K] to MXFP4: scale = 2^(floor(log2 amax) - 2), as the OCP MX spec has it.
+
+    Source: OCP Microscaling Formats v1.0, section 6.3 (emax of E2M1 is 2). An all-zero block gets
+    2^-127.
+    """
+    blocks = _blocks(weight, MXFP4)
+    # frexp: amax = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2) = exponent - 1.
+    _, exponent = torch.frexp(blocks.abs().amax(-1))
+    biased = torch.where(blocks.abs().amax(-1) > 0, exponent - 1 - 2 + E8M0_BIAS, 0).clamp(0, 254)
+    block_scale = biased.to(torch.uint8)
+    step = decode_block_scale(block_scale, MXFP4)[..., None]
+    codes = encode_e2m1(blocks / step).flatten(1)
+    return BlockScaledWeight(
+        pack_codes(codes), block_scale, torch.ones(len(codes), device=weight.device), MXFP4
+    )
+
+
+def quantize_fp8_per_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q = e4m3(x / scale), scale[m] = amax(|x[m]|) / 448 (1 for an all-zero row).
+
+    x: [..., K] floating point. Returns q: [..., K] float8_e4m3fn, scale: [..., 1] float32.
+    """
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    return to_e4m3(x / scale), scale
+
+
+def _blocks(weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    if weight.dim() != 2 or weight.shape[1] % fmt.block_size:
+        raise ValueError(
+            f"{fmt.name}: a weight of shape {list(weight.shape)} cannot be cut into blocks of "
+            f"{fmt.block_size}; it needs two dimensions and K a multiple of {fmt.block_size}"
+        )
+    return weight.float().view(weight.shape[0], -1, fmt.block_size)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one in-memory form of a microscaled weight, whatever dialect it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_nvfp4.numerics.codes import decode_e2m1, unpack_codes
+from vllm_nvfp4.numerics.formats import E8M0_BIAS, BlockFormat
+
+
+def decode_block_scale(
+    block_scale: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Block scales as numbers. E4M3 is taken as it is; E8M0 byte e means 2^(e-127), 255 is NaN.
+
+    block_scale: float8_e4m3fn or its uint8 bits (e4m3), or uint8 (e8m0); any shape.
+    """
+    if fmt.scale_type == "e4m3":
+        return block_scale.view(torch.float8_e4m3fn).to(dtype)
+    exponent = block_scale.view(torch.uint8).to(torch.int32) - E8M0_BIAS
+    value = torch.ldexp(torch.ones((), dtype=torch.float64, device=exponent.device), exponent)
+    return torch.where(exponent == 255 - E8M0_BIAS, torch.nan, value).to(dtype)
+
+
+@dataclass(frozen=True)
+class BlockScaledWeight:
+    """w[n, k] = E2M1(code[n, k]) * block_scale[n, k // block_size] * global_scale[n]
+
+    codes:        [N, K/2] uint8, row-major; the low nibble holds even k
+    block_scale:  [N, K/block_size] float8_e4m3fn (NVFP4) or uint8 E8M0 (MXFP4); multiplies
+    global_scale: [N] float32; multiplies. One per output row, so that the shards of a fused layer
+                  (q/k/v, gate/up) each keep their own multiplier exactly.
+    """
+
+    codes: torch.Tensor
+    block_scale: torch.Tensor
+    global_scale: torch.Tensor
+    fmt: BlockFormat
+
+    @property
+    def num_rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def num_cols(self) -> int:
+        return self.codes.shape[1] * 2
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as numbers, [N, K]. Products are formed in float64 and rounded once."""
+        value = decode_e2m1(unpack_codes(self.codes), torch.float64)
+        scale = decode_block_scale(self.block_scale, self.fmt, torch.float64)
+        value = value.view(self.num_rows, -1, self.fmt.block_size) * scale[..., None]
+        return (value.flatten(1) * self.global_scale.double()[:, None]).to(dtype)
