@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dialect says about a checkpoint: which layer is stored how, in which tensors.
+
+The rest of the plugin sees a checkpoint only through these types. Nothing here imports vLLM or
+torch, so that ``inspect`` and ``plan`` answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from vllm_nvfp4.numerics.formats import BlockFormat
+
+
+class Role(Enum):
+    """What a stored tensor means for the layer it belongs to."""
+
+    CODES = "codes"  # [N, K/2] uint8, two E2M1 codes a byte
+    BLOCK_SCALE = "block_scale"  # [N, K/block]
+    GLOBAL_SCALE = "global_scale"  # scalar, multiplies
+    GLOBAL_DIVISOR = "global_divisor"  # scalar, divides
+    INPUT_SCALE = "input_scale"  # scalar of the activations; not used for 16- or 8-bit activations
+    PRE_SCALE = "pre_scale"  # [K], multiplies the activations (AWQ)
+    HADAMARD = "hadamard"  # [g, g], block-diagonal rotation of the activations
+    WEIGHT = "weight"  # [N, K], FP8 or unquantised
+    WEIGHT_SCALE = "weight_scale"  # FP8: scalar, or [N, 1] per output row; multiplies
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a layer: its name after the layer's, its role, and what it must look like.
+
+    name:     suffix in the checkpoint and of the vLLM parameter, e.g. "weight_scale_2"
+    dtypes:   accepted safetensors dtypes, e.g. ("F8_E4M3",), first one is what the tool writes
+    optional: the layer is complete without it
+    """
+
+    name: str
+    role: Role
+    dtypes: tuple[str, ...]
+    optional: bool = False
+
+
+class LayerKind(Enum):
+    MICROSCALED = "microscaled"  # NVFP4 or MXFP4
+    FP8 = "fp8"
+    UNQUANTIZED = "unquantized"
+    ONLINE = "online"  # 16-bit in the checkpoint, quantised while it loads
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer (or one shard of a fused layer) is stored.
+
+    kind:            see LayerKind
+    fmt:             NVFP4 or MXFP4 for MICROSCALED and ONLINE, else None
+    tensors:         the tensors the dialect stores for it
+    activation_bits: what the checkpoint was made for: 4, 8 or 16
+    hadamard_size:   block size of the rotation of the activations; 0 without one
+    algo:            the dialect's own name for it, for messages, e.g. "W4A16_NVFP4"
+    """
+
+    kind: LayerKind
+    fmt: BlockFormat | None = None
+    tensors: tuple[TensorSpec, ...] = ()
+    activation_bits: int = 16
+    hadamard_size: int = 0
+    algo: str = ""
+
+    def tensor(self, role: Role) -> TensorSpec | None:
+        return next((t for t in self.tensors if t.role is role), None)
+
+
+UNQUANTIZED = LayerSpec(LayerKind.UNQUANTIZED)
+
+
+@dataclass(frozen=True)
+class KvCacheSpec:
+    """KV cache scales that the checkpoint carries.
+
+    dtype:    "fp8" or None
+    suffixes: checkpoint suffix -> vLLM attention attribute, e.g.
+              {"k_proj.k_scale": "attn.k_scale"}; applied to the end of a tensor name
+    """
+
+    dtype: str | None = None
+    suffixes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Dialect(Protocol):
+    """One on-disk dialect, parsed from the checkpoint's configuration."""
+
+    name: str
+    kv_cache: KvCacheSpec
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        """How the layer of this name is stored. ``name`` is one linear layer as the checkpoint
+        names it, never a fused one; the caller splits fused layers into their shards."""
+
+    def rename(self, mapper: object) -> None:
+        """Translate the layer names of the configuration with vLLM's WeightsMapper
+        (``mapper.apply_list`` / ``mapper.apply_dict``), as vLLM does for its own configs."""
+
+
+class CheckpointError(ValueError):
+    """Something about a checkpoint that makes it unusable: one message, made to be read.
+
+    Format: ``<file>: <tensor or key>: found <found>; needed <needed>. <what to do>``
+    """
+
+    def __init__(self, where: str, what: str, found: object, needed: object, todo: str) -> None:
+        self.where, self.what = where, what
+        super().__init__(f"{where}: {what}: found {found}; needed {needed}. {todo}")
+
+
+def shard_names(name: str, packed_modules: Mapping[str, Sequence[str]]) -> list[str]:
+    """The checkpoint's names of the shards of a layer: qkv_proj -> q_proj, k_proj, v_proj."""
+    parent, _, leaf = name.rpartition(".")
+    shards = packed_modules.get(leaf, [leaf])
+    return [f"{parent}.{s}" if parent else s for s in shards]
