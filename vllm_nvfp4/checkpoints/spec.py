@@ -36,12 +36,14 @@ class TensorSpec:
     name:     suffix in the checkpoint and of the vLLM parameter, e.g. "weight_scale_2"
     dtypes:   accepted safetensors dtypes, e.g. ("F8_E4M3",), first one is what the tool writes
     optional: the layer is complete without it
+    per_row:  a WEIGHT_SCALE of shape [N, 1] instead of a scalar
     """
 
     name: str
     role: Role
     dtypes: tuple[str, ...]
     optional: bool = False
+    per_row: bool = False
 
 
 class LayerKind(Enum):
@@ -95,6 +97,9 @@ class Dialect(Protocol):
 
     name: str
     kv_cache: KvCacheSpec
+
+    def has_microscaled_layers(self) -> bool:
+        """Whether the checkpoint holds NVFP4 or MXFP4 weights."""
 
     def layer_spec(self, name: str) -> LayerSpec:
         """How the layer of this name is stored. ``name`` is one linear layer as the checkpoint
