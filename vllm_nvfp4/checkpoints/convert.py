@@ -116,7 +116,7 @@ def check_block_scale(block_scale: torch.Tensor, fmt: BlockFormat, name: str) ->
     bits = block_scale.view(torch.uint8)
     if fmt.scale_type == "e4m3":
         magnitude = bits & 0x7F
-        is_bad = (magnitude == 0x7F) | ((bits > 0x80) & (magnitude != 0))
+        is_bad = (magnitude == 0x7F) | (bits > 0x80)  # 0x80 is -0.0: legal
         _refuse(is_bad, block_scale, name, "block scales that are finite and not negative")
     else:
         _refuse(bits == 0xFF, block_scale, name, "E8M0 block scales below 255 (NaN)")

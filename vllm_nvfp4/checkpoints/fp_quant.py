@@ -44,14 +44,15 @@ class FpQuantDialect:
                 "one of " + ", ".join(FORMATS),
                 "Quantise the model again with one of these.",
             )
-        if config.get("pseudoquantization"):
-            raise CheckpointError(
-                WHERE,
-                "pseudoquantization",
-                True,
-                "false: real quantised weights (qweight, scales)",
-                "Quantise the model again with pseudoquantization=False.",
-            )
+        for key in ("pseudoquantization", "store_master_weights"):
+            if config.get(key):
+                raise CheckpointError(
+                    WHERE,
+                    key,
+                    True,
+                    "false: quantised weights in the file (qweight, scales)",
+                    f"Quantise the model again with {key}=False.",
+                )
         size = config.get("hadamard_group_size", 32)
         if not isinstance(size, int) or size < 1 or size & (size - 1):
             raise CheckpointError(
@@ -66,7 +67,8 @@ class FpQuantDialect:
                 TensorSpec("scales", Role.BLOCK_SCALE, ("U8",)),
                 TensorSpec("weight_global_scale", Role.GLOBAL_DIVISOR, _FLOATS),
                 TensorSpec("act_global_scale", Role.INPUT_SCALE, _FLOATS, optional=True),
-                TensorSpec("forward_hadamard_matrix", Role.HADAMARD, ("BF16", "F16", "F32")),
+                TensorSpec("forward_hadamard_matrix", Role.HADAMARD, _FLOATS),
+                TensorSpec("backward_hadamard_matrix", Role.UNUSED, _FLOATS, optional=True),
             ),
             activation_bits=4,
             hadamard_size=size,

@@ -25,6 +25,7 @@ class Role(Enum):
     INPUT_SCALE = "input_scale"  # scalar of the activations; not used for 16- or 8-bit activations
     PRE_SCALE = "pre_scale"  # [K], multiplies the activations (AWQ); absent counts as ones
     HADAMARD = "hadamard"  # [g, g], block-diagonal rotation of the activations
+    UNUSED = "unused"  # stored by the tool and of no use here
     WEIGHT = "weight"  # [N, K], FP8 or unquantised
     WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
     ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
