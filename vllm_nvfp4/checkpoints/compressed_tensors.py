@@ -13,7 +13,7 @@ compressed-tensors 0.19, quantization/quant_config.py and utils/match.py, and vL
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,9 @@ class CompressedTensorsDialect:
 
     def named_layers(self) -> tuple[str, ...]:
         return tuple(t.pattern for t in self._targets if _is_layer_path(t.pattern))
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
         # A mapper knows weight paths; class names and regular expressions stay as they are.

@@ -27,8 +27,8 @@ def to_weight(
     """The layer as BlockScaledWeight; see there for the equation.
 
     spec:       a MICROSCALED layer's
-    tensors:    CODES [N, K/2] uint8; BLOCK_SCALE [N, K/block], float8_e4m3fn or uint8; and, where
-                the spec has it, GLOBAL_SCALE or GLOBAL_DIVISOR with one value per shard (any
+    tensors:    CODES [N, K/2] uint8; BLOCK_SCALE [N, K/spec.scale_block], float8_e4m3fn or uint8;
+                and, where the spec has it, GLOBAL_SCALE or GLOBAL_DIVISOR with one value per shard (any
                 shape), float32
     shard_rows: rows of each shard of a fused layer, in order; they add up to N
     layer:      name for messages
@@ -41,13 +41,15 @@ def to_weight(
         raise ValueError(f"{layer}: to_weight needs a microscaled layer, got {spec.kind}")
     codes, block_scale = tensors[Role.CODES], tensors[Role.BLOCK_SCALE]
     num_rows, num_cols = codes.shape[0], codes.shape[1] * 2
-    check_blocks(layer, spec.fmt, num_cols)
-    needed = (num_rows, num_cols // spec.fmt.block_size)
+    check_blocks(layer, spec, num_cols)
+    needed = (num_rows, num_cols // spec.scale_block)
     if tuple(block_scale.shape) != needed:
         raise CheckpointError(
             layer, _name(spec, Role.BLOCK_SCALE), list(block_scale.shape), list(needed), _REBUILD
         )
     check_block_scale(block_scale, spec.fmt, f"{layer}.{_name(spec, Role.BLOCK_SCALE)}")
+    block_scale = block_scale.view(torch.uint8)
+    block_scale = block_scale.repeat_interleave(spec.scale_block // spec.fmt.block_size, dim=1)
     if spec.fmt.scale_type == "e4m3":
         block_scale = block_scale.view(torch.float8_e4m3fn)
     return BlockScaledWeight(
@@ -86,15 +88,17 @@ def fp8_to_rows(
 
 
 def check_blocks(
-    layer: str, fmt: BlockFormat, num_cols: int, num_cols_total: int | None = None
+    layer: str, spec: LayerSpec, num_cols: int, num_cols_total: int | None = None
 ) -> None:
     """Raise CheckpointError unless blocks fit the columns of a layer, or of one rank's part of it.
 
     num_cols_total: columns of the whole layer, where ``num_cols`` are one tensor-parallel rank's
     """
-    if num_cols % fmt.block_size == 0:
+    block = max(spec.scale_block, spec.hadamard_size, 1)
+    if num_cols % block == 0:
         return
-    needed = f"a multiple of {fmt.name}'s block of {fmt.block_size}"
+    what = "rotation" if spec.hadamard_size == block else f"block of {spec.algo}"
+    needed = f"a multiple of {block}, the {what}"
     if num_cols_total is None or num_cols_total == num_cols:
         todo = "Quantise the model again with this layer left as it is (ignore list)."
         raise CheckpointError("checkpoint", f"{layer}: K", num_cols, needed, todo)
@@ -104,7 +108,7 @@ def check_blocks(
         f"{layer}: K per rank",
         f"{num_cols} ({num_cols_total} over {ranks} ranks)",
         needed,
-        f"Choose a --tensor-parallel-size that divides {num_cols_total // fmt.block_size}.",
+        f"Choose a --tensor-parallel-size that divides {num_cols_total // block}.",
     )
 
 

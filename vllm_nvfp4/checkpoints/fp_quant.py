@@ -10,7 +10,7 @@ The weight is stored rotated, so the activations have to be. Source: fp_quant 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_nvfp4.checkpoints.spec import (
@@ -83,6 +83,9 @@ class FpQuantDialect:
 
     def named_layers(self) -> tuple[str, ...]:
         return ()
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
         self._ignore = mapper.apply_list(self._ignore)

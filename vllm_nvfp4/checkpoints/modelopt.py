@@ -11,7 +11,8 @@ rules are those of vLLM's own loader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,25 +44,30 @@ _PRE_SCALE = (TensorSpec("pre_quant_scale", Role.PRE_SCALE, ("BF16", "F16", "F32
 _FP8_WEIGHT = (TensorSpec("weight", Role.WEIGHT, ("F8_E4M3",)),)
 
 
-def _microscaled(algo: str, bits: int, *extra: TensorSpec) -> LayerSpec:
-    tensors = _NVFP4_TENSORS + extra
-    return LayerSpec(LayerKind.MICROSCALED, NVFP4, tensors, activation_bits=bits, algo=algo)
+def _nvfp4(algo: str, bits: int, *extra: TensorSpec, scale_block: int = 16) -> LayerSpec:
+    return LayerSpec(
+        LayerKind.MICROSCALED,
+        NVFP4,
+        _NVFP4_TENSORS + extra,
+        bits,
+        algo=algo,
+        scale_block=scale_block,
+    )
+
+
+def _mxfp4(algo: str, bits: int) -> LayerSpec:
+    return LayerSpec(LayerKind.MICROSCALED, MXFP4, _MXFP4_TENSORS + _INPUT_SCALE, bits, algo=algo)
 
 
 ALGOS: dict[str, LayerSpec] = {
-    "NVFP4": _microscaled("NVFP4", 4, *_INPUT_SCALE),
-    "W4A16_NVFP4": _microscaled("W4A16_NVFP4", 16),
-    "NVFP4_AWQ": _microscaled("NVFP4_AWQ", 4, *_INPUT_SCALE, *_PRE_SCALE),
-    # weight_scale_2 is amax / 448 here, so that code * block scale stays inside E4M3; the tensors
-    # are the same.
-    "W4A8_NVFP4_FP8": _microscaled("W4A8_NVFP4_FP8", 8, *_INPUT_SCALE),
-    "W4A8_MXFP4_FP8": LayerSpec(
-        LayerKind.MICROSCALED,
-        MXFP4,
-        _MXFP4_TENSORS + _INPUT_SCALE,
-        activation_bits=8,
-        algo="W4A8_MXFP4_FP8",
-    ),
+    "NVFP4": _nvfp4("NVFP4", 4, *_INPUT_SCALE),
+    "W4A16_NVFP4": _nvfp4("W4A16_NVFP4", 16),
+    "NVFP4_AWQ": _nvfp4("NVFP4_AWQ", 4, *_INPUT_SCALE, *_PRE_SCALE),
+    # weight_scale_2 is amax / 448 here, so that code * block scale stays inside E4M3; and the
+    # tool's own recipe shares a block scale among 32.
+    "W4A8_NVFP4_FP8": _nvfp4("W4A8_NVFP4_FP8", 8, *_INPUT_SCALE, scale_block=32),
+    "W4A8_MXFP4_FP8": _mxfp4("W4A8_MXFP4_FP8", 8),
+    "MXFP4": _mxfp4("MXFP4", 4),
     "FP8": LayerSpec(
         LayerKind.FP8,
         tensors=(
@@ -106,21 +112,22 @@ class ModelOptDialect:
             body.get("exclude_modules", body.get("ignore")), "exclude_modules / ignore"
         )
         self._layers: dict[str, LayerSpec] = {}
+        self._spec = UNQUANTIZED  # of a layer that _layers does not name
+        group_size = body.get("group_size")
         if self.algo == "MIXED_PRECISION":
             self._layers = _layer_table(body.get("quantized_layers"))
         else:
-            _check_group_size(self.algo, body.get("group_size"), "group_size")
+            self._spec = _with_group_size(self.algo, group_size, "group_size")
+        self._is_settled = bool(group_size) or self._spec.fmt is None
         self.kv_cache = _kv_cache(body)
 
     def layer_spec(self, name: str) -> LayerSpec:
         if self.excludes(name):
             return UNQUANTIZED
-        if self.algo != "MIXED_PRECISION":
-            return ALGOS[self.algo]
-        for candidate in _name_candidates(name):
+        for candidate in _name_candidates(name) if self._layers else ():
             if candidate in self._layers:
                 return self._layers[candidate]
-        return UNQUANTIZED
+        return self._spec
 
     def excludes(self, name: str) -> bool:
         if self.algo != "MIXED_PRECISION" and any(part in name for part in _ALWAYS_UNQUANTIZED):
@@ -130,6 +137,22 @@ class ModelOptDialect:
 
     def named_layers(self) -> tuple[str, ...]:
         return tuple(self._layers)
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """config.json leaves the group size out for some algorithms; the first layer shows it."""
+        if self._is_settled:
+            return
+        for name, scale in shapes.items():
+            layer, _, leaf = name.rpartition(".")
+            codes = shapes.get(f"{layer}.weight", ())
+            if leaf != "weight_scale" or len(scale) != 2 or len(codes) != 2 or not scale[1]:
+                continue
+            if self.layer_spec(layer) != self._spec:
+                continue
+            size = 2 * codes[1] // scale[1]
+            self._spec = _with_group_size(self.algo, size, f"{name}: group size")
+            self._is_settled = True
+            return
 
     def rename(self, mapper: Any) -> None:
         # "a.b*" means the tree rooted at a.b. A mapper only knows whole names, so it becomes the
@@ -173,13 +196,18 @@ def _string_list(value: object, key: str) -> list[str]:
     raise CheckpointError(WHERE, key, repr(value), "a list of layer names", "Correct the file.")
 
 
-def _check_group_size(algo: str, value: object, key: str) -> None:
-    fmt = ALGOS[algo].fmt
-    # Absent or 0 is the format's own: some exports leave it out.
-    if fmt is None or value in (None, 0, fmt.block_size, str(fmt.block_size)):
-        return
+def _with_group_size(algo: str, value: Any, key: str) -> LayerSpec:
+    """The algorithm's spec with a group size of the configuration, where it gives one."""
+    spec = ALGOS[algo]
+    if not value or spec.fmt is None:
+        return spec
+    block = spec.fmt.block_size
+    size = int(value) if str(value).isdigit() else 0
+    if size == block or (spec.fmt is NVFP4 and size > 0 and size % block == 0):
+        return replace(spec, scale_block=size)
+    needed = f"a multiple of {block}" if spec.fmt is NVFP4 else str(block)
     raise CheckpointError(
-        WHERE, key, value, f"{fmt.block_size} for {algo}", "Quantise the model again with it."
+        WHERE, key, value, f"{needed} for {algo}", "Quantise the model again with it."
     )
 
 
@@ -202,8 +230,7 @@ def _layer_table(value: object) -> dict[str, LayerSpec]:
             raise CheckpointError(
                 WHERE, key, algo, "one of " + ", ".join(ALGOS), "Correct the file."
             )
-        _check_group_size(algo, entry.get("group_size"), f"{key}.group_size")
-        table[layer] = ALGOS[algo]
+        table[layer] = _with_group_size(algo, entry.get("group_size"), f"{key}.group_size")
     return table
 
 

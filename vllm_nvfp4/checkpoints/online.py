@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -56,6 +56,9 @@ class OnlineDialect:
 
     def named_layers(self) -> tuple[str, ...]:
         return ()
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
         self._ignore = mapper.apply_list(self._ignore)

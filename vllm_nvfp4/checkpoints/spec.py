@@ -60,6 +60,8 @@ class LayerSpec:
     kind:            see LayerKind
     fmt:             NVFP4 or MXFP4 for MICROSCALED and ONLINE, else None
     tensors:         the tensors the dialect stores for it
+    scale_block:     elements of one row that share a stored block scale: fmt.block_size (also
+                     meant by 0) or a multiple of it, whose scales are then repeated on load
     activation_bits: what the checkpoint was made for: 4, 8 or 16
     hadamard_size:   block size of the rotation of the activations; 0 without one
     algo:            the dialect's own name for it, for messages, e.g. "W4A16_NVFP4"
@@ -71,6 +73,11 @@ class LayerSpec:
     activation_bits: int = 16
     hadamard_size: int = 0
     algo: str = ""
+    scale_block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fmt is not None and not self.scale_block:
+            object.__setattr__(self, "scale_block", self.fmt.block_size)
 
     def tensor(self, role: Role) -> TensorSpec | None:
         return next((t for t in self.tensors if t.role is role), None)
@@ -108,6 +115,10 @@ class Dialect(Protocol):
 
     def named_layers(self) -> tuple[str, ...]:
         """The layers that the configuration promises by their full names, without patterns."""
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take from the stored tensors what the configuration leaves open (today: ModelOpt's group
+        size). ``shapes``: tensor name -> shape, as in the files; to be called before ``rename``."""
 
     def rename(self, mapper: object) -> None:
         """Translate the layer names of the configuration with vLLM's WeightsMapper

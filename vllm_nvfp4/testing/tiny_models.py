@@ -8,14 +8,17 @@ decoding then means something.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 VOCAB_SIZE = 288
 FAMILIES = ("llama", "qwen3", "gemma3")
 
-_COMMON = {
+# Two key-value heads and an inner size of 128 let two tensor-parallel ranks share a layer without
+# cutting a block of 32; a head of 32 is the least that an FP8 KV cache takes on a CPU.
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -27,7 +30,7 @@ _COMMON = {
 }
 
 
-def build_model(family: str, seed: int = 0):
+def build_model(family: str, seed: int = 0) -> Any:
     """A transformers causal language model of the family, BF16, on the CPU.
 
     family: "llama" (untied), "qwen3" (query and key norms, untied) or "gemma3" (tied embedding,
@@ -36,20 +39,23 @@ def build_model(family: str, seed: int = 0):
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(family)).to(torch.bfloat16).eval()
+    model.config.architectures = [type(model).__name__]
+    # Drawn here, by name, so that the weights do not depend on transformers' own initialisation.
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed_tokens" not in name:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-            elif parameter.dim() == 2:
-                parameter.normal_(0, 1 if family != "gemma3" else parameter.shape[1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * noise)  # norms: around their neutral value
+            elif "embed_tokens" in name and family != "gemma3":
+                parameter.copy_(noise)
+            else:  # gemma3 multiplies its embedding by sqrt(hidden_size) itself
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
     return model
 
 
-def _config(family: str):
+def _config(family: str) -> Any:
     from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
     if family == "llama":
@@ -67,7 +73,7 @@ def _config(family: str):
     raise ValueError(f"family: found {family!r}; needed one of {', '.join(FAMILIES)}")
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """A byte-level tokenizer without merges: any text is one token per byte, 288 tokens in all."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
