@@ -12,7 +12,7 @@ import torch
 
 from vllm_nvfp4.kernels.cpu_emit import ARGS
 from vllm_nvfp4.kernels.cpu_fp4 import Fp4Spec, write_fp4
-from vllm_nvfp4.kernels.cpu_fp8 import Fp8Spec, write_fp8_linear
+from vllm_nvfp4.kernels.cpu_fp8 import STEP, Fp8Spec, write_fp8
 from vllm_nvfp4.kernels.cpu_jit import Cpu, compile_function, host_cpu, thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_rows, unpack_weight
@@ -39,11 +39,13 @@ _ONE = torch.ones(1)
 _TILES_BF16 = (1, 2, 3, 4, 6, 8, 10, 12)
 _TILES_F32 = (1, 2, 3, 4)
 _TILES_FP8 = (1, 2, 4)
+_TILES_FP8_PANEL = (3, 6)
 _TILES_PANEL = (12, 16, 20, 24)
 # Decoding the codes for one more pass costs about as much as this many tokens' products.
 _DECODE_COST = 3
 # From this many tokens on sixteen rows are decoded to a panel first ...
-_PANEL_TOKENS = 24
+_PANEL_TOKENS = 40
+_FP8_PANEL_TOKENS = 8
 # ... or, without the BF16 dot product, a tile of rows is decoded for torch's own matrix product.
 _MATMUL_TOKENS = 16
 _MATMUL_SCRATCH_BYTES = 8 << 20
@@ -53,7 +55,7 @@ _SERIAL_CODES = 16384
 
 @functools.cache
 def _compile(spec: Fp4Spec | Fp8Spec, cpu: Cpu) -> int:
-    text = write_fp4(spec, cpu) if isinstance(spec, Fp4Spec) else write_fp8_linear(spec, cpu)
+    text = write_fp4(spec, cpu) if isinstance(spec, Fp4Spec) else write_fp8(spec, cpu)
     return compile_function(spec.name, text, cpu)
 
 
@@ -76,8 +78,12 @@ def _fp4_kernel(fmt: BlockFormat, tokens: int, out: str, bf16_dot: bool) -> tupl
 
 
 @functools.lru_cache(maxsize=4096)
-def _fp8_kernel(tokens: int, out: str) -> int:
-    return _compile(Fp8Spec(_best_tile(tokens, _TILES_FP8), out), host_cpu())
+def _fp8_kernel(tokens: int, out: str, bf16_dot: bool) -> tuple[int, bool]:
+    """(address, whether it needs a panel) of the kernel for M = tokens."""
+    is_panel = bf16_dot and tokens >= _FP8_PANEL_TOKENS
+    tile = _best_tile(tokens, _TILES_FP8_PANEL if is_panel else _TILES_FP8)
+    spec = Fp8Spec("panel" if is_panel else "fused", tile, out, bf16_dot)
+    return _compile(spec, host_cpu()), is_panel
 
 
 @functools.cache
@@ -157,17 +163,21 @@ def fp8_linear(
     y = torch.empty(m, n, dtype=a.dtype)
     if m == 0:
         return y
-    if m >= _MATMUL_TOKENS:
-        # e4m3 is exact in bf16, so the weight does not ask for more than the activations have.
-        if a.dtype == torch.float16:
-            a = a.float()
+    cpu = host_cpu()
+    is_bf16 = a.dtype == torch.bfloat16
+    bf16_dot = is_bf16 and cpu.has_bf16_dot and cpu.has_byte_tables
+    use_bf16 = bf16_dot or (is_bf16 and _has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
+    # e4m3 is exact in bf16 and in f32.
+    a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
+    if m >= _MATMUL_TOKENS and (not bf16_dot or _has_fast_bf16_matmul()):
 
         def dequantize(first: int, last: int) -> torch.Tensor:
-            return weight[first:last].view(torch.float8_e4m3fn).to(a.dtype)
+            return _dequantize_fp8(weight[first:last], a.dtype)
 
-        return _tiled_matmul(a.contiguous(), dequantize, row_scale, None, bias, y)
-    function = _fp8_kernel(m, _OUT[a.dtype])
-    _run(function, (weight, weight, row_scale), a.float().contiguous(), None, bias, y, 0)
+        return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
+    function, is_panel = _fp8_kernel(m, _OUT[y.dtype], bf16_dot)
+    scratch = torch.get_num_threads() * ROWS * (-(-k // STEP) * STEP) if is_panel else 0
+    _run(function, (weight, weight, row_scale), a, None, bias, y, scratch)
     return y
 
 
@@ -188,10 +198,11 @@ def _run(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     scratch_words: int,
+    num_rows: int | None = None,
 ) -> None:
     """Run a kernel. weight: (codes, block_scale, multiplier of each row)."""
     m, k = a.shape
-    n = y.shape[1]
+    n = num_rows or y.shape[1]
     if bias is not None:
         bias = bias.to(y.dtype).contiguous()
     scratch = torch.empty(scratch_words, dtype=torch.bfloat16) if scratch_words else None
@@ -230,6 +241,15 @@ def _dequantize_rows(
     weight = (packed.codes[group:end], packed.block_scale[group:end], packed.global_scale)
     _run(_compile(spec, host_cpu()), weight, _ONE.expand(1, k), None, None, y, 0)
     return y[:, : last - first]
+
+
+def _dequantize_fp8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 bytes [R, K] as numbers, exactly. torch's own cast goes element by element."""
+    n, k = weight.shape
+    y = torch.empty(n, k, dtype=dtype)
+    function = _compile(Fp8Spec("dequantize", 1, _OUT[dtype], False), host_cpu())
+    _run(function, (weight, weight, _ONE), _ONE.expand(1, k), None, None, y, 0, num_rows=n)
+    return y
 
 
 def _tiled_matmul(
@@ -291,5 +311,7 @@ def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> 
 def warm_up_fp8(dtype: torch.dtype) -> None:
     """Compile what :func:`fp8_linear` needs for this activation type, at load time."""
     thread_pool()
-    for tokens in _TILES_FP8:
-        _fp8_kernel(tokens, _OUT[dtype])
+    cpu = host_cpu()
+    bf16_dot = dtype == torch.bfloat16 and cpu.has_bf16_dot and cpu.has_byte_tables
+    for tokens in (*_TILES_FP8, _FP8_PANEL_TOKENS, 6 * _FP8_PANEL_TOKENS):
+        _fp8_kernel(tokens, _OUT[dtype], bf16_dot)
