@@ -32,7 +32,8 @@ __all__ = [
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ArgBlock = ctypes.c_int64 * len(ARGS)
-_ONE = torch.ones(1)
+# The default type is not float32 while vLLM builds a model: name the type.
+_ONE = torch.ones(1, dtype=torch.float32)
 
 # Tokens that may go through a weight together, by what fits the registers: the BF16 dot product
 # has 32 registers of AVX-512 and needs two a token, plain f32 may have half as many half as wide.
