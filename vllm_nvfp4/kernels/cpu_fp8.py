@@ -61,15 +61,15 @@ def _decode_bf16(ir: IrWriter, raw: Value) -> list[Value]:
     A byte's low seven bits look up either half of the bf16 in a table of 128; the halves are
     interleaved within each 128-bit lane, for which the bytes first change places by eights.
     """
-    eights = [lane for q in range(4) for half in (8 * q, 32 + 8 * q) for lane in range(half, half + 8)]
+    eights = [
+        lane for q in range(4) for half in (8 * q, 32 + 8 * q) for lane in range(half, half + 8)
+    ]
     raw = raw.shuffle(raw, eights)
     bits = _bf16_bits_of_e4m3()
 
     def lookup(table: list[int]) -> Value:
         halves = [ir.const(BYTES, table[:64]), ir.const(BYTES, table[64:])]
-        return ir.call(
-            BYTES, "llvm.x86.avx512.vpermi2var.qi.512", halves[0], raw, halves[1]
-        )
+        return ir.call(BYTES, "llvm.x86.avx512.vpermi2var.qi.512", halves[0], raw, halves[1])
 
     low = lookup([b & 0xFF for b in bits])
     high = lookup([b >> 8 for b in bits]) | (raw & 0x80)

@@ -202,9 +202,7 @@ class IrWriter:
         to = vector_type(len(scalars), scalars[0].type)
         vector = Value(self, to, "poison")
         for i, x in enumerate(scalars):
-            vector = self.emit(
-                to, f"insertelement {to} {vector.name}, {x.type} {x.name}, i32 {i}"
-            )
+            vector = self.emit(to, f"insertelement {to} {vector.name}, {x.type} {x.name}, i32 {i}")
         return vector
 
     def argument(self, index: int, to: str = "ptr") -> Value:
