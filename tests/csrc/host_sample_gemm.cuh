@@ -4,8 +4,8 @@
 //
 //   y[m, n] = sum_k a[m, k] * b[n, k]      a: [M, K] bf16, b: [N, K] bf16, y: [M, N] f32
 //
-// Block: 64 rows x 32 columns, four warps of 16 rows each; K split over blockIdx.z, whose blocks add
-// to y in turn.
+// Block: 64 rows x 32 columns, four warps of 16 rows each; K split over blockIdx.z, whose blocks
+// add to y in turn.
 #pragma once
 
 #include "host/ptx_host.h"
@@ -72,7 +72,8 @@ __device__ inline void multiply_stage(uint32_t stage, float (&c)[4][4]) {
     }
     for (int n = 0; n < 4; ++n) {
       uint32_t b[2];
-      ptx::ldmatrix_x2(b, stage + (kTileM + n * 8 + lane % 8) * kPitch + (k + lane / 8 % 2 * 8) * 2);
+      ptx::ldmatrix_x2(b,
+                       stage + (kTileM + n * 8 + lane % 8) * kPitch + (k + lane / 8 % 2 * 8) * 2);
       ptx::mma_m16n8k16_bf16_f32(c[n], a, b, c[n]);
     }
   }

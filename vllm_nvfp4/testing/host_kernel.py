@@ -27,8 +27,20 @@ _CHECKS = (
     "--param=tsan-instrument-func-entry-exit=0",
     "--param=tsan-distinguish-volatile=1",
 )
-_COMMON = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-gnu-unique")
-_WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-but-set-variable")
+_COMMON = (
+    "-std=c++17",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-gnu-unique",
+)
+_WARNINGS = (
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-variable",
+    "-Wno-unused-but-set-variable",
+)
 # -ffp-contract=off: a*b+c rounds twice unless the source says fma, on every CPU alike.
 _KERNEL_FLAGS = (*_COMMON, "-O2", "-ffp-contract=off", "-DVNVFP4_HOST=1", *_WARNINGS, *_CHECKS)
 _RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
@@ -178,7 +190,9 @@ def build(
     The cache key is the preprocessed source, so every header counts. Raises HostCompileError.
     """
     text = source.read_text() if isinstance(source, Path) else source
-    entries = "".join(f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items())
+    entries = "".join(
+        f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items()
+    )
     # Messages give the text's own lines: of the file, or of "kernel" where there is none.
     name = source if isinstance(source, Path) else "kernel"
     unit = (
@@ -218,7 +232,9 @@ def _default_cache() -> Path:
 def _compiler() -> tuple[str, str]:
     for name in ("g++", "c++"):
         if path := shutil.which(name):
-            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+            version = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, check=True
+            )
             return path, version.stdout.split("\n")[0]
     raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
 
@@ -246,7 +262,9 @@ def _compile(
         if link:
             item = [*options, "-c", str(path), "-o", f"{partial}.o"]
             _run_compiler(item)
-            _run_compiler(["-shared", "-Wl,-Bsymbolic,-z,defs", f"{partial}.o", *link, "-o", str(partial)])
+            _run_compiler(
+                ["-shared", "-Wl,-Bsymbolic,-z,defs", f"{partial}.o", *link, "-o", str(partial)]
+            )
         else:
             _run_compiler([*options, "-c", str(path), "-o", str(partial)])
         partial.rename(target)
@@ -288,7 +306,9 @@ def _buffer_table(
     table = (_Buffer * len(buffers))()
     for entry, (name, tensor) in zip(table, buffers.items(), strict=True):
         if tensor.device.type != "cpu":
-            raise ValueError(f"buffer {name!r} is on {tensor.device}; the emulator takes CPU tensors")
+            raise ValueError(
+                f"buffer {name!r} is on {tensor.device}; the emulator takes CPU tensors"
+            )
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         entry.data = tensor.data_ptr()
         entry.bytes = (last + 1) * tensor.element_size() if tensor.numel() else 0

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Atomic operations and acquire/release accesses. Each is a point where other fibers may run first.
 
-#include <algorithm>
 #include <string.h>
+
+#include <algorithm>
 
 #include "../numerics.h"
 #include "machine.h"

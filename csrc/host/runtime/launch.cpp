@@ -44,8 +44,8 @@ struct BufferCopy {
     // Device allocations are 256-byte aligned, the host's 64: keep what the tensor has below 64.
     const size_t offset = reinterpret_cast<uintptr_t>(buffer.data) % 64;
     mapped_bytes = (buffer.bytes + offset + 4095) / 4096 * 4096 + 2 * kGap;
-    void* memory = mmap(nullptr, mapped_bytes, PROT_NONE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return false;
     mapping = static_cast<uint8_t*>(memory);
     mprotect(mapping + kGap, mapped_bytes - 2 * kGap, PROT_READ | PROT_WRITE);
@@ -76,8 +76,8 @@ void relocate(std::vector<uint8_t>& params, const VnvfpBuffer* buffers,
 }
 
 const char* check_config(const LaunchConfig& config) {
-  const uint64_t num_threads = static_cast<uint64_t>(config.block[0]) * config.block[1] *
-                               config.block[2];
+  const uint64_t num_threads =
+      static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
   if (!num_threads || num_threads > 1024) return "a block has 1 to 1024 threads";
   if (!config.grid[0] || !config.grid[1] || !config.grid[2]) return "a grid has at least one block";
   if (config.grid[1] > 65535 || config.grid[2] > 65535) return "grid y and z are at most 65535";
@@ -164,8 +164,12 @@ extern "C" __attribute__((visibility("default"))) int vnvfp4_host_launch(
   std::vector<vnvfp4_host::BufferCopy> copies(num_buffers);
   for (uint64_t i = 0; i < num_buffers; ++i) {
     if (!copies[i].create(buffers[i])) return refuse("out of memory for the buffers' copies");
-    machine.regions.push_back({copies[i].begin, copies[i].begin + buffers[i].bytes,
-                               buffers[i].is_writable != 0, buffers[i].name, {}, {}});
+    machine.regions.push_back({copies[i].begin,
+                               copies[i].begin + buffers[i].bytes,
+                               buffers[i].is_writable != 0,
+                               buffers[i].name,
+                               {},
+                               {}});
   }
   const uint8_t* bytes = static_cast<const uint8_t*>(params);
   std::vector<uint8_t> own_params(bytes, bytes + params_size);

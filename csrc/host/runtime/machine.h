@@ -66,17 +66,17 @@ struct Thread {
 
   // Happens-before: the thread's own step, and what it is ordered after.
   uint32_t clock = 1;
-  uint32_t arrival_step = 0;  // the step of its last bar.arrive
+  uint32_t arrival_step = 0;        // the step of its last bar.arrive
   const uint32_t* known = nullptr;  // snapshot->clock.data()
   SnapshotRef snapshot;
   ForeignRef foreign;
 
-  std::vector<AsyncCopy> copies;    // not yet landed, oldest first
-  std::vector<uint32_t> groups;     // number of copies in each committed group, oldest first
+  std::vector<AsyncCopy> copies;  // not yet landed, oldest first
+  std::vector<uint32_t> groups;   // number of copies in each committed group, oldest first
   uint32_t num_uncommitted = 0;
 
-  ForeignRef fenced;      // what a fence has made ready for the next relaxed store to publish
-  ForeignRef unfenced;    // what relaxed loads saw and the next fence will acquire
+  ForeignRef fenced;    // what a fence has made ready for the next relaxed store to publish
+  ForeignRef unfenced;  // what relaxed loads saw and the next fence will acquire
 };
 
 // Lanes that wait for the rest of their mask at one warp instruction.

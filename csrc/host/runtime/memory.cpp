@@ -19,14 +19,16 @@ namespace vnvfp4_host {
 
 namespace {
 
-const char* verb(int kind) { return kind & kAtomic ? "updates" : kind & kWrite ? "writes" : "reads"; }
+const char* verb(int kind) {
+  return kind & kAtomic ? "updates" : kind & kWrite ? "writes" : "reads";
+}
 
 [[noreturn]] void fail_outside(const uint8_t* address, size_t size, int kind, const void* pc) {
   const Region* nearest = nullptr;
   size_t best = SIZE_MAX;
   for (const Region& region : machine.regions) {
-    const size_t distance = static_cast<size_t>(address < region.begin ? region.begin - address
-                                                                       : address - region.end);
+    const size_t distance =
+        static_cast<size_t>(address < region.begin ? region.begin - address : address - region.end);
     if (distance < best) {
       best = distance;
       nearest = &region;
@@ -80,7 +82,8 @@ void check_order(Thread& thread, Region& region, size_t offset, size_t size, int
         !is_ordered_after(thread, block - 1, cell_thread(cell), cell_step(cell))) {
       const bool is_same_block = block - 1 == thread.block->linear;
       fail(pc,
-           "global memory race: %s %zu bytes at byte %zu of '%s', written by thread %u of %s with no "
+           "global memory race: %s %zu bytes at byte %zu of '%s', written by thread %u of %s with "
+           "no "
            "%s in between",
            verb(kind), size, offset, region.name.c_str(), cell_thread(cell),
            is_same_block ? "this block" : text("block #%u", block - 1).c_str(),
@@ -109,8 +112,8 @@ void check_global(Thread& thread, const uint8_t* address, size_t size, int kind,
     fail_outside(address, size, kind, pc);
   }
   if (size > static_cast<size_t>(region->end - address)) {
-    fail(pc, "out of bounds: %s %zu bytes at byte %td of '%s', which has %td bytes", verb(kind), size,
-         address - region->begin, region->name.c_str(), region->end - region->begin);
+    fail(pc, "out of bounds: %s %zu bytes at byte %td of '%s', which has %td bytes", verb(kind),
+         size, address - region->begin, region->name.c_str(), region->end - region->begin);
   }
   if ((kind & kWrite) && !region->is_writable) {
     fail(pc, "writes %zu bytes at byte %td of '%s', which is an input", size,
@@ -203,30 +206,30 @@ inline void on_volatile(const void* address, size_t size, int kind, const void* 
 }  // namespace
 
 #define VNVFP4_HOOK __attribute__((visibility("hidden"))) void
-#define VNVFP4_SIZED_HOOKS(size)                                                              \
-  VNVFP4_HOOK __tsan_read##size(void* p) {                                                    \
-    on_access(p, size, kRead, __builtin_return_address(0));                                   \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_write##size(void* p) {                                                   \
-    on_access(p, size, kWrite, __builtin_return_address(0));                                  \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_read##size(void* p) {                                          \
-    on_access(p, size, kRead, __builtin_return_address(0));                                   \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_write##size(void* p) {                                         \
-    on_access(p, size, kWrite, __builtin_return_address(0));                                  \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_volatile_read##size(void* p) {                                           \
-    on_volatile(p, size, kRead, __builtin_return_address(0));                                 \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_volatile_write##size(void* p) {                                          \
-    on_volatile(p, size, kWrite, __builtin_return_address(0));                                \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_volatile_read##size(void* p) {                                 \
-    on_volatile(p, size, kRead, __builtin_return_address(0));                                 \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_volatile_write##size(void* p) {                                \
-    on_volatile(p, size, kWrite, __builtin_return_address(0));                                \
+#define VNVFP4_SIZED_HOOKS(size)                               \
+  VNVFP4_HOOK __tsan_read##size(void* p) {                     \
+    on_access(p, size, kRead, __builtin_return_address(0));    \
+  }                                                            \
+  VNVFP4_HOOK __tsan_write##size(void* p) {                    \
+    on_access(p, size, kWrite, __builtin_return_address(0));   \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_read##size(void* p) {           \
+    on_access(p, size, kRead, __builtin_return_address(0));    \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_write##size(void* p) {          \
+    on_access(p, size, kWrite, __builtin_return_address(0));   \
+  }                                                            \
+  VNVFP4_HOOK __tsan_volatile_read##size(void* p) {            \
+    on_volatile(p, size, kRead, __builtin_return_address(0));  \
+  }                                                            \
+  VNVFP4_HOOK __tsan_volatile_write##size(void* p) {           \
+    on_volatile(p, size, kWrite, __builtin_return_address(0)); \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_volatile_read##size(void* p) {  \
+    on_volatile(p, size, kRead, __builtin_return_address(0));  \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_volatile_write##size(void* p) { \
+    on_volatile(p, size, kWrite, __builtin_return_address(0)); \
   }
 
 extern "C" {

@@ -19,8 +19,8 @@ constexpr int kMaxIdleRounds = 1000;  // rounds of polling in which no memory ch
 
 int first_lane(const Warp& warp) {
   const int r = warp.rotation;
-  const uint32_t rotated = r ? (warp.runnable >> r | warp.runnable << (kWarpSize - r))
-                             : warp.runnable;
+  const uint32_t rotated =
+      r ? (warp.runnable >> r | warp.runnable << (kWarpSize - r)) : warp.runnable;
   return (__builtin_ctz(rotated) + r) % kWarpSize;
 }
 
@@ -151,11 +151,11 @@ std::string describe_waiters() {
         what = text("at %s with mask 0x%08x (%s:%d)", name_of(thread.op), thread.mask, thread.file,
                     thread.line);
       } else if (thread.state == State::kAtBarrier) {
-        what = text("at barrier %d (%s:%d), which waits for %d threads", thread.barrier,
-                    thread.file, thread.line,
-                    block->barriers[thread.barrier].expected
-                        ? block->barriers[thread.barrier].expected
-                        : block->num_live);
+        what =
+            text("at barrier %d (%s:%d), which waits for %d threads", thread.barrier, thread.file,
+                 thread.line,
+                 block->barriers[thread.barrier].expected ? block->barriers[thread.barrier].expected
+                                                          : block->num_live);
       } else {
         what = text("polling address %p", thread.polled);
       }
