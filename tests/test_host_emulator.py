@@ -10,6 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_probes import (
+    BF16,
+    E4M3,
+    F16,
+    F32,
+    S32,
+    SOURCES,
+    Buffers,
+    probes,
+    random_matrix,
+    random_words,
+    run_probe,
+)
 
 from vllm_nvfp4.testing.host_kernel import (
     HostCompileError,
@@ -19,21 +32,7 @@ from vllm_nvfp4.testing.host_kernel import (
     build,
 )
 
-SOURCES = Path(__file__).parent / "csrc"
-PROBES = SOURCES / "host_probes.cuh"
 SAMPLE = SOURCES / "host_sample_gemm.cuh"
-
-
-class MmaParams(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in "abcd"),
-        ("num_steps", ctypes.c_int),
-        ("is_chained", ctypes.c_int),
-    )
-
-
-class Buffers(ctypes.Structure):
-    _fields_ = (("input", ctypes.c_void_p), ("out", ctypes.c_void_p), ("n", ctypes.c_int))
 
 
 class SampleParams(ctypes.Structure):
@@ -41,291 +40,6 @@ class SampleParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "y", "turns")),
         *((name, ctypes.c_int) for name in ("rows", "cols", "depth")),
     )
-
-
-@functools.cache
-def probes() -> HostModule:
-    names = re.findall(r"MMA_PROBE\((\w+),", PROBES.read_text())[1:]
-    names = [f"probe_{name}" for name in names]
-    names += re.findall(
-        r"__global__ void (probe_\w+)\(const __grid_constant__ Buffers", PROBES.read_text()
-    )
-    return build(PROBES, {name: name for name in names})
-
-
-def run_probe(
-    name: str,
-    values: torch.Tensor,
-    num_out: int,
-    n: int = 0,
-    block: int = 32,
-    grid: int = 1,
-    smem_bytes: int = 0,
-    seed: int = 0,
-) -> torch.Tensor:
-    out = torch.zeros(num_out, dtype=torch.int32)
-    values = values.contiguous()
-    probes().launch(
-        name,
-        Buffers(values.data_ptr(), out.data_ptr(), n),
-        grid=(grid,),
-        block=(block,),
-        smem_bytes=smem_bytes,
-        buffers={"in": values, "out": out},
-        outputs={"out"},
-        machine=HostMachine(seed=seed),
-    )
-    return out
-
-
-def random_words(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(
-        torch.int32
-    )
-
-
-# --- mma.sync ------------------------------------------------------------------------------------
-# Element i of a lane's fragment, as the PTX ISA's tables for each shape put it. (row, column) for A
-# and C, (k, column) for B.
-
-GROUP = torch.arange(32) // 4
-IN_GROUP = torch.arange(32) % 4
-
-
-def a_place_16bit(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    row = GROUP + (8 if i in (2, 3, 6, 7) else 0)
-    return row, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0)
-
-
-def b_place_16bit(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return IN_GROUP * 2 + (i & 1) + (8 if i >= 2 else 0), GROUP
-
-
-def a_place_8bit_k16(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return GROUP + (0 if i < 4 else 8), IN_GROUP * 4 + (i & 3)
-
-
-def b_place_8bit_k16(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return IN_GROUP * 4 + (i & 3), GROUP
-
-
-def a_place_8bit_k32(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    row = GROUP + (0 if i < 4 or 8 <= i < 12 else 8)
-    return row, IN_GROUP * 4 + (i & 3) + (0 if i < 8 else 16)
-
-
-def b_place_8bit_k32(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return IN_GROUP * 4 + (i & 3) + (0 if i < 4 else 16), GROUP
-
-
-def c_place(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return GROUP + (0 if i < 2 else 8), IN_GROUP * 2 + (i & 1)
-
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-E4M3, S8, S32 = torch.float8_e4m3fn, torch.int8, torch.int32
-MMAS = {
-    "mma_m16n8k16_bf16_f32": (BF16, F32, 16, a_place_16bit, b_place_16bit),
-    "mma_m16n8k16_f16_f32": (F16, F32, 16, a_place_16bit, b_place_16bit),
-    "mma_m16n8k16_f16_f16": (F16, F16, 16, a_place_16bit, b_place_16bit),
-    "mma_m16n8k16_e4m3_f32": (E4M3, F32, 16, a_place_8bit_k16, b_place_8bit_k16),
-    "mma_m16n8k32_e4m3_f32": (E4M3, F32, 32, a_place_8bit_k32, b_place_8bit_k32),
-    "mma_m16n8k16_e4m3_f16": (E4M3, F16, 16, a_place_8bit_k16, b_place_8bit_k16),
-    "mma_m16n8k32_e4m3_f16": (E4M3, F16, 32, a_place_8bit_k32, b_place_8bit_k32),
-    "mma_m16n8k16_s8_s32": (S8, S32, 16, a_place_8bit_k16, b_place_8bit_k16),
-    "mma_m16n8k32_s8_s32": (S8, S32, 32, a_place_8bit_k32, b_place_8bit_k32),
-}
-
-
-def to_fragment(matrix: torch.Tensor, place) -> torch.Tensor:
-    """[..., rows, columns] -> [..., 32 lanes, registers] int32, by the element table `place`."""
-    raw = matrix.contiguous().view(torch.uint8).reshape(*matrix.shape, matrix.element_size())
-    per_lane = matrix.shape[-1] * matrix.shape[-2] // 32
-    elements = [raw[(..., *place(i), slice(None))] for i in range(per_lane)]
-    return torch.cat(elements, dim=-1).contiguous().view(torch.int32)
-
-
-def from_fragment(registers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    elements = registers.view(dtype)
-    matrix = torch.empty(16, 8, dtype=dtype)
-    for i in range(4):
-        matrix[c_place(i)] = elements[:, i]
-    return matrix
-
-
-def run_mma(
-    name: str,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    c: torch.Tensor,
-    machine: HostMachine | None = None,
-    is_chained: bool = True,
-) -> torch.Tensor:
-    """d = a @ b + c for a [16, K], b [K, 8], c [16, 8], in steps of the instruction's k."""
-    _, _, k, a_place, b_place = MMAS[name]
-    num_steps = a.shape[1] // k
-    a_steps = to_fragment(a.unflatten(1, (num_steps, k)).transpose(0, 1), a_place)
-    b_steps = to_fragment(b.unflatten(0, (num_steps, k)), b_place)
-    c_lanes = to_fragment(c, c_place)
-    d = torch.zeros_like(c_lanes)
-    tensors = {"a": a_steps, "b": b_steps, "c": c_lanes, "d": d}
-    probes().launch(
-        f"probe_{name}",
-        MmaParams(*(t.data_ptr() for t in tensors.values()), num_steps, is_chained),
-        grid=(1,),
-        block=(32,),
-        buffers=tensors,
-        outputs={"d"},
-        machine=machine or HostMachine(accumulator="exact"),
-    )
-    return from_fragment(d, c.dtype)
-
-
-def random_matrix(dtype: torch.dtype, *shape: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if dtype in (S8, S32):
-        return torch.randint(-128, 128, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-@pytest.mark.parametrize("name", MMAS)
-def test_mma_lane_maps(name: str) -> None:
-    in_type, out_type, k, _, _ = MMAS[name]
-    a = random_matrix(in_type, 16, k, seed=1)
-    b = random_matrix(in_type, k, 8, seed=2)
-    c = random_matrix(out_type, 16, 8, seed=3)
-    expected = a.double() @ b.double() + c.double()
-    assert torch.equal(run_mma(name, a, b, c), expected.to(out_type))
-
-
-@pytest.mark.parametrize("name", MMAS)
-def test_mma_places_every_element(name: str) -> None:
-    # One-hot rows: each product picks one element, so a swapped pair cannot cancel.
-    in_type, out_type, k, _, _ = MMAS[name]
-    a = torch.zeros(16, k)
-    a[torch.arange(16), torch.arange(16) * 5 % k] = 1
-    b = (torch.arange(k * 8) % 13 - 6).reshape(k, 8).float()
-    c = torch.zeros(16, 8, dtype=out_type)
-    result = run_mma(name, a.to(in_type), b.to(in_type), c)
-    assert torch.equal(result.double(), a.double() @ b.double())
-
-
-def ada_step(products: list[tuple[int, int]], accumulator: tuple[int, int]) -> tuple[int, int]:
-    """Sum of significand * 2^exponent terms, each cut at 13 bits below the largest exponent.
-
-    A term is (significand as an integer with 30 fractional bits, exponent). Returns the sum as
-    (integer, exponent of its last bit).
-    """
-    terms = [t for t in [*products, accumulator] if t[0]]
-    if not terms:
-        return 0, 0
-    largest = max(e for _, e in terms)
-    total = 0
-    for significand, exponent in terms:
-        magnitude = abs(significand) >> (30 - 13 + largest - exponent)
-        total += magnitude if significand > 0 else -magnitude
-    return total, largest - 13
-
-
-def split_float(value: float, min_exponent: int) -> tuple[int, int]:
-    """value = significand * 2^exponent with 1 <= |significand| < 2, or less at the smallest exponent."""
-    if value == 0:
-        return 0, min_exponent
-    exponent = max(int(torch.frexp(torch.tensor(value, dtype=torch.float64))[1]) - 1, min_exponent)
-    significand = value * 2.0 ** (30 - exponent)
-    assert significand == int(significand)
-    return int(significand), exponent
-
-
-def ada_reference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """The published model of Ada's FP8 MMA, in integers: per 16 of k, see ada_step."""
-    result = c.clone()
-    is_half = c.dtype == F16
-    for m in range(16):
-        for n in range(8):
-            for first in range(0, a.shape[1], 16):
-                products = []
-                for k in range(first, first + 16):
-                    sa, ea = split_float(a[m, k].item(), -6)
-                    sb, eb = split_float(b[k, n].item(), -6)
-                    products.append((sa * sb >> 30, ea + eb))
-                start = split_float(result[m, n].item(), -14 if is_half else -126)
-                total, last = ada_step(products, start)
-                value = torch.tensor(float(total) * 2.0**last, dtype=torch.float64)
-                if is_half:
-                    result[m, n] = round_to_half(value.item())
-                else:  # 14 significant bits, cut
-                    bits = value.float().view(S32) & ~0x3FF
-                    result[m, n] = bits.view(F32)
-    return result
-
-
-def round_to_half(value: float) -> float:
-    """Nearest even, straight from double (torch rounds to float in between)."""
-    _, exponent = split_float(value, -14) if value == int(value * 2**30) / 2**30 else (0, 0)
-    step = 2.0 ** (exponent - 10)
-    return round(value / step) * step
-
-
-@pytest.mark.parametrize("spread", [0, 6, 14])
-@pytest.mark.parametrize("name", [n for n in MMAS if "e4m3" in n])
-def test_ada_fp8_accumulator_is_bit_true(name: str, spread: int) -> None:
-    _, out_type, k, _, _ = MMAS[name]
-    generator = torch.Generator().manual_seed(spread)
-
-    def scaled(*shape: int) -> torch.Tensor:
-        exponents = torch.randint(-spread // 2, spread // 2 + 1, shape, generator=generator)
-        return torch.randn(shape, generator=generator) * 2.0**exponents
-
-    a, b = scaled(16, k).to(E4M3), scaled(k, 8).to(E4M3)
-    c = (scaled(16, 8) * 8).to(out_type)
-    c[0] = 0
-    a[1] = torch.zeros(k).to(E4M3)
-    expected = ada_reference(a.float(), b.float(), c)
-    assert torch.equal(run_mma(name, a, b, c, HostMachine(accumulator="ada")), expected)
-
-
-def test_chained_fp8_accumulation_is_biased_and_fresh_partials_are_not() -> None:
-    depth = 4096
-    a = random_matrix(F32, 16, depth, seed=1).abs().to(E4M3)
-    b = random_matrix(F32, depth, 8, seed=2).abs().to(E4M3)
-    exact = a.double() @ b.double()
-    zero = torch.zeros(16, 8)
-    machine = HostMachine(accumulator="ada")
-
-    def relative_error(is_chained: bool) -> torch.Tensor:
-        y = run_mma("mma_m16n8k16_e4m3_f32", a, b, zero, machine, is_chained)
-        return (y.double() - exact) / exact
-
-    chained = relative_error(is_chained=True)
-    assert chained.max() < 0  # every output is too small
-    assert 0.05 < -chained.mean() < 0.09
-    assert relative_error(is_chained=False).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("name", ["mma_m16n8k16_bf16_f32", "mma_m16n8k16_f16_f32"])
-def test_ada_half_accumulator_truncates(name: str) -> None:
-    in_type = MMAS[name][0]
-    a = random_matrix(in_type, 16, 16, seed=1).abs()
-    b = random_matrix(in_type, 16, 8, seed=2).abs()
-    c = torch.rand(16, 8, generator=torch.Generator().manual_seed(4))
-    exact = a.double() @ b.double() + c.double()
-    error = run_mma(name, a, b, c, HostMachine(half_accumulator="ada")).double() - exact
-    assert (error <= 0).all() and (error < 0).any()
-    assert (error.abs() <= exact * 2.0**-21).all()
-
-
-def test_mma_passes_nan_and_infinity_on() -> None:
-    a, b = torch.ones(16, 16), torch.ones(16, 8)
-    a[2, 3] = float("nan")
-    c = torch.zeros(16, 8)
-    c[5] = float("inf")
-    for accumulator in ("ada", "exact"):
-        machine = HostMachine(accumulator=accumulator)
-        y = run_mma("mma_m16n8k16_e4m3_f32", a.to(E4M3), b.to(E4M3), c, machine)
-        assert y[2].isnan().all() and torch.isposinf(y[5]).all()
-        assert torch.equal(y[6], torch.full((8,), 16.0))
 
 
 # --- other instructions --------------------------------------------------------------------------
@@ -457,7 +171,7 @@ def test_named_barriers_hand_over(seed: int) -> None:
 
 
 def test_named_barrier_without_its_return_is_a_race() -> None:
-    with pytest.raises(HostKernelError, match="shared memory race|barrier 1"):
+    with pytest.raises(HostKernelError, match=r"shared memory race|barrier 1"):
         run_probe("probe_named_barriers", random_words(320), 320, n=-5, block=128, smem_bytes=256)
 
 
@@ -616,32 +330,63 @@ def test_launch_refuses_what_a_gpu_would() -> None:
     y = torch.zeros(32, dtype=S32)
     params = Buffers(y.data_ptr(), y.data_ptr(), 0)
     common = {"buffers": {"y": y}, "outputs": {"y"}}
-    with pytest.raises(HostKernelError, match="1 to 1024 threads"):
+    with pytest.raises(HostKernelError, match="2048 threads in a block: a block has 1 to 1024"):
         probes().launch("probe_shuffles", params, grid=(1,), block=(2048,), **common)
     with pytest.raises(HostKernelError, match="no kernel named nothing"):
         probes().launch("nothing", params, grid=(1,), block=(32,), **common)
     with pytest.raises(HostKernelError, match=r"params struct of 24 bytes, got 8"):
         probes().launch("probe_shuffles", b"12345678", grid=(1,), block=(32,), **common)
+    with pytest.raises(HostKernelError, match=r"101377 bytes of dynamic and \d+ of static"):
+        probes().launch(
+            "probe_shuffles", params, grid=(1,), block=(32,), smem_bytes=101377, **common
+        )
     with pytest.raises(ValueError, match="not among the buffers"):
         probes().launch("probe_shuffles", params, grid=(1,), block=(32,), buffers={}, outputs={"y"})
 
 
 def test_build_is_cached_and_follows_headers(tmp_path: Path) -> None:
     header = tmp_path / "answer.cuh"
-    text = '#include "answer.cuh"\n__global__ void k(int* p) { *p = kAnswer; }'
+    text = """
+#include "answer.cuh"
+__global__ void k(int* p) {
+  const int last = __shfl_sync(~0u, threadIdx.x, 31);
+  if (threadIdx.x == 0) *p = last * kAnswer;
+}
+"""
     header.write_text("constexpr int kAnswer = 1;")
-    first = build(text, {"k": "k"}, include_dirs=[tmp_path], cache_dir=tmp_path / "cache")
-    again = build(text, {"k": "k"}, include_dirs=[tmp_path], cache_dir=tmp_path / "cache")
-    assert first.path == again.path
+    # In a cache of its own, so that the emulator is compiled too: with the portable fibers.
+    compile_again = functools.partial(
+        build,
+        text,
+        {"k": "k"},
+        include_dirs=[tmp_path],
+        runtime_flags=["-DVNVFP4_HOST_UCONTEXT"],
+        cache_dir=tmp_path / "cache",
+    )
+    first = compile_again()
+    assert compile_again().path == first.path
     header.write_text("constexpr int kAnswer = 2;")
-    changed = build(text, {"k": "k"}, include_dirs=[tmp_path], cache_dir=tmp_path / "cache")
+    changed = compile_again()
     assert changed.path != first.path
     y = torch.zeros(1, dtype=S32)
     pointer = y.data_ptr().to_bytes(8, "little")
-    changed.launch("k", pointer, grid=(1,), block=(1,), buffers={"y": y}, outputs={"y"})
-    assert y.item() == 2
+    changed.launch("k", pointer, grid=(1,), block=(32,), buffers={"y": y}, outputs={"y"})
+    assert y.item() == 62
 
 
-def test_compile_error_is_the_compilers(tmp_path: Path) -> None:
+def test_compile_error_is_the_compilers() -> None:
     with pytest.raises(HostCompileError, match="does_not_exist"):
-        build("__global__ void k(int) { does_not_exist(); }", {"k": "k"}, cache_dir=tmp_path)
+        build("__global__ void k(int) { does_not_exist(); }", {"k": "k"})
+
+
+def test_buffers_that_overlap_are_refused() -> None:
+    y = torch.zeros(32, dtype=S32)
+    with pytest.raises(ValueError, match="buffers 'y' and 'tail' share memory"):
+        probes().launch(
+            "probe_shuffles",
+            Buffers(y.data_ptr(), y.data_ptr(), 0),
+            grid=(1,),
+            block=(32,),
+            buffers={"y": y, "tail": y[8:]},
+            outputs={"y"},
+        )

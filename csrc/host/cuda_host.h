@@ -216,6 +216,23 @@ template <typename T>
 inline T __ldg(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+inline T __ldcg(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+template <typename T>
+inline void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
+inline void __nanosleep(unsigned) {}  // the load of a polling loop already gives way
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return vnvfp4_host::shared_address(pointer);
 }

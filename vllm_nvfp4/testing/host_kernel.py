@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels of csrc/ with g++ and run them on the CPU, with every access checked.
 
-The emulator and its limits are described in csrc/host/README.md. Needs g++ and addr2line (binutils).
+csrc/host/README.md describes the emulator and its limits. Needs g++ and addr2line (binutils).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,6 +29,11 @@ _CHECKS = (
     "--param=tsan-instrument-func-entry-exit=0",
     "--param=tsan-distinguish-volatile=1",
 )
+# a*b+c rounds twice unless the source says fma, on every CPU alike. Loops stay loops: a memcpy
+# that the compiler makes of one would go unchecked.
+_UNCHANGED = ("-ffp-contract=off", "-fno-tree-loop-distribute-patterns")
+# Uninitialised locals hold 0xFE bytes, large negative numbers, rather than by chance zeros.
+_OPTIONAL = ("-ftrivial-auto-var-init=pattern",)
 _COMMON = (
     "-std=c++17",
     "-g1",
@@ -35,20 +42,18 @@ _COMMON = (
     "-fno-exceptions",
     "-fno-gnu-unique",
 )
-_WARNINGS = (
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-Wno-unused-variable",
-    "-Wno-unused-but-set-variable",
-)
-# -ffp-contract=off: a*b+c rounds twice unless the source says fma, on every CPU alike.
-_KERNEL_FLAGS = (*_COMMON, "-O2", "-ffp-contract=off", "-DVNVFP4_HOST=1", *_WARNINGS, *_CHECKS)
+_KERNEL_FLAGS = (*_COMMON, "-O2", *_UNCHANGED, "-DVNVFP4_HOST=1", *_CHECKS)
 _RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
 
 _EMULATOR_HEADERS = ("ptx_host.h", "cuda_host.h", "cuda_half.h", "kernel_entry.h")
 
 _FP8_ACCUMULATORS = ("ada", "exact")
 _HALF_ACCUMULATORS = ("exact", "ada")
+
+_MAX_CACHE_AGE = 14 * 24 * 3600  # seconds since the last use
+
+# A launch owns the process's crash handlers while it runs.
+_launch_lock = threading.Lock()
 
 
 class HostKernelError(RuntimeError):
@@ -66,6 +71,7 @@ class HostMachine:
     seed:             order of blocks, warps and lanes
     accumulator:      FP8 mma.sync: "ada" (13 fractional bits, truncating, per 16 of k) or "exact"
     half_accumulator: bf16/f16 mma.sync: "exact" (one rounding) or "ada" (24 bits, per 8 of k)
+    smem_limit:       bytes of shared memory a block may have; sm_89's by default
     max_resident:     blocks on the machine at once; 0: as many as have to wait for each other
     time_limit:       seconds of CPU time
     """
@@ -73,6 +79,7 @@ class HostMachine:
     seed: int = 0
     accumulator: str = "ada"
     half_accumulator: str = "exact"
+    smem_limit: int = 99 * 1024
     max_resident: int = 0
     time_limit: float = 120.0
 
@@ -82,6 +89,7 @@ class _LaunchConfig(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
+        ("shared_limit", ctypes.c_uint32),
         ("max_resident", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("fp8_accumulator", ctypes.c_uint32),
@@ -115,7 +123,6 @@ class HostModule:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        self._lock = threading.Lock()  # the emulated machine is one per library
 
     def launch(
         self,
@@ -131,8 +138,8 @@ class HostModule:
     ) -> None:
         """Run kernel<<<grid, block, smem_bytes>>>(params) to its end.
 
-        params:  the kernel's params struct as the GPU launch takes it; its 8-byte words that hold an
-                 address inside one of `buffers` reach that tensor.
+        params:  the kernel's params struct as the GPU launch takes it; an 8-byte word that holds
+                 an address inside one of `buffers` reaches that tensor
         buffers: CPU tensors by the name that errors use; all that the kernel may read
         outputs: the names of those it may write
 
@@ -143,7 +150,7 @@ class HostModule:
         raw = bytes(params)
         table = _buffer_table(buffers, outputs)
         result = _Result()
-        with self._lock:
+        with _launch_lock:
             status = self._library.vnvfp4_host_launch(
                 symbol.encode(),
                 ctypes.byref(config),
@@ -180,12 +187,14 @@ def build(
     defines: Mapping[str, str | int] | None = None,
     include_dirs: Sequence[Path] = (),
     flags: Sequence[str] = (),
+    runtime_flags: Sequence[str] = (),
     cache_dir: Path | None = None,
 ) -> HostModule:
     """Compile a translation unit and return its kernels, from the cache if nothing changed.
 
     source:  C++ text (usually one #include) or the path of a file
     kernels: launch symbol -> kernel with its template arguments, e.g. {"k": "gemm<Config<16>>"}
+    flags:   more compiler flags for the kernels; runtime_flags: for the emulator
 
     The cache key is the preprocessed source, so every header counts. Raises HostCompileError.
     """
@@ -201,11 +210,13 @@ def build(
     )
     csrc = csrc_dir()
     folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
-    options = [*_KERNEL_FLAGS, *flags]
+    options = [*_KERNEL_FLAGS, *_accepted(_OPTIONAL), *flags]
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     options += [f"-I{folder}" for folder in folders]
     cache = cache_dir or _default_cache()
-    runtime = _compile(csrc / "host/runtime/runtime.cpp", _RUNTIME_FLAGS, cache, ".o")
+    runtime = _compile(
+        csrc / "host/runtime/runtime.cpp", [*_RUNTIME_FLAGS, *runtime_flags], cache, ".o"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unit.cpp"
         path.write_text(unit)
@@ -239,6 +250,17 @@ def _compiler() -> tuple[str, str]:
     raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
 
 
+@lru_cache
+def _accepted(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the options that this compiler knows."""
+
+    def is_known(option: str) -> bool:
+        command = [_compiler()[0], option, "-E", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    return tuple(option for option in options if is_known(option))
+
+
 def _run_compiler(arguments: Sequence[str]) -> bytes:
     compiler, _ = _compiler()
     done = subprocess.run([compiler, *arguments], capture_output=True, check=False)
@@ -255,8 +277,10 @@ def _compile(
     key.update(_run_compiler([*options, "-E", "-P", str(path)]))
     target = cache / f"{path.stem}-{key.hexdigest()[:24]}{suffix}"
     if target.exists():
+        os.utime(target)
         return target
     cache.mkdir(parents=True, exist_ok=True)
+    _remove_unused(cache)
     partial = cache / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
     try:
         if link:
@@ -272,6 +296,15 @@ def _compile(
         for leftover in (partial, Path(f"{partial}.o")):
             leftover.unlink(missing_ok=True)
     return target
+
+
+def _remove_unused(cache: Path) -> None:
+    for entry in cache.iterdir():
+        try:
+            if time.time() - entry.stat().st_mtime > _MAX_CACHE_AGE:
+                entry.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
 
 
 def _launch_config(
@@ -290,6 +323,7 @@ def _launch_config(
         for axis in range(3):
             field[axis] = sizes[axis] if axis < len(sizes) else 1
     config.shared_bytes = smem_bytes
+    config.shared_limit = machine.smem_limit
     config.max_resident = machine.max_resident
     config.seed = machine.seed
     config.fp8_accumulator = _FP8_ACCUMULATORS.index(machine.accumulator)
@@ -314,4 +348,15 @@ def _buffer_table(
         entry.bytes = (last + 1) * tensor.element_size() if tensor.numel() else 0
         entry.is_writable = name in outputs
         entry.name = name.encode()
+    _check_overlap(table)
     return table
+
+
+def _check_overlap(table: ctypes.Array[_Buffer]) -> None:
+    entries = sorted((e.data or 0, e.bytes, e.name.decode()) for e in table if e.bytes)
+    for (begin, size, name), (other_begin, _, other) in pairwise(entries):
+        if other_begin < begin + size:
+            raise ValueError(
+                f"buffers {name!r} and {other!r} share memory: each is copied to the emulated GPU, "
+                "so pass one tensor that covers both"
+            )

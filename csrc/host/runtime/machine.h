@@ -133,6 +133,7 @@ struct LaunchConfig {
   uint32_t grid[3];
   uint32_t block[3];
   uint32_t shared_bytes;
+  uint32_t shared_limit;  // bytes a block may have, static arrays included
   uint32_t max_resident;  // blocks that may be on the machine at once; 0: no limit
   uint64_t seed;
   uint32_t fp8_accumulator;   // 0 ada, 1 exact

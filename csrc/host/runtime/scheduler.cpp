@@ -49,9 +49,11 @@ void run_thread() {
   __builtin_unreachable();
 }
 
-void start_thread(Block& block, uint32_t id) {
+// False if the process can map no more stacks.
+bool start_thread(Block& block, uint32_t id) {
   Thread& thread = block.threads[id];
   uint8_t* stack = thread.stack ? thread.stack : acquire_stack();
+  if (!stack) return false;
   thread = Thread();
   thread.stack = stack;
   thread.block = &block;
@@ -62,6 +64,7 @@ void start_thread(Block& block, uint32_t id) {
   thread.snapshot = machine.origin;
   thread.known = machine.origin->clock.data();
   prepare_fiber(thread, run_thread);
+  return true;
 }
 
 void admit_block() {
@@ -85,7 +88,12 @@ void admit_block() {
   for (Barrier& barrier : block->barriers) barrier = Barrier();
   reset_shared(*block);
   for (uint32_t id = 0; id < num_threads; ++id) {
-    start_thread(*block, id);
+    if (!start_thread(*block, id)) {
+      machine.has_failed = true;
+      machine.error = text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
+                           machine.kernel, machine.resident.size() + 1);
+      return;
+    }
     block->warps[id / kWarpSize].exists |= 1u << id % kWarpSize;
   }
   for (Warp& warp : block->warps) warp.runnable = warp.exists;
