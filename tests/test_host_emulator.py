@@ -275,6 +275,7 @@ FAULTS = {
     "kMisalignedCopy": r"misaligned: cp.async of 16 bytes from 0x",
     "kReadsUninitialised": r"uninitialised: a read of 4 bytes at shared offset 64",
     "kWritesInput": r"writes 2 bytes at byte \d+ of 'a', which is an input",
+    "kNonCoherentLoad": r"non-coherent: ld.global.nc of 4 bytes at byte \d+ of 'y'",
     "kDivergentBarrier": r"barrier divergence: this thread is at barrier 0",
     "kBarrierInOneBranch": r"barrier divergence: this thread is at barrier 0",
     "kForgottenWarp": r"deadlock: 32 threads of block \(0,0,0\) warp 0 at barrier 1",

@@ -214,7 +214,9 @@ VNVFP4_REDUCE(__reduce_xor_sync, kXor)
 
 template <typename T>
 inline T __ldg(const T* pointer) {
-  return *pointer;
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kReadOnly, pointer, &value, sizeof(T));
+  return value;
 }
 template <typename T>
 inline T __ldcg(const T* pointer) {

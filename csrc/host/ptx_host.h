@@ -29,6 +29,12 @@ inline T load_global(const void* from) {
   return value;
 }
 template <typename T>
+inline T load_read_only(const void* from) {
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kReadOnly, from, &value, sizeof(T));
+  return value;
+}
+template <typename T>
 inline void store_global(void* to, T value) {
   vnvfp4_host::store(vnvfp4_host::kGlobal, to, &value, sizeof(T));
 }
@@ -45,11 +51,15 @@ inline void store_shared(uint32_t to, T value) {
 
 }  // namespace detail
 
-inline uint4 ld_global_nc_v4(const void* from) { return detail::load_global<uint4>(from); }
-inline uint2 ld_global_nc_v2(const void* from) { return detail::load_global<uint2>(from); }
-inline uint32_t ld_global_nc_u32(const void* from) { return detail::load_global<uint32_t>(from); }
-inline uint16_t ld_global_nc_u16(const void* from) { return detail::load_global<uint16_t>(from); }
-inline uint8_t ld_global_nc_u8(const void* from) { return detail::load_global<uint8_t>(from); }
+inline uint4 ld_global_nc_v4(const void* from) { return detail::load_read_only<uint4>(from); }
+inline uint2 ld_global_nc_v2(const void* from) { return detail::load_read_only<uint2>(from); }
+inline uint32_t ld_global_nc_u32(const void* from) {
+  return detail::load_read_only<uint32_t>(from);
+}
+inline uint16_t ld_global_nc_u16(const void* from) {
+  return detail::load_read_only<uint16_t>(from);
+}
+inline uint8_t ld_global_nc_u8(const void* from) { return detail::load_read_only<uint8_t>(from); }
 
 inline uint4 ld_global_v4(const void* from) { return detail::load_global<uint4>(from); }
 inline void st_global_v4(void* to, uint4 value) { detail::store_global(to, value); }

@@ -21,6 +21,7 @@ enum Fault {
   kMisalignedCopy,
   kReadsUninitialised,
   kWritesInput,
+  kNonCoherentLoad,
   kDivergentBarrier,
   kBarrierInOneBranch,
   kForgottenWarp,
@@ -86,6 +87,10 @@ __device__ inline void plant_memory_fault(const SampleParams& p, uint32_t stage)
   if (kFault == kMisalignedCopy) ptx::cp_async_16(stage, p.a + 1);
   if (kFault == kReadsUninitialised) p.y[threadIdx.x] = ptx::ld_shared_u32(stage + kTileK * 2);
   if (kFault == kWritesInput) const_cast<uint16_t*>(p.a)[threadIdx.x] = 0;
+  if (kFault == kNonCoherentLoad) {
+    p.y[threadIdx.x] = 0.0f;
+    p.y[threadIdx.x] = ptx::ld_global_nc_u32(p.y + threadIdx.x);
+  }
   if (kFault == kNullPointer) p.y[0] = *reinterpret_cast<volatile float*>(p.turns - p.turns);
   if (kFault == kEndlessLoop) {
     for (volatile int i = 1; i;) {

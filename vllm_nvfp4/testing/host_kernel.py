@@ -212,8 +212,8 @@ def build(
     folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
     options = [*_KERNEL_FLAGS, *_accepted(_OPTIONAL), *flags]
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    options += [f"-I{folder}" for folder in folders]
-    cache = cache_dir or _default_cache()
+    options += [f"-I{folder.resolve()}" for folder in folders]
+    cache = (cache_dir or _default_cache()).resolve()
     runtime = _compile(
         csrc / "host/runtime/runtime.cpp", [*_RUNTIME_FLAGS, *runtime_flags], cache, ".o"
     )
@@ -261,9 +261,9 @@ def _accepted(options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(option for option in options if is_known(option))
 
 
-def _run_compiler(arguments: Sequence[str]) -> bytes:
+def _run_compiler(arguments: Sequence[str], folder: Path) -> bytes:
     compiler, _ = _compiler()
-    done = subprocess.run([compiler, *arguments], capture_output=True, check=False)
+    done = subprocess.run([compiler, *arguments], capture_output=True, check=False, cwd=folder)
     if done.returncode:
         raise HostCompileError(done.stderr.decode(errors="replace")[-8000:])
     return done.stdout
@@ -273,8 +273,8 @@ def _compile(
     path: Path, options: Sequence[str], cache: Path, suffix: str, link: Sequence[str] = ()
 ) -> Path:
     key = hashlib.sha256(repr((_compiler(), sorted(options), link)).encode())
-    # -P drops line markers: the temporary folder's name must not change the key.
-    key.update(_run_compiler([*options, "-E", "-P", str(path)]))
+    # With line markers, since messages give lines; from inside the folder, whose name may change.
+    key.update(_run_compiler([*options, "-E", path.name], path.parent))
     target = cache / f"{path.stem}-{key.hexdigest()[:24]}{suffix}"
     if target.exists():
         os.utime(target)
@@ -283,14 +283,11 @@ def _compile(
     _remove_unused(cache)
     partial = cache / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
     try:
+        compiled = Path(f"{partial}.o") if link else partial
+        _run_compiler([*options, "-c", path.name, "-o", str(compiled)], path.parent)
         if link:
-            item = [*options, "-c", str(path), "-o", f"{partial}.o"]
-            _run_compiler(item)
-            _run_compiler(
-                ["-shared", "-Wl,-Bsymbolic,-z,defs", f"{partial}.o", *link, "-o", str(partial)]
-            )
-        else:
-            _run_compiler([*options, "-c", str(path), "-o", str(partial)])
+            command = ["-shared", "-Wl,-Bsymbolic,-z,defs", str(compiled), *link]
+            _run_compiler([*command, "-o", str(partial)], path.parent)
         partial.rename(target)
     finally:
         for leftover in (partial, Path(f"{partial}.o")):

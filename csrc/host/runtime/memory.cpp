@@ -143,6 +143,20 @@ void check_access(Thread& thread, const void* pointer, size_t size, int kind, co
 
 namespace {
 
+// The read-only path is not coherent: it may return what was there before the launch.
+void check_unwritten(const uint8_t* address, size_t size, const void* pc) {
+  const Region* region = find_region(address);
+  if (!region || region->writer.empty()) return;
+  const size_t offset = static_cast<size_t>(address - region->begin);
+  for (size_t word = offset / 4; word * 4 < offset + size; ++word) {
+    if (!region->writer_block[word]) continue;
+    fail(pc,
+         "non-coherent: ld.global.nc of %zu bytes at byte %zu of '%s', which this launch has "
+         "written: use ld.global",
+         size, offset, region->name.c_str());
+  }
+}
+
 void check_instruction(Space space, const void* pointer, size_t size, int kind, const void* pc) {
   Thread& thread = *machine.current;
   uint32_t offset = 0;
@@ -157,6 +171,7 @@ void check_instruction(Space space, const void* pointer, size_t size, int kind, 
          is_shared ? "shared memory address" : "address", pointer);
   }
   check_access(thread, pointer, size, kind, pc);
+  if (space == kReadOnly) check_unwritten(static_cast<const uint8_t*>(pointer), size, pc);
 }
 
 }  // namespace

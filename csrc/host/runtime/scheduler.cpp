@@ -90,8 +90,9 @@ void admit_block() {
   for (uint32_t id = 0; id < num_threads; ++id) {
     if (!start_thread(*block, id)) {
       machine.has_failed = true;
-      machine.error = text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
-                           machine.kernel, machine.resident.size() + 1);
+      machine.error =
+          text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
+               machine.kernel, machine.resident.size() + 1);
       return;
     }
     block->warps[id / kWarpSize].exists |= 1u << id % kWarpSize;
