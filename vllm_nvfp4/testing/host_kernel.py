@@ -274,7 +274,7 @@ def _compile(
 ) -> Path:
     key = hashlib.sha256(repr((_compiler(), sorted(options), link)).encode())
     # With line markers, since messages give lines; from inside the folder, whose name may change.
-    key.update(_run_compiler([*options, "-E", path.name], path.parent))
+    key.update(_run_compiler([*options, "-E", "-fno-working-directory", path.name], path.parent))
     target = cache / f"{path.stem}-{key.hexdigest()[:24]}{suffix}"
     if target.exists():
         os.utime(target)
