@@ -213,3 +213,14 @@ __global__ void probe_warp_exchange(const __grid_constant__ Buffers p) {
   if (p.n) __syncwarp();
   p.out[threadIdx.x] = shared[threadIdx.x ^ 1];
 }
+
+// Lane 0 of each warp counts in shared memory; lane 0 of warp 0 starts the counter with a volatile
+// store, which must not count as a read. n == 0 leaves that store out.
+__global__ void probe_shared_counter(const __grid_constant__ Buffers p) {
+  int* counter = reinterpret_cast<int*>(ptx::dynamic_smem());
+  if (threadIdx.x == 0 && p.n) *static_cast<volatile int*>(counter) = p.n;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) atomicAdd(counter, 1);
+  __syncthreads();
+  p.out[threadIdx.x] = *counter;
+}

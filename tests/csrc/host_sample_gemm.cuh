@@ -31,6 +31,12 @@ enum Fault {
   kNeverReleased,
   kEndlessLoop,
   kNullPointer,
+  kMisalignedVector,
+  kArrayIndex,
+  kUndefinedShift,
+  kDivisionByZero,
+  kStackOverflow,
+  kUninitialisedLocal,
 };
 
 struct SampleParams {
@@ -98,6 +104,25 @@ __device__ inline void plant_memory_fault(const SampleParams& p, uint32_t stage)
   }
 }
 
+__device__ inline int recurse(volatile int depth) {
+  volatile int frame[256];
+  frame[depth % 256] = depth;
+  return depth < 1 << 20 ? recurse(depth + 1) + frame[depth % 256] : 0;
+}
+
+template <int kFault>
+__device__ inline void plant_arithmetic_fault(const SampleParams& p) {
+  volatile int one = 1;
+  if (kFault == kMisalignedVector) p.turns[0] = reinterpret_cast<const uint4*>(p.a + 2 * one)->x;
+  if (kFault == kArrayIndex) {
+    int values[4] = {1, 2, 3, 4};
+    p.turns[0] = values[one + p.depth];
+  }
+  if (kFault == kUndefinedShift) p.turns[0] = one << (p.depth + 31);
+  if (kFault == kDivisionByZero) p.turns[0] = p.depth / (one - 1);
+  if (kFault == kStackOverflow) p.turns[0] = recurse(0);
+}
+
 template <int kFault>
 __device__ inline void plant_control_fault() {
   const int thread = threadIdx.x;
@@ -150,6 +175,7 @@ template <int kFault>
 __global__ void __launch_bounds__(128) sample_gemm(const __grid_constant__ SampleParams p) {
   const uint32_t shared = ptx::smem_address(ptx::dynamic_smem());
   plant_memory_fault<kFault>(p, shared);
+  plant_arithmetic_fault<kFault>(p);
   plant_control_fault<kFault>();
   if (kFault == kExitedLane) {
     if (threadIdx.x == 7) return;
@@ -157,7 +183,8 @@ __global__ void __launch_bounds__(128) sample_gemm(const __grid_constant__ Sampl
   }
   const int num_steps = p.depth / kTileK / gridDim.z;
   const int first = blockIdx.z * num_steps * kTileK;
-  float c[4][4] = {};
+  float c[4][4];
+  for (int i = 0; i < 16 && kFault != kUninitialisedLocal; ++i) c[i / 4][i % 4] = 0.0f;
   copy_stage(shared, p, first);
   ptx::cp_async_commit();
   for (int step = 0; step < num_steps; ++step) {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels of csrc/ with g++ and run them on the CPU, with every access checked.
 
-csrc/host/README.md describes the emulator and its limits. Needs g++ and addr2line (binutils).
+csrc/host/README.md describes the emulator and its limits. Needs GCC 12 or later
+and addr2line (binutils).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _CHECKS = (
 # that the compiler makes of one would go unchecked.
 _UNCHANGED = ("-ffp-contract=off", "-fno-tree-loop-distribute-patterns")
 # Uninitialised locals hold 0xFE bytes, large negative numbers, rather than by chance zeros.
-_OPTIONAL = ("-ftrivial-auto-var-init=pattern",)
+_LOCALS = ("-ftrivial-auto-var-init=pattern",)
 _COMMON = (
     "-std=c++17",
     "-g1",
@@ -42,8 +43,10 @@ _COMMON = (
     "-fno-exceptions",
     "-fno-gnu-unique",
 )
-_KERNEL_FLAGS = (*_COMMON, "-O2", *_UNCHANGED, "-DVNVFP4_HOST=1", *_CHECKS)
+_KERNEL_FLAGS = (*_COMMON, "-O2", *_UNCHANGED, *_LOCALS, "-DVNVFP4_HOST=1", *_CHECKS)
 _RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
+
+_MIN_GCC = 12
 
 _EMULATOR_HEADERS = ("ptx_host.h", "cuda_host.h", "cuda_half.h", "kernel_entry.h")
 
@@ -210,7 +213,7 @@ def build(
     )
     csrc = csrc_dir()
     folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
-    options = [*_KERNEL_FLAGS, *_accepted(_OPTIONAL), *flags]
+    options = [*_KERNEL_FLAGS, *flags]
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     options += [f"-I{folder.resolve()}" for folder in folders]
     cache = (cache_dir or _default_cache()).resolve()
@@ -241,24 +244,19 @@ def _default_cache() -> Path:
 
 @lru_cache(maxsize=1)
 def _compiler() -> tuple[str, str]:
-    for name in ("g++", "c++"):
-        if path := shutil.which(name):
-            version = subprocess.run(
-                [path, "--version"], capture_output=True, text=True, check=True
-            )
-            return path, version.stdout.split("\n")[0]
-    raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
-
-
-@lru_cache
-def _accepted(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the options that this compiler knows."""
-
-    def is_known(option: str) -> bool:
-        command = [_compiler()[0], option, "-E", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    return tuple(option for option in options if is_known(option))
+    """(path, version) of g++."""
+    path = shutil.which("g++")
+    if path is None:
+        raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
+    command = [path, "-dumpfullversion"]
+    version = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    major = version.split(".")[0]
+    if not major.isdigit() or int(major) < _MIN_GCC:
+        raise HostCompileError(
+            f"{path} has version {version or 'of another compiler'}: host kernels need GCC "
+            f"{_MIN_GCC} or later for its instrumentation options"
+        )
+    return path, version
 
 
 def _run_compiler(arguments: Sequence[str], folder: Path) -> bytes:

@@ -211,7 +211,8 @@ void gather_warp(WarpOp op, uint32_t mask, void* args, const char* file, int lin
                  void (*combine)(Thread* warp, uint32_t mask));
 
 // --- memory.cpp ---
-enum AccessKind : int { kRead = 0, kWrite = 1, kAtomic = 2 };
+// kUpdate: a write that reads first.
+enum AccessKind : int { kRead = 0, kWrite = 1, kAtomic = 2, kUpdate = 4 };
 void check_access(Thread& thread, const void* pointer, size_t size, int kind, const void* pc);
 // --- shared.cpp ---
 void check_shared(Thread& thread, uint32_t offset, size_t size, int kind, const void* pc);

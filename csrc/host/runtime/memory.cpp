@@ -20,7 +20,7 @@ namespace vnvfp4_host {
 namespace {
 
 const char* verb(int kind) {
-  return kind & kAtomic ? "updates" : kind & kWrite ? "writes" : "reads";
+  return kind & kUpdate ? "updates" : kind & kWrite ? "writes" : "reads";
 }
 
 [[noreturn]] void fail_outside(const uint8_t* address, size_t size, int kind, const void* pc) {

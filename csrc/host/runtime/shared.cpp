@@ -32,7 +32,7 @@ bool is_inside(uint32_t offset, size_t size) {
 }
 
 const char* kind_name(int kind) {
-  return kind & kAtomic ? "an atomic operation on" : kind & kWrite ? "a write of" : "a read of";
+  return kind & kUpdate ? "an update of" : kind & kWrite ? "a write of" : "a read of";
 }
 
 [[noreturn]] void fail_race(const Thread& thread, uint64_t cell, uint32_t offset, size_t size,
@@ -153,7 +153,7 @@ void check_shared(Thread& thread, uint32_t offset, size_t size, int kind, const 
            "that its issuing thread has not waited for",
            kind_name(kind), size, offset);
     }
-    if (kind != kWrite && (status & mask) != mask) {
+    if ((!(kind & kWrite) || (kind & kUpdate)) && (status & mask) != mask) {
       fail(pc, "uninitialised: %s %zu bytes at shared offset %u, where nothing was written",
            kind_name(kind), size, offset);
     }
