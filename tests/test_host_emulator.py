@@ -255,3 +255,20 @@ def test_buffers_that_overlap_are_refused() -> None:
             buffers={"y": y, "tail": y[8:]},
             outputs={"y"},
         )
+
+
+def test_static_shared_array_in_a_template_is_refused() -> None:
+    text = """
+template <int kCount>
+__global__ void k(int* p) {
+  __shared__ int values[kCount];
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  p[threadIdx.x] = values[kCount - 1 - threadIdx.x];
+}
+"""
+    y = torch.zeros(32, dtype=S32)
+    pointer = y.data_ptr().to_bytes(8, "little")
+    module = build(text, {"k": "k<32>"})
+    with pytest.raises(HostKernelError, match=r"use ptx::dynamic_smem\(\) there \[kernel:5 in"):
+        module.launch("k", pointer, grid=(1,), block=(32,), buffers={"y": y}, outputs={"y"})

@@ -38,6 +38,7 @@ _LOCALS = ("-ftrivial-auto-var-init=pattern",)
 _COMMON = (
     "-std=c++17",
     "-g1",
+    "-gdwarf-4",  # addr2line misreads the file table that g++ writes as version 5
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-exceptions",
