@@ -172,6 +172,12 @@ def test_missing_fence_before_the_counter_is_a_race() -> None:
         run_probe("probe_last_block", values, 9, n=0, block=64, grid=7)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_unordered_blocks_race_in_either_order(seed: int) -> None:
+    with pytest.raises(HostKernelError, match=r"global memory race.*no release and acquire"):
+        run_probe("probe_unordered_blocks", random_words(1), 2, grid=2, seed=seed)
+
+
 def test_lanes_need_syncwarp_to_exchange() -> None:
     values = random_words(32)
     got = run_probe("probe_warp_exchange", values, 32, n=1, smem_bytes=128)

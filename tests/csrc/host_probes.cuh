@@ -224,3 +224,13 @@ __global__ void probe_shared_counter(const __grid_constant__ Buffers p) {
   __syncthreads();
   p.out[threadIdx.x] = *counter;
 }
+
+// Block 0 reads what block 1 writes, in either order, and nothing orders them.
+__global__ void probe_unordered_blocks(const __grid_constant__ Buffers p) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    p.out[0] = p.out[1];
+  } else {
+    p.out[1] = p.in[0];
+  }
+}

@@ -119,14 +119,19 @@ struct Block {
   int num_live = 0;
 };
 
+struct History {
+  std::vector<uint64_t> cells;   // packed like a Word's
+  std::vector<uint32_t> blocks;  // linear index + 1; 0: none in this launch
+};
+
 struct Region {
   const uint8_t* begin;
   const uint8_t* end;
   bool is_writable;
   std::string name;
-  // Last write of each 4-byte word, by thread; allocated with the first write.
-  std::vector<uint64_t> writer;        // packed like a Word's cell
-  std::vector<uint32_t> writer_block;  // linear index + 1; 0: not written in this launch
+  // Of each 4-byte word the last write and one of the last reads; sized by the first one.
+  History writes;
+  History reads;
 };
 
 struct LaunchConfig {

@@ -62,39 +62,64 @@ Region* find_region(const uint8_t* address) {
   return nullptr;
 }
 
-// Reads of what another thread wrote, and second writes, need a barrier (same block) or a
-// release/acquire pair (another block) in between. Writes after unordered reads are not tracked.
+[[noreturn]] void fail_race(const Thread& thread, const Region& region, size_t offset, size_t size,
+                            int kind, uint64_t cell, uint32_t block, const void* pc) {
+  const bool is_same_block = block == thread.block->linear;
+  fail(pc,
+       "global memory race: %s %zu bytes at byte %zu of '%s', %s by thread %u of %s with no %s in "
+       "between",
+       verb(kind), size, offset, region.name.c_str(), cell & kCellWrite ? "written" : "read",
+       cell_thread(cell), is_same_block ? "this block" : text("block #%u", block).c_str(),
+       is_same_block ? "barrier" : "release and acquire");
+}
+
+// Whether the word's entry, if it concerns these bytes, is ordered before this access.
+bool is_ordered(const Thread& thread, const History& history, size_t word, uint32_t mask,
+                int kind) {
+  const uint32_t block = history.blocks[word];
+  const uint64_t cell = history.cells[word];
+  if (!block || !(cell_mask(cell) & mask)) return true;
+  if ((cell & kCellAtomic) && (kind & kAtomic)) return true;
+  return is_ordered_after(thread, block - 1, cell_thread(cell), cell_step(cell));
+}
+
+void remember(Thread& thread, const Region& region, History& history, size_t word, uint32_t mask,
+              int kind) {
+  if (history.cells.empty()) {
+    const size_t num_words = (static_cast<size_t>(region.end - region.begin) + 3) / 4;
+    history.cells.assign(num_words, 0);
+    history.blocks.assign(num_words, 0);
+  }
+  // Accesses to neighbouring bytes by one thread in one step are one access.
+  uint64_t& cell = history.cells[word];
+  const bool is_same = history.blocks[word] == thread.block->linear + 1 &&
+                       (cell & 0xFFFFFFFFFFFFull) == pack_cell(thread, 0, 0);
+  cell = pack_cell(thread, is_same ? mask | cell_mask(cell) : mask, kind);
+  history.blocks[word] = thread.block->linear + 1;
+}
+
+// An access to what another thread wrote, or a write of what it read, needs a barrier (same block)
+// or a release/acquire pair (another block) in between.
 void check_order(Thread& thread, Region& region, size_t offset, size_t size, int kind,
                  const void* pc) {
-  if (region.writer.empty()) {
-    if (!(kind & kWrite)) return;
-    const size_t num_words = (static_cast<size_t>(region.end - region.begin) + 3) / 4;
-    region.writer.assign(num_words, 0);
-    region.writer_block.assign(num_words, 0);
-  }
   for (size_t word = offset / 4; word * 4 < offset + size; ++word) {
     const size_t first = std::max(offset, word * 4) - word * 4;
     const size_t last = std::min(offset + size, word * 4 + 4) - word * 4;
     const uint32_t mask = ((1u << last) - 1) & ~((1u << first) - 1);
-    const uint64_t cell = region.writer[word];
-    const uint32_t block = region.writer_block[word];
-    if (block && (cell_mask(cell) & mask) && !((cell & kCellAtomic) && (kind & kAtomic)) &&
-        !is_ordered_after(thread, block - 1, cell_thread(cell), cell_step(cell))) {
-      const bool is_same_block = block - 1 == thread.block->linear;
-      fail(pc,
-           "global memory race: %s %zu bytes at byte %zu of '%s', written by thread %u of %s with "
-           "no "
-           "%s in between",
-           verb(kind), size, offset, region.name.c_str(), cell_thread(cell),
-           is_same_block ? "this block" : text("block #%u", block - 1).c_str(),
-           is_same_block ? "barrier" : "release and acquire");
+    const bool is_write = kind & kWrite;
+    for (const History* history : {&region.writes, &region.reads}) {
+      if (history->cells.empty() || (history == &region.reads && !is_write)) continue;
+      if (is_ordered(thread, *history, word, mask, kind)) continue;
+      fail_race(thread, region, offset, size, kind, history->cells[word], history->blocks[word] - 1,
+                pc);
     }
-    if (!(kind & kWrite)) continue;
-    // Writes of neighbouring bytes by one thread in one step are one write.
-    const bool is_same = block == thread.block->linear + 1 &&
-                         (cell & 0xFFFFFFFFFFFFull) == (pack_cell(thread, 0, 0));
-    region.writer[word] = pack_cell(thread, is_same ? mask | cell_mask(cell) : mask, kind);
-    region.writer_block[word] = thread.block->linear + 1;
+    if (is_write) {
+      remember(thread, region, region.writes, word, mask, kind);
+    } else if (region.reads.cells.empty() || is_ordered(thread, region.reads, word, 0xF, kRead) ||
+               machine.random() % 2) {
+      // Of several unordered reads one is kept, by chance.
+      remember(thread, region, region.reads, word, mask, kind);
+    }
   }
 }
 
@@ -146,10 +171,10 @@ namespace {
 // The read-only path is not coherent: it may return what was there before the launch.
 void check_unwritten(const uint8_t* address, size_t size, const void* pc) {
   const Region* region = find_region(address);
-  if (!region || region->writer.empty()) return;
+  if (!region || region->writes.cells.empty()) return;
   const size_t offset = static_cast<size_t>(address - region->begin);
   for (size_t word = offset / 4; word * 4 < offset + size; ++word) {
-    if (!region->writer_block[word]) continue;
+    if (!region->writes.blocks[word]) continue;
     fail(pc,
          "non-coherent: ld.global.nc of %zu bytes at byte %zu of '%s', which this launch has "
          "written: use ld.global",
