@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts machine code for the CUDA kernels into the wheel; everything else is in pyproject.toml.
 
-VLLM_NVFP4_CUBINS unset or 0: no cubins; kernels are compiled with NVRTC when a model loads, once
+NVFP4_BUILD_CUBINS unset or 0: no cubins; kernels are compiled with NVRTC when a model loads, once
                   1:          cubins for every architecture of vllm_nvfp4.kernels.cubins.BUILD_ARCHS
                   89,90:      cubins for these
-VLLM_NVFP4_CUBINS_KERNELS:    only kernels whose symbol matches this pattern (fnmatch)
+NVFP4_BUILD_KERNELS:    only kernels whose symbol matches this pattern (fnmatch)
 
 The wheel is pure Python (py3-none-any) either way. An editable install never compiles.
 """
@@ -19,7 +19,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-WANTED = os.environ.get("VLLM_NVFP4_CUBINS", "0").strip() or "0"
+WANTED = os.environ.get("NVFP4_BUILD_CUBINS", "0").strip() or "0"
 
 
 class BuildPyWithCubins(build_py):
@@ -30,7 +30,7 @@ class BuildPyWithCubins(build_py):
         if self.editable_mode:
             return
         if WANTED == "0":
-            print("vllm-nvfp4: a wheel without cubins (VLLM_NVFP4_CUBINS=1 builds them in)")
+            print("vllm-nvfp4: a wheel without cubins (NVFP4_BUILD_CUBINS=1 builds them in)")
             return
         self._build_cubins()
 
@@ -40,15 +40,15 @@ class BuildPyWithCubins(build_py):
 
         if WANTED != "1" and not re.fullmatch(r"\d+(,\d+)*", WANTED):
             raise SystemExit(
-                f"VLLM_NVFP4_CUBINS={WANTED}: needs 0, 1 or architectures such as 89,90"
+                f"NVFP4_BUILD_CUBINS={WANTED}: needs 0, 1 or architectures such as 89,90"
             )
         archs = cubins.BUILD_ARCHS if WANTED == "1" else [int(a) for a in WANTED.split(",")]
         if nvrtc.nvrtc_version() is None:
             raise SystemExit(
-                f"VLLM_NVFP4_CUBINS={WANTED} needs NVRTC while the wheel is built, and there is "
+                f"NVFP4_BUILD_CUBINS={WANTED} needs NVRTC while the wheel is built, and there is "
                 f"none. pip install {' '.join(BUILD_REQUIRES)}"
             )
-        pattern = os.environ.get("VLLM_NVFP4_CUBINS_KERNELS", "*")
+        pattern = os.environ.get("NVFP4_BUILD_KERNELS", "*")
         chosen = [c for c in configs.CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
         out = Path(self.build_lib) / "vllm_nvfp4" / "cubins"
         count = cubins.build(chosen, out, archs, jobs=os.cpu_count() or 1)
