@@ -147,6 +147,8 @@ class GemmConfig:
             f"Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
             f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
             f" {self.warps_m}, {self.warps_n}, {self.warps_k}>;\n"
+            f"static_assert(sizeof(GemmParams) == {ctypes.sizeof(GemmParams)},\n"
+            '              "configs.py and gemm_params.cuh disagree about the parameters");\n'
             f"static_assert({space}::Smem<{config}>::kBytes == {self.smem_bytes},\n"
             f'              "configs.py and {self.stem}.cuh disagree about shared memory");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.blocks_per_sm})\n'
@@ -217,6 +219,8 @@ class QuantizeConfig:
     def definition(self) -> str:
         """The translation unit but for its #include: several may stand in one file."""
         return (
+            f"static_assert(sizeof(QuantizeParams) == {ctypes.sizeof(QuantizeParams)},\n"
+            '              "configs.py and quantize_a8.cuh disagree about the parameters");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads})\n'
             f"{self.symbol}(const __grid_constant__ QuantizeParams p) {{\n"
             f"  quantize_a8::run<Dtype::{_ENUM[self.dtype]}, {self.threads}>(p);\n"
@@ -229,14 +233,14 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
     w4a16 = (
         (8, 64, 256, 3, 1, 2, 2, 2),
         (8, 128, 128, 4, 1, 4, 2, 2),
-        (16, 64, 256, 3, 1, 2, 2, 2),
+        (16, 64, 128, 4, 1, 2, 2, 2),
         (16, 128, 128, 3, 1, 4, 2, 2),
         (32, 128, 128, 4, 1, 4, 2, 1),
         (64, 128, 128, 3, 2, 4, 1, 1),
         (128, 128, 64, 3, 2, 4, 1, 1),
     )
     w4a8 = (
-        (64, 128, 128, 3, 1, 4, 1, 2),
+        (64, 128, 64, 4, 1, 4, 1, 2),
         (128, 128, 128, 3, 2, 4, 1, 1),
     )
     return tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def run_gemm(
 
     a:       [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8); contiguous
     a_scale: [M] float32 (w4a8)
-    Raises HostKernelError where the kernel misbehaves, AssertionError where it leaves a semaphore
+    Raises HostKernelError where the kernel misbehaves, RuntimeError where it leaves a semaphore
     other than zero.
     """
     m, n = a.shape[0], packed.num_rows
@@ -107,7 +108,7 @@ def run_gemm(
         machine=machine,
     )
     if buffers["semaphores"].any():
-        raise AssertionError(f"{config.symbol}: semaphores left at {buffers['semaphores']}")
+        raise RuntimeError(f"{config.symbol}: semaphores left at {buffers['semaphores']}")
     return y
 
 
@@ -141,3 +142,9 @@ def run_quantize(
         machine=machine,
     )
     return q.view(torch.float8_e4m3fn), a_scale
+
+
+@lru_cache(maxsize=1)
+def all_kernels() -> HostModule:
+    """Every shipped configuration in one module."""
+    return build_host(configs.ALL_CONFIGS)
