@@ -52,7 +52,9 @@ def main() -> int:
     parser.add_argument("--kernels", default="", help="regular expression on the symbols")
     options = parser.parse_args()
     cards = gpus()
-    header = f"{'kernel (sm_89)':<56}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
+    header = (
+        f"{'kernel (sm_89)':<56}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
+    )
     print(header + f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards))
     missed = 0
     for config in GEMM_CONFIGS:

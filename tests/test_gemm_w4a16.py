@@ -20,7 +20,13 @@ from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS, MXFP4
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
-from vllm_nvfp4.testing.host_gemm import DTYPES, all_kernels, build_host, run_gemm
+from vllm_nvfp4.testing.host_gemm import (
+    DTYPES,
+    SemaphoreError,
+    all_kernels,
+    build_host,
+    run_gemm,
+)
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine
 from vllm_nvfp4.testing.metrics import compare_linear
 
@@ -151,12 +157,10 @@ def test_planted_faults_are_noticed(what: str, text: str, replacement: str) -> N
     packed = pack_weight(weight)
 
     def is_right(seed: int) -> bool:
-        y = run_gemm(module, config, a, packed, splits=2, machine=HostMachine(seed=seed))
+        try:
+            y = run_gemm(module, config, a, packed, splits=2, machine=HostMachine(seed=seed))
+        except (HostKernelError, SemaphoreError):
+            return False
         return compare_linear(y, a, weight).is_match
 
-    try:
-        assert not all(is_right(seed) for seed in range(3)), f"{what} was not noticed"
-    except HostKernelError as error:
-        assert config.symbol in str(error)
-    except RuntimeError as error:
-        assert "semaphore" in str(error)
+    assert not all(is_right(seed) for seed in range(3)), f"{what} was not noticed"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,9 @@ def test_padding_is_zero() -> None:
     assert int((packed.block_scale != 0).sum()) <= 3
 
 
-@pytest.mark.parametrize(("byte", "fmt"), [(0x7F, NVFP4), (0x80, NVFP4), (0xB8, NVFP4), (255, MXFP4)])
+@pytest.mark.parametrize(
+    ("byte", "fmt"), [(0x7F, NVFP4), (0x80, NVFP4), (0xB8, NVFP4), (255, MXFP4)]
+)
 def test_nan_and_negative_scales_are_refused(byte: int, fmt: BlockFormat) -> None:
     weight = random_weight(fmt, 4, 64)
     weight.block_scale.view(torch.uint8)[2, 1] = byte
@@ -94,9 +97,8 @@ def test_nan_and_negative_scales_are_refused(byte: int, fmt: BlockFormat) -> Non
 def test_shapes_that_do_not_fit_are_refused() -> None:
     good = random_weight(NVFP4, 4, 64)
     with pytest.raises(ValueError, match="K=24"):
-        pack_weight(BlockScaledWeight(good.codes[:, :12], good.block_scale, good.global_scale, NVFP4))
+        pack_weight(replace(good, codes=good.codes[:, :12]))
     with pytest.raises(ValueError, match=r"block_scale is \[4, 3\], needed \[4, 4\]"):
-        scale = good.block_scale[:, :3]
-        pack_weight(BlockScaledWeight(good.codes, scale, good.global_scale, NVFP4))
+        pack_weight(replace(good, block_scale=good.block_scale[:, :3]))
     with pytest.raises(ValueError, match=r"global_scale is \[1\], needed \[4\]"):
-        pack_weight(BlockScaledWeight(good.codes, good.block_scale, torch.ones(1), NVFP4))
+        pack_weight(replace(good, global_scale=torch.ones(1)))

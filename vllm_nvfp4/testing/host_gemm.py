@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GEMM kernels and the quantiser on the emulated GPU (csrc/host/), launched as on a real one."""
+"""The GEMM kernels and the quantiser on the emulated GPU (csrc/host/), launched as on a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule, build, csrc_
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class SemaphoreError(RuntimeError):
+    """A launch left a semaphore other than zero: the next one would go wrong."""
+
+
 def build_host(
     kernels: Sequence[configs.KernelConfig], edits: Sequence[tuple[str, str]] = ()
 ) -> HostModule:
@@ -32,7 +36,9 @@ def build_host(
         source = _flatten(source, csrc_dir(), set())
     for text, replacement in edits:
         if source.count(text) != 1:
-            raise ValueError(f"the text to edit occurs {source.count(text)} times, not once: {text}")
+            raise ValueError(
+                f"the text to edit occurs {source.count(text)} times, not once: {text}"
+            )
         source = source.replace(text, replacement)
     source += "".join(config.definition for config in kernels)
     return build(source, {config.symbol: config.symbol for config in kernels})
@@ -67,7 +73,7 @@ def run_gemm(
 
     a:       [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8); contiguous
     a_scale: [M] float32 (w4a8)
-    Raises HostKernelError where the kernel misbehaves, RuntimeError where it leaves a semaphore
+    Raises HostKernelError where the kernel misbehaves, SemaphoreError where it leaves a semaphore
     other than zero.
     """
     m, n = a.shape[0], packed.num_rows
@@ -108,7 +114,7 @@ def run_gemm(
         machine=machine,
     )
     if buffers["semaphores"].any():
-        raise RuntimeError(f"{config.symbol}: semaphores left at {buffers['semaphores']}")
+        raise SemaphoreError(f"{config.symbol}: semaphores left at {buffers['semaphores']}")
     return y
 
 

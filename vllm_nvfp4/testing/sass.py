@@ -32,7 +32,9 @@ MIN_DECODE_DRAM_RATIO = 2.5
 MAX_W4A8_ISSUE_LOAD = 0.5
 DECODE_BLOCK_M = 16
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
+)
 _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _MMA_OPCODES = ("HMMA", "QMMA", "IMMA")
 
