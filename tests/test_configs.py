@@ -42,7 +42,7 @@ def test_splits_cover_k_and_the_workspace_holds_them(config: GemmConfig, num_sms
         tiles, splits, _ = configs.grid(config, m, n, k, num_sms)
         steps = math.ceil(k / config.block_k)
         assert tiles == math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
-        # The kernel's own division: split s takes steps [steps * s / splits, steps * (s+1) / splits)
+        # As in the kernel: split s takes steps from steps * s / splits to the next one's.
         parts = [steps * (s + 1) // splits - steps * s // splits for s in range(splits)]
         assert sum(parts) == steps
         assert min(parts) >= 1

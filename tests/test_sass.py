@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code that ships for sm_89: no spills, the MMAs and loads that were meant, the bounds."""
+"""The machine code for sm_89: no spills, the MMAs and loads that were meant, the bounds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_bounds_are_not_empty_words() -> None:
 
 
 def test_the_stand_in_keeps_the_schedule() -> None:
-    """Integer MMA in the place of FP8: as many instructions to within 5 %, and none of them QMMA."""
+    """Integer MMA in the place of FP8: as many instructions to within 5 %, no QMMA."""
     config = next(c for c in GEMM_CONFIGS if c.stem == "gemm_w4a8" and c.fmt_name == "nvfp4")
     real = sass.read_machine_code(compile_cubin(config, 89))
     integer = sass.read_machine_code(compile_cubin(imma_stand_in(config), 89))
