@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +21,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_nvfp4 import compat, kv_cache
-from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
     Dialect,
     LayerKind,
     LayerSpec,
-    shard_names,
+    fused_layer_spec,
 )
-from vllm_nvfp4.checkpoints.validate import validate_model
+from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.embedding import embedding_method, lm_head_method
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.options import METHOD_NAME, Options
@@ -71,11 +72,17 @@ class NvFp4Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what the model's own configuration says, and check the files before loading."""
+        """Read what the model's own configuration says, and check the files before loading.
+
+        A model by its hub name has no files yet at this point: what its tensors hold is then
+        checked layer by layer as they load.
+        """
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = kv_cache.head_size(text_config)
-        validate_model(model_name, self.source_config, revision)
+        if (folder := Path(model_name)).is_dir():
+            model_config, _ = read_config(folder)
+            validate(folder, model_config, self.source_config, dialect=self.dialect)
 
     @property
     def options(self) -> Options:
@@ -117,21 +124,8 @@ class NvFp4Config(QuantizationConfig):
         return linear_method(self, spec, prefix)
 
     def layer_spec(self, prefix: str) -> LayerSpec:
-        """How the layer, fused or not, is stored: all shards of a fused layer must agree."""
-        shards = shard_names(prefix, self.packed_modules_mapping)
-        specs = {name: self.dialect.layer_spec(name) for name in shards}
-        first = specs[shards[0]]
-        for name, spec in specs.items():
-            if spec != first:
-                raise CheckpointError(
-                    "quantization config",
-                    f"{prefix} is one fused layer of {', '.join(shards)}",
-                    f"{shards[0]} as {first.algo or first.kind.value}, "
-                    f"{name} as {spec.algo or spec.kind.value}",
-                    "one format for all of them",
-                    "Quantise the shards of a fused layer alike, or none of them.",
-                )
-        return first
+        """How the layer, fused or not, is stored."""
+        return fused_layer_spec(self.dialect, prefix, self.packed_modules_mapping)
 
     def _ignored_online(self, spec: LayerSpec, prefix: str) -> bool:
         patterns = self.options.online_ignore

@@ -16,8 +16,11 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+
+from vllm_nvfp4.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class Cpu:
     features: LLVM's feature string
     has_avx512: 512-bit table look-ups over 16-bit and 32-bit lanes
     has_bf16_dot: the AVX-512 BF16 dot product
+    has_byte_tables: 512-bit table look-ups over bytes
     has_avx2:   256-bit table look-ups over 32-bit lanes
     """
 
@@ -40,11 +44,34 @@ class Cpu:
     features: str
     has_avx512: bool
     has_bf16_dot: bool
+    has_byte_tables: bool
     has_avx2: bool
 
 
 # What VLLM_NVFP4_CPU_ISA may say, and the LLVM features each name stands for on x86.
 _ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "generic")
+
+
+@functools.cache
+def _llvm() -> ModuleType:
+    """llvmlite's binding, made safe to look at.
+
+    Its library object answers every attribute, ``__dict__`` included, with a C function. vLLM looks
+    into the ``__dict__`` of whatever any module holds each time it builds an engine.
+    """
+    from llvmlite import binding
+    from llvmlite.binding import ffi
+
+    wrapper = type(ffi.lib)
+    look_up = wrapper.__getattr__
+
+    def look_up_functions_only(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    wrapper.__getattr__ = look_up_functions_only
+    return binding
 
 
 def detect_cpu(isa: str | None = None) -> Cpu:
@@ -53,7 +80,7 @@ def detect_cpu(isa: str | None = None) -> Cpu:
     isa: "avx512_bf16", "avx512", "avx2" or "generic"; default the best there is. A level that the
     machine does not have is refused with ValueError.
     """
-    from llvmlite import binding
+    binding = _llvm()
 
     if isa is not None and isa not in _ISA_LEVELS:
         raise ValueError(f"CPU instruction set {isa!r} is unknown; choose from {_ISA_LEVELS}")
@@ -75,18 +102,26 @@ def detect_cpu(isa: str | None = None) -> Cpu:
                 features[name] = False
     flags = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
     name = binding.get_host_cpu_name() if rank < 2 else ""
-    return Cpu(name, flags, rank <= 1, rank == 0, have["avx2"] and rank <= 2)
+    return Cpu(
+        name,
+        flags,
+        has_avx512=rank <= 1,
+        has_bf16_dot=rank == 0,
+        has_byte_tables=rank <= 1 and bool(features.get("avx512vbmi")),
+        has_avx2=have["avx2"] and rank <= 2,
+    )
 
 
 @functools.cache
 def host_cpu() -> Cpu:
-    """:func:`detect_cpu` at the level that ``VLLM_NVFP4_CPU_ISA`` names, if it is set."""
-    return detect_cpu(os.environ.get("VLLM_NVFP4_CPU_ISA"))
+    """:func:`detect_cpu` at the level of the option ``cpu_isa``."""
+    isa = Options.resolve().cpu_isa
+    return detect_cpu(None if isa == "auto" else isa)
 
 
 def compile_function(name: str, ir_text: str, cpu: Cpu) -> int:
     """The address of function ``name`` of an LLVM module. About 20 to 60 ms."""
-    from llvmlite import binding
+    binding = _llvm()
 
     with _lock:
         binding.initialize_native_target()
@@ -162,7 +197,7 @@ def _serial_pool() -> ThreadPool:
         "one thread",
         run,
         compile_function("thread_num", _SERIAL_IR, cpu),
-        compile_function("num_threads", _SERIAL_IR.replace("@", "@"), cpu),
+        compile_function("num_threads", _SERIAL_IR, cpu),
     )
 
 

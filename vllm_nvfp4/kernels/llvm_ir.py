@@ -39,6 +39,8 @@ class Value:
             other = self.ir.const(self.type, other)
         is_float = _parts(self.type)[1] in ("float", "half", "double")
         op = on_float if is_float else on_int
+        if not op:
+            raise TypeError(f"no such operation on {self.type}")
         return self.ir.emit(self.type, f"{op} {self.type} {self.name}, {other.name}")
 
     def __add__(self, other: Value | float) -> Value:
@@ -49,6 +51,9 @@ class Value:
 
     def __mul__(self, other: Value | float) -> Value:
         return self._binary(other, "mul", "fmul")
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary(other, "", "fdiv")
 
     def __floordiv__(self, other: Value | int) -> Value:
         return self._binary(other, "udiv")
@@ -187,6 +192,20 @@ class IrWriter:
         """a * b + c, rounded once where the machine has it."""
         lanes, _ = _parts(a.type)
         return self.call(a.type, f"llvm.fmuladd.v{lanes}f32", a, b, c)
+
+    def sum_lanes(self, vector: Value) -> Value:
+        """The sum of all lanes of a float vector, in whatever order is fastest."""
+        lanes, element = _parts(vector.type)
+        name = f"llvm.vector.reduce.fadd.v{lanes}{_mangle(element)}"
+        self._declared.add(f"declare {element} @{name}({element}, {vector.type})")
+        zero = self.const(element, 0.0)
+        operands = f"{element} {zero.name}, {vector.type} {vector.name}"
+        return self.emit(element, f"call reassoc {element} @{name}({operands})")
+
+    def set_lane(self, vector: Value, lane: Value, scalar: Value) -> Value:
+        """The vector with one lane replaced."""
+        operands = f"{vector.type} {vector.name}, {scalar.type} {scalar.name}"
+        return self.emit(vector.type, f"insertelement {operands}, {lane.type} {lane.name}")
 
     def argument(self, index: int, to: str = "ptr") -> Value:
         """Word ``index`` of the argument array."""
