@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// The K loop both GEMM kernels share: a ring of stages in shared memory, filled by cp.async while
+// the warps compute on older ones.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace pipeline {
+
+// Shared memory of one stage: codes, block scales, activation rows. Rows are padded by kRowPad
+// bytes so that the rows a warp reads together fall into different banks.
+template <class Config, int kElementBytesValue, int kRowPad>
+struct Stage {
+  static constexpr int kElementBytes = kElementBytesValue;
+  static constexpr int kTilesN = Config::BLOCK_N / fragments::kTileN;
+  static constexpr int kTilesK = Config::BLOCK_K / fragments::kTileK;
+  static constexpr int kScaleTileBytes = fragments::kTileScaleBytes<Config::kFormat>;
+  static constexpr int kRowBytes = Config::BLOCK_K * kElementBytes;
+  static constexpr int kRowPitch = kRowBytes + kRowPad;
+  static constexpr int kCodes = 0;
+  static constexpr int kScales = kCodes + kTilesN * kTilesK * fragments::kTileCodeBytes;
+  static constexpr int kActivations = kScales + kTilesN * kTilesK * kScaleTileBytes;
+  static constexpr int kBytes = kActivations + Config::BLOCK_M * kRowPitch;
+
+  // Where a packed tile starts in a stage.
+  __device__ __forceinline__ static int codes(int tile_n, int tile_k) {
+    return kCodes + (tile_n * kTilesK + tile_k) * fragments::kTileCodeBytes;
+  }
+  __device__ __forceinline__ static int scales(int tile_n, int tile_k) {
+    return kScales + (tile_n * kTilesK + tile_k) * kScaleTileBytes;
+  }
+};
+
+// The output tile and the K steps of a thread block.
+template <class Config>
+struct Work {
+  int tile_index;  // of the output tile, tokens fastest: neighbours share weights in L2
+  int first_token, first_row;
+  int first_step, end_step;  // K steps of BLOCK_K
+
+  __device__ __forceinline__ explicit Work(const GemmParams& p) {
+    const int tiles_m = (p.m + Config::BLOCK_M - 1) / Config::BLOCK_M;
+    const int steps = (p.k + Config::BLOCK_K - 1) / Config::BLOCK_K;
+    tile_index = static_cast<int>(blockIdx.x);
+    first_token = tile_index % tiles_m * Config::BLOCK_M;
+    first_row = tile_index / tiles_m * Config::BLOCK_N;
+    const int split = static_cast<int>(blockIdx.y);
+    first_step = steps * split / p.num_splits;
+    end_step = steps * (split + 1) / p.num_splits;
+  }
+};
+
+// A column of 16-byte pieces that one thread copies in every stage: its rows lie kRowStep apart.
+template <class Config, int kRows, int kPiecesPerRow>
+struct Column {
+  static constexpr int kRowStep = Config::kThreads / kPiecesPerRow;
+  static constexpr int kCount = (kRows + kRowStep - 1) / kRowStep;
+  static constexpr bool kIsWhole = kRows % kRowStep == 0;
+  static_assert(Config::kThreads % kPiecesPerRow == 0, "threads cover whole rows");
+
+  __device__ __forceinline__ static int row(int i) {
+    return static_cast<int>(threadIdx.x) / kPiecesPerRow + i * kRowStep;
+  }
+  // Byte offset of the piece in its row.
+  __device__ __forceinline__ static int offset() {
+    return static_cast<int>(threadIdx.x) % kPiecesPerRow * 16;
+  }
+  // Whether this thread has an i-th piece at all.
+  __device__ __forceinline__ static bool exists(int i) { return kIsWhole || row(i) < kRows; }
+};
+
+// What a thread block reads of one array: from `base` on, num_rows rows, row_bytes apart.
+struct Source {
+  const uint8_t* base;
+  int64_t row_bytes;
+  int num_rows;
+};
+
+// What becomes of rows beyond the matrix. Nothing computed from them is ever stored, so for the
+// weights the last row is simply read again; of the activations, where a single token may stand for
+// a tile of eight, they are zeros and cost no traffic.
+enum class RowsBeyond { kRepeatLast, kZero };
+
+// One thread's share of the copies of one array, stage after stage. Columns beyond the matrix
+// become zeros, without being read, so that no stray NaN meets a zero there.
+template <class Column, int kSharedPitch, int kStepBytes, RowsBeyond kRowsBeyond>
+struct Copier {
+  static constexpr bool kRepeats = kRowsBeyond == RowsBeyond::kRepeatLast;
+  const uint8_t* from;               // the thread's pieces at the next step, without the rows'
+  uint32_t offsets[Column::kCount];  // offsets: 32 bits span the rows of a tile
+  bool is_row[Column::kCount];
+  int column;   // of the matrix, counted from the step's first, that tells if there are pieces
+  uint32_t to;  // of the first piece, in a stage
+
+  __device__ __forceinline__ Copier(const Source& source, int first_column, int stage_offset)
+      : from(source.base + Column::offset()),
+        column(first_column),
+        to(stage_offset + Column::row(0) * kSharedPitch + Column::offset()) {
+#pragma unroll
+    for (int i = 0; i < Column::kCount; ++i) {
+      const int row = kRepeats ? min(Column::row(i), source.num_rows - 1) : Column::row(i);
+      is_row[i] = kRepeats || row < source.num_rows;
+      offsets[i] = static_cast<uint32_t>(row * source.row_bytes);
+    }
+  }
+
+  __device__ __forceinline__ void copy_step(uint32_t stage, int columns_left) {
+    const bool is_column = column < columns_left;
+#pragma unroll
+    for (int i = 0; i < Column::kCount; ++i) {
+      if (!Column::exists(i)) continue;
+      ptx::cp_async_16(stage + to + i * Column::kRowStep * kSharedPitch, from + offsets[i],
+                       is_column && is_row[i]);
+    }
+    from += kStepBytes;
+  }
+};
+
+// Fills the stages of a thread block's K steps, in order.
+template <class Config, class Stage>
+class Loader {
+  static constexpr int kCodeRow = Stage::kTilesK * fragments::kTileCodeBytes;
+  static constexpr int kScaleRow = Stage::kTilesK * Stage::kScaleTileBytes;
+  using CodePieces = Column<Config, Stage::kTilesN, kCodeRow / 16>;
+  using ScalePieces = Column<Config, Stage::kTilesN, kScaleRow / 16>;
+  using TokenPieces = Column<Config, Config::BLOCK_M, Stage::kRowBytes / 16>;
+  Copier<CodePieces, kCodeRow, kCodeRow, RowsBeyond::kRepeatLast> codes_;
+  Copier<ScalePieces, kScaleRow, kScaleRow, RowsBeyond::kRepeatLast> scales_;
+  Copier<TokenPieces, Stage::kRowPitch, Stage::kRowBytes, RowsBeyond::kZero> activations_;
+  int columns_left_;  // of the matrix, from the next step on
+
+  template <int kTileBytes>
+  __device__ __forceinline__ static Source packed(const uint8_t* array, const GemmParams& p,
+                                                  const Work<Config>& work) {
+    const int64_t tiles_k = (p.k + fragments::kTileK - 1) / fragments::kTileK;
+    const int64_t first =
+        work.first_row / fragments::kTileN * tiles_k + work.first_step * Stage::kTilesK;
+    const int rows = (p.n - work.first_row + fragments::kTileN - 1) / fragments::kTileN;
+    return {array + first * kTileBytes, tiles_k * kTileBytes, rows};
+  }
+  __device__ __forceinline__ static Source tokens(const GemmParams& p, const Work<Config>& work) {
+    const int64_t row_bytes = int64_t{p.a_stride} * Stage::kElementBytes;
+    return {static_cast<const uint8_t*>(p.a) + work.first_token * row_bytes +
+                int64_t{work.first_step} * Stage::kRowBytes,
+            row_bytes, p.m - work.first_token};
+  }
+
+ public:
+  __device__ __forceinline__ Loader(const GemmParams& p, const Work<Config>& work)
+      : codes_(packed<fragments::kTileCodeBytes>(p.codes, p, work),
+               CodePieces::offset() / fragments::kTileCodeBytes * fragments::kTileK, Stage::kCodes),
+        scales_(packed<Stage::kScaleTileBytes>(p.block_scale, p, work),
+                ScalePieces::offset() / Stage::kScaleTileBytes * fragments::kTileK, Stage::kScales),
+        activations_(tokens(p, work), TokenPieces::offset() / Stage::kElementBytes,
+                     Stage::kActivations),
+        columns_left_(p.k - work.first_step * Config::BLOCK_K) {}
+
+  __device__ __forceinline__ void load_next(uint32_t stage) {
+    codes_.copy_step(stage, columns_left_);
+    scales_.copy_step(stage, columns_left_);
+    activations_.copy_step(stage, columns_left_);
+    columns_left_ -= Config::BLOCK_K;
+  }
+};
+
+// Calls compute(shared address of a stage) for each K step, in order.
+template <class Config, class Stage, class Compute>
+__device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Work<Config>& work,
+                                    Compute&& compute) {
+  constexpr int kStages = Config::kStages;
+  constexpr uint32_t kRingBytes = kStages * Stage::kBytes;
+  Loader<Config, Stage> loader(p, work);
+  int steps_to_load = work.end_step - work.first_step;
+  // A group is committed for every step, empty or not: the wait below counts groups.
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (steps_to_load-- > 0) loader.load_next(smem + i * Stage::kBytes);
+    ptx::cp_async_commit();
+  }
+  uint32_t read = 0, write = kRingBytes - Stage::kBytes;
+#pragma unroll 1
+  for (int step = work.first_step; step < work.end_step; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    // Everybody's part of this stage has landed, and everybody is done with the stage before,
+    // which is the one filled next.
+    __syncthreads();
+    if (steps_to_load-- > 0) loader.load_next(smem + write);
+    ptx::cp_async_commit();
+    compute(smem + read);
+    read = read + Stage::kBytes == kRingBytes ? 0 : read + Stage::kBytes;
+    write = write + Stage::kBytes == kRingBytes ? 0 : write + Stage::kBytes;
+  }
+  // The epilogue reuses this memory.
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+}
+
+}  // namespace pipeline

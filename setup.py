@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts machine code for the CUDA kernels into the wheel; everything else is in pyproject.toml.
+
+NVFP4_BUILD_CUBINS unset or 0: no cubins; kernels are compiled with NVRTC when a model loads, once
+                  1:          cubins for every architecture of vllm_nvfp4.kernels.cubins.BUILD_ARCHS
+                  89,90:      cubins for these
+NVFP4_BUILD_KERNELS:    only kernels whose symbol matches this pattern (fnmatch)
+
+The wheel is pure Python (py3-none-any) either way. An editable install never compiles.
+"""
+
+import fnmatch
+import os
+import re
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+WANTED = os.environ.get("NVFP4_BUILD_CUBINS", "0").strip() or "0"
+
+
+class BuildPyWithCubins(build_py):
+    """build_py, and then the cubins into the built package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        if WANTED == "0":
+            print("vllm-nvfp4: a wheel without cubins (NVFP4_BUILD_CUBINS=1 builds them in)")
+            return
+        self._build_cubins()
+
+    def _build_cubins(self) -> None:
+        sys.path.insert(0, str(ROOT))
+        from vllm_nvfp4.kernels import configs, cubins, nvrtc
+
+        if WANTED != "1" and not re.fullmatch(r"\d+(,\d+)*", WANTED):
+            raise SystemExit(
+                f"NVFP4_BUILD_CUBINS={WANTED}: needs 0, 1 or architectures such as 89,90"
+            )
+        archs = cubins.BUILD_ARCHS if WANTED == "1" else [int(a) for a in WANTED.split(",")]
+        if nvrtc.nvrtc_version() is None:
+            raise SystemExit(
+                f"NVFP4_BUILD_CUBINS={WANTED} needs NVRTC while the wheel is built, and there is "
+                f"none. pip install {' '.join(BUILD_REQUIRES)}"
+            )
+        pattern = os.environ.get("NVFP4_BUILD_KERNELS", "*")
+        chosen = [c for c in configs.CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
+        out = Path(self.build_lib) / "vllm_nvfp4" / "cubins"
+        count = cubins.build(chosen, out, archs, jobs=os.cpu_count() or 1)
+        print(f"vllm-nvfp4: {count} cubins for {', '.join(f'sm_{a}' for a in archs)}")
+
+
+BUILD_REQUIRES = [
+    "cuda-core>=0.4",
+    "cuda-bindings>=13,<14",
+    "nvidia-cuda-nvrtc>=13,<14",
+    "nvidia-cuda-runtime>=13,<14",
+]
+
+# setup_requires reaches pip as a requirement of the build environment (PEP 517).
+setup(
+    cmdclass={"build_py": BuildPyWithCubins},
+    setup_requires=[] if WANTED == "0" else BUILD_REQUIRES,
+)

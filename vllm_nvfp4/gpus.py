@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each GPU can do on paper. The one place for these figures: dispatch and planning read them.
+
+Nothing here imports torch or CUDA. Tensor rates are dense. "f32acc" and "f16acc" name the
+accumulator: GeForce cards run float MMA with f32 accumulators at half rate, L4, L40S and
+RTX 6000 Ada do not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ADA = "NVIDIA Ada GPU Architecture whitepaper V2.01, appendices A and B"
+_PAGE = "nvidia.com product page (SMs, boost, bandwidth, TDP); rates = SMs * boost * Ada's rate"
+_L40S = "NVIDIA L40S datasheet"
+_L4 = "NVIDIA L4 datasheet; SMs and L2 from the Ada whitepaper V2.01"
+_A100 = "NVIDIA A100 datasheet; SMs, clock and L2 from the GA100 whitepaper V1.0"
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2.1, appendix A"
+_H100 = "NVIDIA H100 datasheet; SMs, clock and L2 from the H100 whitepaper V1.04"
+_H200 = "NVIDIA H200 datasheet; die as H100 SXM"
+_GB202 = "NVIDIA RTX Blackwell GPU Architecture whitepaper V1.1, appendix A"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU model.
+
+    name:            as the driver reports it, without the vendor
+    arch:            compute capability times ten: 89 is 8.9
+    num_sms:         streaming multiprocessors
+    boost_ghz:       boost clock, GHz
+    dram_gbps:       DRAM bandwidth, GB/s (10^9)
+    l2_mb:           L2 cache, MB
+    memory_gb:       DRAM, GB
+    bf16_tflops:     dense BF16 or FP16, f32 accumulators
+    fp8_f32_tflops:  dense FP8, f32 accumulators; 0 where the chip has none
+    fp8_f16_tflops:  dense FP8, f16 accumulators; 0 where the chip has none
+    int8_tops:       dense INT8
+    tdp_w:           board power, W
+    source, date:    where the figures are from, and when they were entered (ISO)
+    is_estimate:     True for a card that is not in the table: rates then come from its
+                     architecture, SM count and clock
+    """
+
+    name: str
+    arch: int
+    num_sms: int
+    boost_ghz: float
+    dram_gbps: float
+    l2_mb: float
+    memory_gb: float
+    bf16_tflops: float
+    fp8_f32_tflops: float
+    fp8_f16_tflops: float
+    int8_tops: float
+    tdp_w: float
+    source: str
+    date: str = "2026-11-24"
+    is_estimate: bool = False
+
+
+# fmt: off
+GPUS: tuple[Gpu, ...] = (
+    # name, arch, SMs, GHz, GB/s, L2 MB, GB, bf16, fp8 f32acc, fp8 f16acc, int8, W, source
+    Gpu("GeForce RTX 3090", 86, 82, 1.695, 936, 6, 24, 71.0, 0, 0, 284.0, 350, _GA102),
+    Gpu("GeForce RTX 4060 Ti", 89, 34, 2.535, 288, 32, 16, 44.1, 88.3, 176.5, 176.5, 165, _PAGE),
+    Gpu("GeForce RTX 4070", 89, 46, 2.475, 504, 36, 12, 58.3, 116.6, 233.2, 233.2, 200, _PAGE),
+    Gpu("GeForce RTX 4070 SUPER", 89, 56, 2.475, 504, 48, 12, 71.0, 142, 284, 284, 220, _PAGE),
+    Gpu("GeForce RTX 4070 Ti", 89, 60, 2.61, 504, 48, 12, 80.2, 160, 321, 321, 285, _PAGE),
+    Gpu("GeForce RTX 4070 Ti SUPER", 89, 66, 2.61, 672, 48, 16, 88.2, 176, 353, 353, 285, _PAGE),
+    Gpu("GeForce RTX 4080", 89, 76, 2.505, 717, 64, 16, 97.5, 194.9, 389.9, 389.9, 320, _ADA),
+    Gpu("GeForce RTX 4080 SUPER", 89, 80, 2.55, 736, 64, 16, 104.4, 209, 418, 418, 320, _PAGE),
+    Gpu("GeForce RTX 4090", 89, 128, 2.52, 1008, 72, 24, 165.2, 330.3, 660.6, 660.6, 450, _ADA),
+    Gpu("GeForce RTX 4090 D", 89, 114, 2.52, 1008, 72, 24, 147.1, 294.2, 588.3, 588.3, 425, _PAGE),
+    Gpu("L4", 89, 58, 2.04, 300, 48, 24, 121.0, 242.5, 242.5, 242.5, 72, _L4),
+    Gpu("L40S", 89, 142, 2.52, 864, 96, 48, 362.05, 733.0, 733.0, 733.0, 350, _L40S),
+    Gpu("RTX 6000 Ada Generation", 89, 142, 2.505, 960, 96, 48, 364, 728, 728, 728, 300, _ADA),
+    Gpu("A100-SXM4-40GB", 80, 108, 1.41, 1555, 40, 40, 312.0, 0, 0, 624.0, 400, _A100),
+    Gpu("A100-SXM4-80GB", 80, 108, 1.41, 2039, 40, 80, 312.0, 0, 0, 624.0, 400, _A100),
+    Gpu("A100 80GB PCIe", 80, 108, 1.41, 1935, 40, 80, 312.0, 0, 0, 624.0, 300, _A100),
+    # Hopper: the clock at which NVIDIA quotes the tensor rates, not the highest boost.
+    Gpu("H100 80GB HBM3", 90, 132, 1.83, 3352, 50, 80, 989.4, 1979.0, 1979.0, 1979.0, 700, _H100),
+    Gpu("H100 PCIe", 90, 114, 1.62, 2039, 50, 80, 756.0, 1513.0, 1513.0, 1513.0, 350, _H100),
+    Gpu("H200", 90, 132, 1.83, 4800, 50, 141, 989.4, 1979.0, 1979.0, 1979.0, 700, _H200),
+    Gpu("GeForce RTX 5090", 120, 170, 2.407, 1792, 96, 32, 209.5, 419.0, 838.0, 838.0, 575, _GB202),
+)
+# fmt: on
+
+# Dense FLOP per clock and SM: (bf16 f32acc, fp8 f32acc, fp8 f16acc, int8) for GeForce cards and
+# for the others. Derived from the rows above; a test holds each row to its rate.
+RATES_GEFORCE = {
+    80: (2048, 0, 0, 4096),
+    86: (512, 0, 0, 2048),
+    89: (512, 1024, 2048, 2048),
+    90: (4096, 8192, 8192, 8192),
+    120: (512, 1024, 2048, 2048),
+}
+RATES_PROFESSIONAL = {
+    80: (2048, 0, 0, 4096),
+    86: (1024, 0, 0, 2048),
+    89: (1024, 2048, 2048, 2048),
+    90: (4096, 8192, 8192, 8192),
+    120: (1024, 2048, 2048, 2048),
+}
+
+
+def short_name(device_name: str) -> str:
+    """The device name without the vendor: "NVIDIA L40S" -> "L40S"."""
+    return re.sub(r"^NVIDIA\s+", "", device_name.strip())
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The table's row for a device name, or None. Case and the words NVIDIA and GeForce do not
+    matter, so "rtx 4090" finds the RTX 4090; nothing else is guessed: "RTX 4090 Laptop GPU" is
+    another chip and finds nothing.
+    """
+    wanted = _key(name)
+    return next((gpu for gpu in GPUS if _key(gpu.name) == wanted), None)
+
+
+def estimate_gpu(
+    name: str, arch: int, num_sms: int, clock_ghz: float, dram_gbps: float, memory_gb: float
+) -> Gpu:
+    """A row for a card that is not in the table: rate = SMs * clock * FLOP per clock of its kind.
+
+    arch: compute capability times ten; an architecture without a known rate takes the nearest
+    older one. L2 and TDP are 0: unknown.
+    """
+    rates = RATES_GEFORCE if "geforce" in name.lower() else RATES_PROFESSIONAL
+    known = max((a for a in rates if a <= arch), default=min(rates))
+    bf16, fp8_f32, fp8_f16, int8 = (r * num_sms * clock_ghz / 1e3 for r in rates[known])
+    return Gpu(
+        short_name(name), arch, num_sms, clock_ghz, dram_gbps, 0, memory_gb,
+        bf16, fp8_f32, fp8_f16, int8, 0,
+        "estimated from the device's own SM count and clocks", is_estimate=True,
+    )  # fmt: skip
+
+
+def _key(name: str) -> str:
+    words = re.sub(r"[\s_-]+", " ", name.lower()).split()
+    return " ".join(w for w in words if w not in ("nvidia", "geforce"))

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a kernel's machine code comes from: the wheel, else the cache on disk, else NVRTC.
+
+:func:`prepare` is called while weights load and returns the cubins; nothing compiles after that.
+
+The wheel:  vllm_nvfp4/cubins/sm_<arch>/<symbol>.cubin and manifest.json, written by
+            :func:`build` when the wheel is built.
+The cache:  <cache>/sm_<arch>/<key>.cubin, each file an ELF image followed by a trailer with its
+            hash; the key covers source, included files, options, compiler version, architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vllm_nvfp4.kernels import nvrtc
+from vllm_nvfp4.kernels.nvrtc import CompileError, KernelSource
+
+logger = logging.getLogger("vllm_nvfp4")
+
+CACHE_DIR_ENV = "VLLM_NVFP4_CACHE_DIR"
+BUILD_ARCHS = (80, 86, 89, 90, 120)
+
+_TRAILER_MAGIC = b"vllm-nvfp4 sha256:"
+_TRAILER_BYTES = len(_TRAILER_MAGIC) + 32
+_COMPILE_THREADS = 8
+
+
+class CacheError(RuntimeError):
+    """The cache folder is not safe to load machine code from."""
+
+
+def prepare(configs: Sequence[KernelSource], arch: int) -> dict[str, bytes]:
+    """The cubin of every configuration for one architecture: {symbol: image}.
+
+    arch: compute capability times ten
+    Raises CompileError (nothing packaged and no compiler) or CacheError.
+    """
+    unique = {config.symbol: config for config in configs}
+    if not unique:
+        return {}
+    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        images = pool.map(functools.partial(get_cubin, arch=arch), unique.values())
+        return dict(zip(unique, images, strict=True))
+
+
+def get_cubin(config: KernelSource, arch: int) -> bytes:
+    """One kernel's cubin: packaged, cached or compiled now (and then cached)."""
+    image = _packaged(config, arch)
+    if image is not None:
+        return image
+    version = nvrtc.nvrtc_version()
+    if version is None:
+        return nvrtc.compile_cubin(config, arch)  # raises, and says what to install
+    folder = _open_cache_dir(arch)
+    if folder is None:
+        return nvrtc.compile_cubin(config, arch)
+    path = folder / f"{_cache_key(config, arch, version)}.cubin"
+    image = _read_cached(path)
+    if image is not None:
+        return image
+    # One process compiles, the others wait for it and read. Without a lock (a file system that
+    # has none) they would all compile, and the atomic rename would still keep the file whole.
+    with _locked(folder / f"{path.stem}.lock"):
+        image = _read_cached(path)
+        if image is None:
+            if path.exists():
+                logger.warning("%s: corrupt; compiling %s again", path, config.symbol)
+            image = nvrtc.compile_cubin(config, arch)
+            _write_atomically(path, image + _trailer(image))
+    return image
+
+
+def source_key(config: KernelSource, arch: int) -> str:
+    """sha256 over all that decides what the code computes: symbol, source, includes, options.
+
+    The compiler's version is left out: a packaged cubin stays valid under another NVRTC.
+    """
+    content = [
+        config.symbol,
+        config.source,
+        nvrtc.included_files(config.source),
+        nvrtc.compile_options(arch),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --- the wheel ---------------------------------------------------------------------------------
+
+
+def packaged_dir() -> Path:
+    return Path(__file__).resolve().parent.parent / "cubins"
+
+
+def build(
+    configs: Sequence[KernelSource], out: Path, archs: Sequence[int] = BUILD_ARCHS, jobs: int = 1
+) -> int:
+    """Compile every configuration for every architecture that can run it into a wheel's folder.
+
+    out: the folder "cubins" of the package being built. Returns the number of cubins written.
+    The same sources and compiler give the same bytes.
+    """
+    version = nvrtc.version_text(nvrtc.nvrtc_version())
+    tasks = [(config, arch) for arch in archs for config in configs if arch >= config.min_arch]
+    with ThreadPoolExecutor(jobs) as pool:
+        images = list(pool.map(lambda task: nvrtc.compile_cubin(*task), tasks))
+    manifests: dict[int, dict[str, dict[str, str]]] = {arch: {} for arch in archs}
+    for (config, arch), image in zip(tasks, images, strict=True):
+        folder = out / f"sm_{arch}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{config.symbol}.cubin").write_bytes(image)
+        manifests[arch][config.symbol] = {
+            "source": source_key(config, arch),
+            "sha256": hashlib.sha256(image).hexdigest(),
+        }
+    for arch, entries in manifests.items():
+        if entries:
+            text = json.dumps({"nvrtc": version, "kernels": entries}, indent=1, sort_keys=True)
+            (out / f"sm_{arch}" / "manifest.json").write_text(text + "\n")
+    return len(tasks)
+
+
+@functools.cache
+def _manifest(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / "manifest.json"
+    return json.loads(path.read_text())["kernels"] if path.is_file() else {}
+
+
+def _packaged(config: KernelSource, arch: int) -> bytes | None:
+    folder = packaged_dir() / f"sm_{arch}"
+    entry = _manifest(folder).get(config.symbol)
+    # An entry of other sources is stale, not broken: someone edits csrc/ in an installed package.
+    if entry is None or entry["source"] != source_key(config, arch):
+        return None
+    path = folder / f"{config.symbol}.cubin"
+    image = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(image).hexdigest() != entry["sha256"]:
+        raise CompileError(
+            f"{path}: its content does not match the manifest, so the installation is damaged. "
+            "Reinstall vllm-nvfp4 (pip install --force-reinstall --no-deps vllm-nvfp4)"
+        )
+    return image
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """$VLLM_NVFP4_CACHE_DIR, else $XDG_CACHE_HOME/vllm_nvfp4, else ~/.cache/vllm_nvfp4."""
+    if chosen := os.environ.get(CACHE_DIR_ENV):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vllm_nvfp4"
+
+
+def _open_cache_dir(arch: int) -> Path | None:
+    """The cache folder of one architecture; None (and one log line) where it can't be written."""
+    folder = cache_dir() / f"sm_{arch}"
+    try:
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_private(path)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        _warn_uncached(folder, str(error))
+        return None
+    if not writable:
+        _warn_uncached(folder, "not writable")
+        return None
+    return folder
+
+
+@functools.cache
+def _warn_uncached(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s: %s; kernels are compiled in every process. Set %s to a folder you can write",
+        folder, reason, CACHE_DIR_ENV,
+    )  # fmt: skip
+
+
+def _check_private(path: Path) -> None:
+    # What is read from here runs on the GPU with this process's memory: nobody else may write it.
+    info = path.stat()
+    if info.st_uid != os.geteuid():
+        raise CacheError(
+            f"{path}: the kernel cache belongs to user {info.st_uid}, this process runs as "
+            f"{os.geteuid()}. Set {CACHE_DIR_ENV} to a folder of your own"
+        )
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CacheError(
+            f"{path}: others may write to the kernel cache (mode {stat.S_IMODE(info.st_mode):o}, "
+            f"needs 700). chmod 700 {path}, or set {CACHE_DIR_ENV} to another folder"
+        )
+
+
+def _cache_key(config: KernelSource, arch: int, version: tuple[int, int]) -> str:
+    return hashlib.sha256(f"{source_key(config, arch)} nvrtc {version}".encode()).hexdigest()
+
+
+def _trailer(image: bytes) -> bytes:
+    return _TRAILER_MAGIC + hashlib.sha256(image).digest()
+
+
+def _read_cached(path: Path) -> bytes | None:
+    """The image of a cache file; None if there is none or its hash does not match."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    image = content[:-_TRAILER_BYTES]
+    return image if image and content[len(image) :] == _trailer(image) else None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    # mkstemp makes the file 0600; the rename is atomic within one folder.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # ENOLCK on some network file systems
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

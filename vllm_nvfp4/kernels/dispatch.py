@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs a product: pure functions of the GPU's figures, the shape and the options.
+
+Two steps. The roofline alone chooses the activation bits, so that the choice is monotone in M:
+below the switch always 16 bits, from it on always 8. A cost model then ranks the tiles.
+No torch, no CUDA: the same answers on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels import configs
+from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.numerics.formats import FORMATS
+
+ACTIVATIONS = ("auto", "16", "8")
+
+# The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
+_MMA_SYNC_SHARE = {90: 0.62}
+# FP8 mma.sync is one instruction from sm_89 on, but on sm_90 the compiler emulates it: six
+# conversions and two FP16 MMAs of K=8 for each m16n8k16. 8-bit activations gain nothing there.
+_FIRST_FP8_ARCH = 89
+_EMULATED_FP8_ARCHS = frozenset({90, 100, 103})
+
+# Microseconds. A kernel inside a CUDA graph costs about this before its first byte arrives.
+_LAUNCH_US = 1.5
+# Shares of the peak that a well-shaped kernel sustains.
+_DRAM_SHARE = 0.9
+_TENSOR_SHARE = 0.8
+# Bytes per clock and SM that L2 delivers: 5 TB/s on an RTX 4090.
+_L2_BYTES_PER_CLOCK = 16
+# Issue slots: an SM issues four warp instructions, 128 lanes, per clock.
+_LANES_PER_CLOCK = 128
+# Lane instructions per weight for unpacking, and per weight and token for the MMA, its operand
+# loads and (w4a8) the scaling of its partial sums. Counted in sm_89 machine code.
+_UNPACK_COST = {"gemm_w4a16": 2.4, "gemm_w4a8": 0.9}
+_TOKEN_COST = {"gemm_w4a16": 0.03, "gemm_w4a8": 0.1}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one product runs.
+
+    config:          the kernel
+    activation_bits: 16 or 8
+    grid:            thread blocks: (output tiles, splits of K, 1)
+    num_splits:      into how many parts K is cut
+    workspace_bytes, semaphore_bytes: what the launch needs
+    estimated_us:    the model's time on this GPU, quantisation of the activations included
+    """
+
+    config: GemmConfig
+    activation_bits: int
+    grid: tuple[int, int, int]
+    num_splits: int
+    workspace_bytes: int
+    semaphore_bytes: int
+    estimated_us: float
+
+
+@functools.lru_cache(maxsize=65536)
+def choose(
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str, activation: str = "auto"
+) -> Choice:
+    """The kernel for y[M, N] = a[M, K] @ w[N, K]^T.
+
+    fmt_name:   "nvfp4" or "mxfp4"
+    dtype:      "bf16" or "fp16"
+    activation: "auto", "16" or "8"
+    Raises ValueError: a shape, format or option outside what the kernels take, 8-bit activations
+    on a GPU without FP8.
+    """
+    _check(m, n, k, fmt_name, dtype)
+    bits = choose_activation_bits(gpu, m, n, k, fmt_name, activation)
+    candidates = reachable(fmt_name, dtype, bits)
+    config = min(candidates, key=lambda c: (estimate_us(gpu, c, m, n, k), c.symbol))
+    grid = configs.grid(config, m, n, k, gpu.num_sms)
+    return Choice(
+        config, bits, grid, grid[1],
+        configs.workspace_bytes(config, m, n, k, gpu.num_sms),
+        configs.semaphore_bytes(config, m, n),
+        estimate_us(gpu, config, m, n, k),
+    )  # fmt: skip
+
+
+def choose_activation_bits(
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, activation: str = "auto"
+) -> int:
+    """16 or 8: 8 where the rooflines cross, which is where 16 bits become compute-bound.
+
+    time16(M) = max(weight bytes / DRAM, 2MNK / bf16 rate)
+    time8(M)  = max(weight bytes / DRAM, 2MNK / fp8 rate) + quantising M rows of K
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; needs one of {', '.join(ACTIVATIONS)}")
+    if activation == "16":
+        return 16
+    if activation == "8":
+        if gpu.arch < _FIRST_FP8_ARCH:
+            raise ValueError(
+                f"activation=8: {gpu.name} (sm_{gpu.arch}) has no FP8 tensor cores; they come with "
+                f"sm_{_FIRST_FP8_ARCH}. Use activation=auto or 16"
+            )
+        return 8
+    return 8 if m >= activation_switch(gpu, n, k, fmt_name) else 16
+
+
+@functools.lru_cache(maxsize=4096)
+def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str) -> float:
+    """The M from which 8-bit activations are faster; infinity where they never are."""
+    if gpu.arch < _FIRST_FP8_ARCH or gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops:
+        return math.inf
+    memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
+    us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16)
+    us8_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 8)
+    quantize_per_m = _quantize_us(gpu, 1, k) - _LAUNCH_US
+    # Where the 8-bit product is still bound by memory: us16 * M = memory + launch + quantize * M.
+    if us16_per_m > quantize_per_m:
+        crossing = (memory_us + _LAUNCH_US) / (us16_per_m - quantize_per_m)
+        if us8_per_m * crossing <= memory_us:
+            return crossing
+    # Where it is bound by the tensor cores: us16 * M = us8 * M + launch + quantize * M.
+    gain = us16_per_m - us8_per_m - quantize_per_m
+    return _LAUNCH_US / gain if gain > 0 else math.inf
+
+
+def reachable(fmt_name: str, dtype: str, activation_bits: int) -> tuple[GemmConfig, ...]:
+    """Every configuration that :func:`choose` may return for these: what a load has to prepare."""
+    stem = "gemm_w4a8" if activation_bits == 8 else "gemm_w4a16"
+    return tuple(
+        c
+        for c in GEMM_CONFIGS
+        if (c.stem, c.fmt_name, c.dtype, c.variant) == (stem, fmt_name, dtype, "exact")
+    )
+
+
+def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
+    """Model, in microseconds: launch + the slowest of DRAM, L2, tensor cores and issue slots,
+    each over the busiest SM, + a tenth of the others, since they never overlap entirely.
+
+    A ranking of tiles, not a prediction: the constants above are shares of a peak.
+    """
+    if m == 0:
+        return 0.0
+    bits = 8 if config.stem == "gemm_w4a8" else 16
+    tiles_m, tiles_n = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
+    blocks, splits, _ = configs.grid(config, m, n, k, gpu.num_sms)
+    weight_bytes = n * k * config.fmt.bits_per_weight / 8
+    a_bytes = m * k * config.activation_bytes
+    partial_bytes = configs.workspace_bytes(config, m, n, k, gpu.num_sms)
+    dram_us = (weight_bytes + a_bytes + 2 * m * n) / _dram_bytes_per_us(gpu)
+    clocks_per_us = gpu.boost_ghz * 1e3
+    l2_us = (tiles_m * weight_bytes + tiles_n * a_bytes + 2 * partial_bytes) / (
+        gpu.num_sms * _L2_BYTES_PER_CLOCK * clocks_per_us
+    )
+    # Each SM runs its share of the blocks; a partly filled last wave costs a whole one, of which
+    # the occupancy is whatever is left.
+    blocks_per_sm = math.ceil(blocks * splits / gpu.num_sms)
+    k_per_block = math.ceil(k / splits)
+    weights = config.block_n * k_per_block
+    tensor_us = 2 * config.block_m * weights / (_tensor_flops_per_us(gpu, bits) / gpu.num_sms)
+    instructions = weights * (_UNPACK_COST[config.stem] + config.block_m * _TOKEN_COST[config.stem])
+    issue_us = instructions / (_LANES_PER_CLOCK * clocks_per_us)
+    parts = (dram_us, l2_us, blocks_per_sm * tensor_us, blocks_per_sm * issue_us)
+    quantize_us = _quantize_us(gpu, m, k) if bits == 8 else 0.0
+    return _LAUNCH_US + 0.9 * max(parts) + 0.1 * sum(parts) + quantize_us
+
+
+def _dram_bytes_per_us(gpu: Gpu) -> float:
+    return gpu.dram_gbps * 1e3 * _DRAM_SHARE
+
+
+def _tensor_flops_per_us(gpu: Gpu, activation_bits: int) -> float:
+    # A chip without FP8 figures only gets here when w4a8 was asked for by name on Hopper-like
+    # emulation; then the 16-bit rate is what the emulation can reach at best.
+    emulated = gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops
+    fp8 = gpu.bf16_tflops if emulated else gpu.fp8_f32_tflops
+    tflops = fp8 if activation_bits == 8 else gpu.bf16_tflops
+    return tflops * 1e6 * _TENSOR_SHARE * _MMA_SYNC_SHARE.get(gpu.arch, 1.0)
+
+
+def _quantize_us(gpu: Gpu, m: int, k: int) -> float:
+    # Reads 2 bytes and writes 1 per element; both passes of the maximum hit L2 or registers.
+    return _LAUNCH_US + 3 * m * k / _dram_bytes_per_us(gpu)
+
+
+def _check(m: int, n: int, k: int, fmt_name: str, dtype: str) -> None:
+    if fmt_name not in FORMATS:
+        raise ValueError(f"format {fmt_name!r}: needs one of {', '.join(FORMATS)}")
+    if dtype not in ("bf16", "fp16"):
+        raise ValueError(f"activations of {dtype!r}: the kernels take bf16 or fp16")
+    block = FORMATS[fmt_name].block_size
+    if m < 0 or n < 1 or k < block or k % block:
+        raise ValueError(
+            f"M={m}, N={n}, K={k}: needs M >= 0, N >= 1 and K a positive multiple of {block}"
+        )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layers of real models, as vLLM runs them: q/k/v and gate/up fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a decoder, named as in its config.json.
+
+    intermediate_size: of the dense MLP, or of one expert where num_experts > 0
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """{layer: (N, K)} of the dense linear layers of one decoder layer (not the experts)."""
+        q = self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        layers = {"qkv_proj": (q + 2 * kv, self.hidden_size), "o_proj": (self.hidden_size, q)}
+        if not self.num_experts:
+            layers["gate_up_proj"] = (2 * self.intermediate_size, self.hidden_size)
+            layers["down_proj"] = (self.hidden_size, self.intermediate_size)
+        return layers
+
+    def expert_layers(self) -> dict[str, tuple[int, int]]:
+        """{layer: (N, K)} of one expert; empty for a dense model."""
+        if not self.num_experts:
+            return {}
+        return {
+            "w13": (2 * self.intermediate_size, self.hidden_size),
+            "w2": (self.hidden_size, self.intermediate_size),
+        }
+
+
+# Source: each model's config.json.
+MODELS = {
+    shape.name: shape
+    for shape in (
+        ModelShape("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936),
+        ModelShape("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936),
+        ModelShape("Qwen3-30B-A3B", 2048, 768, 48, 32, 4, 128, 151936, False, 128, 8),
+        ModelShape("Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256),
+        ModelShape("Llama-3-70B", 8192, 28672, 80, 64, 8, 128, 128256),
+        ModelShape("Gemma3-27B", 5376, 21504, 62, 32, 16, 128, 262208, True),
+    )
+}
+
+# Token counts of the GEMM benchmark: decode batches, then prefill chunks.
+BENCH_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
