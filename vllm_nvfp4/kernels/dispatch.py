@@ -19,6 +19,10 @@ from vllm_nvfp4.numerics.formats import FORMATS
 
 ACTIVATIONS = ("auto", "16", "8")
 
+# A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
+# then be allocated once.
+MAX_SPLIT_TILES = 16384
+
 # The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
 _MMA_SYNC_SHARE = {90: 0.62}
 # FP8 mma.sync is one instruction from sm_89 on, but on sm_90 the compiler emulates it: six
@@ -62,7 +66,6 @@ class Choice:
     estimated_us: float
 
 
-@functools.lru_cache(maxsize=65536)
 def choose(
     gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str, activation: str = "auto"
 ) -> Choice:
@@ -78,13 +81,24 @@ def choose(
     bits = choose_activation_bits(gpu, m, n, k, fmt_name, activation)
     candidates = reachable(fmt_name, dtype, bits)
     config = min(candidates, key=lambda c: (estimate_us(gpu, c, m, n, k), c.symbol))
-    grid = configs.grid(config, m, n, k, gpu.num_sms)
+    return launch_geometry(gpu, config, m, n, k)
+
+
+def launch_geometry(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> Choice:
+    """The launch of one given configuration."""
+    tiles, splits, _ = configs.grid(config, m, n, k, gpu.num_sms)
+    workspace = configs.workspace_bytes(config, m, n, k, gpu.num_sms)
+    if tiles > MAX_SPLIT_TILES:
+        splits, workspace = 1, 0
     return Choice(
-        config, bits, grid, grid[1],
-        configs.workspace_bytes(config, m, n, k, gpu.num_sms),
-        configs.semaphore_bytes(config, m, n),
-        estimate_us(gpu, config, m, n, k),
+        config, activation_bits_of(config), (tiles, splits, 1), splits, workspace,
+        configs.semaphore_bytes(config, m, n), estimate_us(gpu, config, m, n, k),
     )  # fmt: skip
+
+
+def activation_bits_of(config: GemmConfig) -> int:
+    """16 or 8."""
+    return 8 if config.stem == "gemm_w4a8" else 16
 
 
 def choose_activation_bits(
@@ -146,7 +160,7 @@ def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
     """
     if m == 0:
         return 0.0
-    bits = 8 if config.stem == "gemm_w4a8" else 16
+    bits = activation_bits_of(config)
     tiles_m, tiles_n = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
     blocks, splits, _ = configs.grid(config, m, n, k, gpu.num_sms)
     weight_bytes = n * k * config.fmt.bits_per_weight / 8
