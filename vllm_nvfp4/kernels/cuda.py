@@ -73,7 +73,7 @@ def linear(
     """
     _check_operands(a, packed, bias, activation_bits)
     m, n, k = a.shape[0], packed.num_rows, packed.num_cols
-    y = torch.empty((m, n), dtype=a.dtype, device=a.device)
+    y = a.new_empty((m, n))
     if m == 0:
         return y
     dtype, activation = DTYPE_NAMES[a.dtype], _ACTIVATIONS[activation_bits]
@@ -103,45 +103,60 @@ def run(
         or (a.data_ptr() % _ROW_ALIGNMENT)
     ):
         a = a.contiguous()
-    a_scale = None
-    if choice.activation_bits == 8:
-        a, a_scale = quantize(device, a, stream)
-    partials = None
-    if choice.workspace_bytes:
-        partials = torch.empty(choice.workspace_bytes, dtype=torch.uint8, device=a.device)
+    m, k = a.shape
+    # One allocation for all scratch memory: partial sums, then q and a_scale.
+    a_ptr, a_stride, a_scale, scratch_ptr = a.data_ptr(), a.stride(0), 0, 0
+    scratch_bytes = choice.workspace_bytes
+    is_8_bit = choice.activation_bits == 8
+    if is_8_bit:
+        scratch_bytes += m * (k + 4)
+    if scratch_bytes:
+        scratch = packed.codes.new_empty(scratch_bytes)
+        scratch_ptr = scratch.data_ptr()
+    if is_8_bit:
+        q_ptr = scratch_ptr + choice.workspace_bytes
+        a_scale = q_ptr + m * k  # K is a multiple of 16, so q and a_scale are aligned
+        _quantize(device, a, q_ptr, a_scale, stream)
+        a_ptr, a_stride = q_ptr, k
     params = (
-        a.data_ptr(),
-        0 if a_scale is None else a_scale.data_ptr(),
+        a_ptr,
+        a_scale,
         packed.codes.data_ptr(),
         packed.block_scale.data_ptr(),
         packed.global_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        0 if partials is None else partials.data_ptr(),
+        scratch_ptr if choice.workspace_bytes else 0,
         device.semaphores(stream),
-        a.shape[0],
+        m,
         packed.num_rows,
-        packed.num_cols,
-        a.stride(0),
+        k,
+        a_stride,
         y.stride(0),
         choice.num_splits,
     )
     device.launch(choice.config, choice.grid, stream, _GEMM_LAYOUT, params)
 
 
-def quantize(device: Device, a: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q[m, k] = e4m3(a[m, k] / a_scale[m]), a_scale[m] = amax(|a[m]|) / 448 (1 for a row of zeros).
 
-    a: [M, K] bf16 or fp16, rows 16-byte aligned. Returns q [M, K] float8_e4m3fn, a_scale [M] f32.
+    a: [M, K] bf16 or fp16, contiguous, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
+    a_scale [M] float32. The products do this themselves; it stands alone for tests.
     """
-    m, k = a.shape
-    # Rows of q are read in 16-byte pieces; K is a multiple of 16, so that K bytes are aligned.
-    q = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=a.device)
-    a_scale = torch.empty(m, dtype=torch.float32, device=a.device)
-    config = QUANTIZERS[DTYPE_NAMES[a.dtype]]
-    params = (a.data_ptr(), q.data_ptr(), a_scale.data_ptr(), m, k, a.stride(0), q.stride(0))
-    device.launch(config, (m, 1, 1), stream, _QUANTIZE_LAYOUT, params)
+    q = torch.empty(a.shape, dtype=torch.float8_e4m3fn, device=a.device)
+    a_scale = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
+    if a.shape[0]:
+        device = loaded_device(a.device.index, "nvfp4")
+        stream = current_stream(a.device.index)
+        _quantize(device, a, q.data_ptr(), a_scale.data_ptr(), stream)
     return q, a_scale
+
+
+def _quantize(device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int) -> None:
+    m, k = a.shape
+    params = (a.data_ptr(), q, a_scale, m, k, a.stride(0), k)
+    device.launch(QUANTIZERS[DTYPE_NAMES[a.dtype]], (m, 1, 1), stream, _QUANTIZE_LAYOUT, params)
 
 
 # --- arguments -----------------------------------------------------------------------------------

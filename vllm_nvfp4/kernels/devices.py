@@ -39,9 +39,11 @@ class Device:
         self.gpu = gpu
         self._driver = driver
         self._functions: dict[str, Function] = {}
+        # By identity of the configuration: its symbol is a property that takes 1 us to spell.
+        self._functions_by_id: dict[int, tuple[KernelConfig, Function]] = {}
         self._lock = threading.Lock()
         self._semaphores = semaphores
-        self._semaphores_of_stream: dict[int, int] = {}
+        self._semaphores_of_stream: dict[int, int] = {}  # address of each stream's set
         self._choices: dict[tuple[int, int, int, str, str, str], Choice] = {}
 
     def load(self, wanted: list[KernelConfig]) -> None:
@@ -75,24 +77,30 @@ class Device:
         layout: struct.Struct,
         params: tuple[int | float, ...],
     ) -> None:
-        try:
-            function = self._functions[config.symbol]
-        except KeyError:
+        """Launch a loaded kernel; arguments as in ``Driver.launch``."""
+        found = self._functions_by_id.get(id(config)) or self._find(config)
+        self._driver.launch(found[1], grid, stream, layout, params)
+
+    def _find(self, config: KernelConfig) -> tuple[KernelConfig, Function]:
+        function = self._functions.get(config.symbol)
+        if function is None:
             raise RuntimeError(
                 f"{config.symbol} is not loaded on {self.gpu.name}: kernels are loaded while "
                 "weights load, never at a launch. Call vllm_nvfp4.kernels.cuda.prepare(device, "
                 "format, dtypes) with the dtype of the activations first"
-            ) from None
-        self._driver.launch(function, grid, stream, layout, params)
+            )
+        found = self._functions_by_id[id(config)] = (config, function)
+        return found
 
     def semaphores(self, stream: int) -> int:
         """The address of a stream's semaphores: zeros before and after every launch."""
-        index = self._semaphores_of_stream.get(stream)
-        if index is None:
+        address = self._semaphores_of_stream.get(stream)
+        if address is None:
             with self._lock:
                 index = len(self._semaphores_of_stream) % _SEMAPHORE_SETS
-                index = self._semaphores_of_stream.setdefault(stream, index)
-        return self._semaphores.data_ptr() + index * self._semaphores.stride(0) * 4
+                address = self._semaphores[index].data_ptr()
+                address = self._semaphores_of_stream.setdefault(stream, address)
+        return address
 
 
 _devices: dict[int, Device] = {}
