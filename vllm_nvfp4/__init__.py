@@ -11,7 +11,7 @@ __all__ = ["__version__", "register"]
 
 
 def register() -> None:
-    """Register the ``nvfp4`` quantization method with vLLM (entry point ``vllm.general_plugins``)."""
+    """Register the method ``nvfp4`` with vLLM (entry point group ``vllm.general_plugins``)."""
     from vllm_nvfp4.plugin import register as register_plugin
 
     register_plugin()

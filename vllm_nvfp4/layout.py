@@ -97,7 +97,9 @@ def unpack_weight(packed: PackedWeight) -> BlockScaledWeight:
     scale = scale[:rows, : cols // block].contiguous()
     if packed.fmt.scale_type == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
-    return BlockScaledWeight(pack_codes(codes).contiguous(), scale, packed.global_scale, packed.fmt)
+    return BlockScaledWeight(
+        pack_codes(codes).contiguous(), scale, packed.global_scale, packed.fmt
+    )
 
 
 def _check(weight: BlockScaledWeight) -> None:

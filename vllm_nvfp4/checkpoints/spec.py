@@ -23,10 +23,12 @@ class Role(Enum):
     GLOBAL_SCALE = "global_scale"  # scalar, multiplies
     GLOBAL_DIVISOR = "global_divisor"  # scalar, divides
     INPUT_SCALE = "input_scale"  # scalar of the activations; not used for 16- or 8-bit activations
-    PRE_SCALE = "pre_scale"  # [K], multiplies the activations (AWQ)
+    PRE_SCALE = "pre_scale"  # [K], multiplies the activations (AWQ); absent counts as ones
     HADAMARD = "hadamard"  # [g, g], block-diagonal rotation of the activations
+    UNUSED = "unused"  # stored by the tool and of no use here
     WEIGHT = "weight"  # [N, K], FP8 or unquantised
-    WEIGHT_SCALE = "weight_scale"  # FP8: scalar, or [N, 1] per output row; multiplies
+    WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
+    ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class TensorSpec:
     name:     suffix in the checkpoint and of the vLLM parameter, e.g. "weight_scale_2"
     dtypes:   accepted safetensors dtypes, e.g. ("F8_E4M3",), first one is what the tool writes
     optional: the layer is complete without it
+    per_row:  a WEIGHT_SCALE of shape [N, 1] instead of a scalar
     """
 
     name: str
     role: Role
     dtypes: tuple[str, ...]
     optional: bool = False
+    per_row: bool = False
 
 
 class LayerKind(Enum):
@@ -58,6 +62,8 @@ class LayerSpec:
     kind:            see LayerKind
     fmt:             NVFP4 or MXFP4 for MICROSCALED and ONLINE, else None
     tensors:         the tensors the dialect stores for it
+    scale_block:     elements of one row that share a stored block scale: fmt.block_size (also
+                     meant by 0) or a multiple of it, whose scales are then repeated on load
     activation_bits: what the checkpoint was made for: 4, 8 or 16
     hadamard_size:   block size of the rotation of the activations; 0 without one
     algo:            the dialect's own name for it, for messages, e.g. "W4A16_NVFP4"
@@ -69,6 +75,11 @@ class LayerSpec:
     activation_bits: int = 16
     hadamard_size: int = 0
     algo: str = ""
+    scale_block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fmt is not None and not self.scale_block:
+            object.__setattr__(self, "scale_block", self.fmt.block_size)
 
     def tensor(self, role: Role) -> TensorSpec | None:
         return next((t for t in self.tensors if t.role is role), None)
@@ -96,9 +107,23 @@ class Dialect(Protocol):
     name: str
     kv_cache: KvCacheSpec
 
+    def has_microscaled_layers(self) -> bool:
+        """Whether the checkpoint holds NVFP4 or MXFP4 weights."""
+
     def layer_spec(self, name: str) -> LayerSpec:
         """How the layer of this name is stored. ``name`` is one linear layer as the checkpoint
-        names it, never a fused one; the caller splits fused layers into their shards."""
+        names it, never a fused one; the caller splits fused layers into their shards
+        (:func:`fused_layer_spec`)."""
+
+    def excludes(self, name: str) -> bool:
+        """Whether the configuration's ignore list names this layer, fused or not."""
+
+    def named_layers(self) -> tuple[str, ...]:
+        """The layers that the configuration promises by their full names, without patterns."""
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take from the stored tensors what the configuration leaves open (today: ModelOpt's group
+        size). ``shapes``: tensor name -> shape, as in the files; to be called before ``rename``."""
 
     def rename(self, mapper: object) -> None:
         """Translate the layer names of the configuration with vLLM's WeightsMapper
@@ -121,3 +146,35 @@ def shard_names(name: str, packed_modules: Mapping[str, Sequence[str]]) -> list[
     parent, _, leaf = name.rpartition(".")
     shards = packed_modules.get(leaf, [leaf])
     return [f"{parent}.{s}" if parent else s for s in shards]
+
+
+def fused_layer_spec(
+    dialect: Dialect, name: str, packed_modules: Mapping[str, Sequence[str]]
+) -> LayerSpec:
+    """How a layer of the model is stored, from how each of its shards is.
+
+    name: the layer as the model names it, fused or not. Raises CheckpointError where the shards
+    of a fused layer are stored in different ways: they are one weight in memory.
+    """
+    shards = shard_names(name, packed_modules)
+    if len(shards) > 1 and dialect.excludes(name):
+        return UNQUANTIZED
+    specs = {shard: dialect.layer_spec(shard) for shard in shards}
+    first = specs[shards[0]]
+    if all(spec == first for spec in specs.values()):
+        return first
+    raise CheckpointError(
+        "quantization config",
+        name,
+        ", ".join(f"{s.rpartition('.')[2]} {describe(spec)}" for s, spec in specs.items()),
+        "one format for all shards of a fused layer",
+        "Quantise the checkpoint again with the same format for these layers, or ignore them all.",
+    )
+
+
+def describe(spec: LayerSpec) -> str:
+    """The spec in a few words, for messages and tables: "nvfp4 (W4A16_NVFP4)"."""
+    if spec.kind is LayerKind.UNQUANTIZED:
+        return "not quantised"
+    name = spec.fmt.name if spec.fmt else spec.kind.value
+    return f"{name} ({spec.algo})" if spec.algo else name

@@ -28,7 +28,11 @@ def nvfp4_global_scale(weight: torch.Tensor) -> torch.Tensor:
 
     An all-zero weight gets 1. Source: NVIDIA ModelOpt's ``weight_scale_2``.
     """
-    amax = weight.abs().amax().float()
+    return nvfp4_scale_from_amax(weight.abs().amax().float())
+
+
+def nvfp4_scale_from_amax(amax: torch.Tensor) -> torch.Tensor:
+    """amax / (6 * 448), and 1 where amax is 0; amax: any shape, float32."""
     return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
 
@@ -83,7 +87,7 @@ def quantize_nvfp4(
 
 
 def quantize_mxfp4(weight: torch.Tensor) -> BlockScaledWeight:
-    """Quantise a weight [N, K] to MXFP4: scale = 2^(floor(log2 amax) - 2), as the OCP MX spec has it.
+    """Quantise a weight [N, K] to MXFP4: scale = 2^(floor(log2 amax) - 2).
 
     Source: OCP Microscaling Formats v1.0, section 6.3 (emax of E2M1 is 2). An all-zero block gets
     2^-127.

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes and block scales to numbers, by moving bits. Nothing here rounds.
+//
+// E2M1 is s ee m: (-1)^s * 2^(ee-1) * 1.m, and 0.m for ee = 0. Put its three bits eem at the seam
+// of exponent and mantissa of a wider type, m on the highest mantissa bit, and the wider type reads
+// the same number times 2^(1 - bias): its subnormals at ee = 0 are E2M1's. So a conversion is two
+// masks and a shift, and the power of two joins a scale that is multiplied later anyway.
+//
+//   type   bias   number read         where eem goes
+//   fp16    15    value * 2^-14       bits 11..9
+//   bf16   127    value * 2^-126      bits 8..6
+//   e4m3     7    value * 2^-6        bits 4..2
+#pragma once
+
+#include "gemm_params.cuh"
+
+namespace dequant {
+
+// --- bit casts -----------------------------------------------------------------------------------
+
+template <class To, class From>
+__device__ __forceinline__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The product of two packed pairs.
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  if constexpr (kDtype == Dtype::kFp16) {
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+  } else {
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+  }
+}
+
+// (a & b) | c, one instruction: truth table (0xF0 & 0xCC) | 0xAA.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  return ptx::lop3<(0xF0 & 0xCC) | 0xAA>(a, b, c);
+}
+
+// --- E2M1 to 16 bits -----------------------------------------------------------------------------
+
+template <Dtype kDtype>
+struct Half;
+template <>
+struct Half<Dtype::kFp16> {
+  static constexpr int kShift = 3;                  // eem from bits 14..12 to 11..9
+  static constexpr uint32_t kMagnitude = 0x0E000E00;  // bits 11..9 of both halves
+  static constexpr int kExponentGain = 14;          // what is read is value * 2^-14
+};
+template <>
+struct Half<Dtype::kBf16> {
+  static constexpr int kShift = 6;                  // eem from bits 14..12 to 8..6
+  static constexpr uint32_t kMagnitude = 0x01C001C0;  // bits 8..6 of both halves
+  static constexpr int kExponentGain = 126;         // what is read is value * 2^-126
+};
+constexpr uint32_t kSignOfHalves = 0x80008000;
+
+// The pair of codes in the highest nibbles of q's halves, times 2^-kExponentGain.
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t e2m1_pair(uint32_t q) {
+  return and_or(q, kSignOfHalves, (q >> Half<kDtype>::kShift) & Half<kDtype>::kMagnitude);
+}
+
+// The eight codes of a word (fragments.cuh) as the A operand of m16n8k16 with 16-bit elements:
+// a[0] row g columns 4t, 4t+1; a[1] row g+8, the same; a[2] row g columns 4t+2, 4t+3; a[3] row g+8.
+template <Dtype kDtype>
+__device__ __forceinline__ void e2m1_fragment(uint32_t word, uint32_t (&a)[4]) {
+  // Bytes 0 2 1 3: each half now holds one column of each of the two pairs.
+  const uint32_t q = ptx::prmt(word, 0, 0x3120);
+  a[2] = e2m1_pair<kDtype>(q);
+  a[3] = e2m1_pair<kDtype>(q << 4);
+  a[0] = e2m1_pair<kDtype>(q << 8);
+  a[1] = e2m1_pair<kDtype>(q << 12);
+}
+
+// --- E4M3 block scales to 16 bits ----------------------------------------------------------------
+// A non-negative e4m3 byte with its mantissa shifted to the top of the wide mantissa reads as
+// scale * 2^(7 - bias), subnormals included; exact multiplications by powers of two follow.
+//
+// What the MMA sees is code * scale, at most six significant bits:
+//   fp16: E2M1 * 2^-14 times scale           = a multiple of 2^-24 (fp16's least subnormal) below
+//         2688 * 2^-14 < 1: exact, never overflows
+//   bf16: E2M1 * 2^-126 times scale * 2^119  = E2M1 * scale * 2^-7: all normal numbers. The scale
+//         itself reaches 448 * 2^119 = 1.75 * 2^127, bf16's range ends at 1.99 * 2^127.
+
+template <Dtype kDtype>
+struct ScaledHalf;
+template <>
+struct ScaledHalf<Dtype::kFp16> {
+  static constexpr float kUndo = 16384.0f;  // 2^14
+};
+template <>
+struct ScaledHalf<Dtype::kBf16> {
+  static constexpr float kUndo = 128.0f;  // 2^7
+};
+
+// Two blocks of two rows in one word (fragments.cuh) to pairs (row g, row g + 8), one per block.
+template <Dtype kDtype>
+__device__ __forceinline__ void e4m3_scale_pairs(uint32_t word, uint32_t (&pair)[2]) {
+  constexpr uint32_t kEvenBytes = 0x007F007F, kOddBytes = 0x7F007F00;
+  if constexpr (kDtype == Dtype::kFp16) {
+    constexpr uint32_t k2Pow8 = 0x5C005C00;
+    pair[0] = multiply_pairs<kDtype>((word & kEvenBytes) << 7, k2Pow8);
+    pair[1] = multiply_pairs<kDtype>((word & kOddBytes) >> 1, k2Pow8);
+  } else {
+    // 2^239 does not fit a bf16: in two steps.
+    constexpr uint32_t k2Pow127 = 0x7F007F00, k2Pow112 = 0x77807780;
+    const uint32_t even = multiply_pairs<kDtype>((word & kEvenBytes) << 4, k2Pow127);
+    const uint32_t odd = multiply_pairs<kDtype>((word & kOddBytes) >> 4, k2Pow127);
+    pair[0] = multiply_pairs<kDtype>(even, k2Pow112);
+    pair[1] = multiply_pairs<kDtype>(odd, k2Pow112);
+  }
+}
+
+__device__ __forceinline__ uint32_t broadcast_low(uint32_t pair) {
+  return ptx::prmt(pair, 0, 0x1010);
+}
+__device__ __forceinline__ uint32_t broadcast_high(uint32_t pair) {
+  return ptx::prmt(pair, 0, 0x3232);
+}
+
+// --- E2M1 to e4m3 --------------------------------------------------------------------------------
+
+constexpr float kUndoE4m3 = 64.0f;  // the bytes read value * 2^-6
+
+// The eight codes of a word as the A operand of m16n8k16 with 8-bit elements:
+// a[0] row g, columns 4t..4t+3; a[1] row g + 8. Seven instructions for eight weights.
+__device__ __forceinline__ void e2m1_to_e4m3(uint32_t word, uint32_t& row_g, uint32_t& row_g8) {
+  constexpr uint32_t kSigns = 0x80808080, kMagnitudes = 0x1C1C1C1C;  // bit 7; bits 4..2
+  row_g = and_or(word, kSigns, (word >> 2) & kMagnitudes);
+  row_g8 = and_or(word << 4, kSigns, (word << 2) & kMagnitudes);
+}
+
+// --- block scales to f32 -------------------------------------------------------------------------
+
+#if defined(VNVFP4_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+// NVFP4, sm_89 and later: scale[block][row] of the two blocks and two rows of a word.
+__device__ __forceinline__ void e4m3_scales_f32(uint32_t word, float (&scale)[2][2]) {
+  const float2 row_g = __half22float2(
+      bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word & 0xFFFF))));
+  const float2 row_g8 = __half22float2(
+      bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word >> 16))));
+  scale[0][0] = row_g.x;
+  scale[1][0] = row_g.y;
+  scale[0][1] = row_g8.x;
+  scale[1][1] = row_g8.y;
+}
+#endif
+
+// 2^(e - 127) for e = 0..254: the byte is the exponent field of an f32; only 2^-127 is subnormal
+// there, bit 22 alone.
+__device__ __forceinline__ float e8m0_to_f32(uint32_t e) {
+  constexpr uint32_t k2PowMinus127 = 0x00400000;
+  const uint32_t bits = e << 23;
+  return __uint_as_float(bits < k2PowMinus127 ? k2PowMinus127 : bits);
+}
+
+// MXFP4: scale[block][row] of the two blocks and two rows of a word.
+__device__ __forceinline__ void e8m0_scales_f32(uint32_t word, float (&scale)[2][2]) {
+  scale[0][0] = e8m0_to_f32(word & 0xFF);
+  scale[1][0] = e8m0_to_f32(word >> 8 & 0xFF);
+  scale[0][1] = e8m0_to_f32(word >> 16 & 0xFF);
+  scale[1][1] = e8m0_to_f32(word >> 24);
+}
+
+}  // namespace dequant

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// sm89_{nvfp4,mxfp4}_gemm_w4a16: y = a @ w^T with 4-bit weights and 16-bit activations, sm_80 and
+// later. HMMA with f32 accumulators; the weights are the 16-row operand.
+//
+// NVFP4: code * block scale is exact in fp16 and bf16 (dequant.cuh) and the MMAs chain over K.
+// MXFP4: a block scale reaches 2^+-127, so it multiplies the f32 sum of its block instead.
+#pragma once
+
+#include "dequant.cuh"
+#include "epilogue.cuh"
+
+namespace w4a16 {
+
+// 32 bytes of padding: half a warp reads 32 bytes of four rows in one phase of an 8-byte load.
+template <class Config>
+using Stage = pipeline::Stage<Config, 2, 32>;
+
+template <class Config>
+struct Smem {
+  static constexpr int kPipeline = Config::kStages * Stage<Config>::kBytes;
+  static constexpr int kEpilogue = epilogue::Tile<Config>::kBytes;
+  static constexpr int kBytes = kPipeline > kEpilogue ? kPipeline : kEpilogue;
+};
+
+// What remains to be multiplied to a sum in the epilogue.
+template <class Config>
+constexpr float kUndo = Config::kFormat == Format::kNvfp4
+                            ? dequant::ScaledHalf<Config::kDtype>::kUndo
+                            : (Config::kDtype == Dtype::kFp16 ? 16384.0f : 1.0f);
+
+template <class Config>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint2 b_words) {
+  const uint32_t b[2] = {b_words.x, b_words.y};
+  if constexpr (Config::kDtype == Dtype::kFp16) {
+    ptx::mma_m16n8k16_f16_f32(c, a, b, c);
+  } else {
+    ptx::mma_m16n8k16_bf16_f32(c, a, b, c);
+  }
+}
+
+// The activations of 8 tokens for one MMA: a lane reads columns 4t..4t+3 of token g, 8 bytes.
+template <class Config>
+__device__ __forceinline__ void load_tokens(uint32_t activations, int column,
+                                            uint2 (&b)[Config::kTokenTiles]) {
+  const uint32_t at = activations + fragments::group_of_lane() * Stage<Config>::kRowPitch +
+                      column * 2 + fragments::thread_in_group() * 8;
+#pragma unroll
+  for (int i = 0; i < Config::kTokenTiles; ++i) {
+    b[i] = ptx::ld_shared_v2(at + i * 8 * Stage<Config>::kRowPitch);
+  }
+}
+
+__device__ __forceinline__ uint32_t word(uint4 v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+__device__ __forceinline__ uint32_t word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
+
+// NVFP4, one packed tile of K: the scaled weights multiply, the sums chain.
+template <class Config>
+__device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c,
+                                               const uint4 (&codes)[Config::kRowTiles],
+                                               const uint2 (&scales)[Config::kRowTiles],
+                                               uint32_t activations, int first_column) {
+  constexpr Dtype kDtype = Config::kDtype;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t scale[Config::kRowTiles][2];  // [block of the pair], rows g and g + 8
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+      dequant::e4m3_scale_pairs<kDtype>(word(scales[r], pair), scale[r]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int block = 2 * pair + half;
+      uint2 b[Config::kTokenTiles];
+      load_tokens<Config>(activations, first_column + 16 * block, b);
+#pragma unroll
+      for (int r = 0; r < Config::kRowTiles; ++r) {
+        uint32_t a[4];
+        dequant::e2m1_fragment<kDtype>(word(codes[r], block), a);
+        const uint32_t row_g = dequant::broadcast_low(scale[r][half]);
+        const uint32_t row_g8 = dequant::broadcast_high(scale[r][half]);
+        a[0] = dequant::multiply_pairs<kDtype>(a[0], row_g);
+        a[1] = dequant::multiply_pairs<kDtype>(a[1], row_g8);
+        a[2] = dequant::multiply_pairs<kDtype>(a[2], row_g);
+        a[3] = dequant::multiply_pairs<kDtype>(a[3], row_g8);
+#pragma unroll
+        for (int i = 0; i < Config::kTokenTiles; ++i) mma<Config>(c[r][i], a, b[i]);
+      }
+    }
+  }
+}
+
+// The codes of a word as they enter the MMA: times 2^-14 in fp16, as they are in bf16, where
+// 2^-126 would push the f32 products of small activations below the normal numbers.
+template <Dtype kDtype>
+__device__ __forceinline__ void unscaled_fragment(uint32_t codes, uint32_t (&a)[4]) {
+  dequant::e2m1_fragment<kDtype>(codes, a);
+  if constexpr (kDtype == Dtype::kBf16) {
+    constexpr uint32_t k2Pow126 = 0x7E807E80;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = dequant::multiply_pairs<kDtype>(a[i], k2Pow126);
+  }
+}
+
+// MXFP4, one packed tile of K: two MMAs give a block's sum, which its scale multiplies in f32.
+template <class Config>
+__device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c,
+                                               const uint4 (&codes)[Config::kRowTiles],
+                                               const uint32_t (&scales)[Config::kRowTiles],
+                                               uint32_t activations, int first_column) {
+#pragma unroll
+  for (int block = 0; block < 2; ++block) {
+    uint2 b[2][Config::kTokenTiles];
+    load_tokens<Config>(activations, first_column + 32 * block, b[0]);
+    load_tokens<Config>(activations, first_column + 32 * block + 16, b[1]);
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+      uint32_t a[2][4];
+      unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block), a[0]);
+      unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block + 1), a[1]);
+      float scale[2][2];
+      dequant::e8m0_scales_f32(scales[r], scale);
+#pragma unroll
+      for (int i = 0; i < Config::kTokenTiles; ++i) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        mma<Config>(sum, a[0], b[0][i]);
+        mma<Config>(sum, a[1], b[1][i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) c[r][i][j] += scale[block][j / 2] * sum[j];
+      }
+    }
+  }
+}
+
+// The packed tiles of one K step that fall to this warp.
+template <class Config>
+__device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
+  using S = Stage<Config>;
+  const fragments::WarpPlace<Config> place;
+  const uint32_t activations =
+      stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
+#pragma unroll
+  for (int i = 0; i < S::kTilesK / Config::kWarpsK; ++i) {
+    const int tile_k = i * Config::kWarpsK + place.k;
+    uint4 codes[Config::kRowTiles];
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+      const int tile_n = place.n * Config::kRowTiles + r;
+      codes[r] = ptx::ld_shared_v4(stage + S::codes(tile_n, tile_k) + fragments::code_offset());
+    }
+    if constexpr (Config::kFormat == Format::kNvfp4) {
+      uint2 scales[Config::kRowTiles];
+#pragma unroll
+      for (int r = 0; r < Config::kRowTiles; ++r) {
+        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k);
+        scales[r] = ptx::ld_shared_v2(stage + at + fragments::scale_offset<Config::kFormat>());
+      }
+      multiply_nvfp4<Config>(c, codes, scales, activations, tile_k * fragments::kTileK);
+    } else {
+      uint32_t scales[Config::kRowTiles];
+#pragma unroll
+      for (int r = 0; r < Config::kRowTiles; ++r) {
+        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k);
+        scales[r] = ptx::ld_shared_u32(stage + at + fragments::scale_offset<Config::kFormat>());
+      }
+      multiply_mxfp4<Config>(c, codes, scales, activations, tile_k * fragments::kTileK);
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void run(const GemmParams& p) {
+  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
+  const pipeline::Work<Config> work(p);
+  epilogue::Accumulators<Config> accumulators = {};
+  pipeline::run<Config, Stage<Config>>(
+      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
+}
+
+}  // namespace w4a16

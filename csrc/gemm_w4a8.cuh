@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+// sm89_{nvfp4,mxfp4}_gemm_w4a8: y = a @ w^T with 4-bit weights and FP8 (e4m3) activations, sm_89
+// and later. QMMA at twice the rate of 16-bit MMA.
+//
+// E2M1 is exact in e4m3. Each MMA starts from zero and covers one block of the weight's row: its
+// block scale multiplies the partial sum in f32. So nothing is rounded but the sum of one block:
+// Ada's FP8 MMA keeps 13 fractional bits of the largest term and truncates, which a chain over K
+// would turn into a bias of percents on data of one sign.
+//
+// The partial sums cost four FFMA for every MMA; a warp tile of 32 rows x 64 tokens spreads the
+// dequantisation and the loads so thinly that these are most of what is issued besides the MMAs.
+#pragma once
+
+#include "dequant.cuh"
+#include "epilogue.cuh"
+
+namespace w4a8 {
+
+// 16 bytes of padding: ldmatrix reads 16 bytes of eight rows in one phase.
+template <class Config>
+using Stage = pipeline::Stage<Config, 1, 16>;
+
+template <class Config>
+struct Smem {
+  static constexpr int kPipeline = Config::kStages * Stage<Config>::kBytes;
+  static constexpr int kEpilogue = epilogue::Tile<Config>::kBytes;
+  static constexpr int kBytes = kPipeline > kEpilogue ? kPipeline : kEpilogue;
+};
+
+// One block's sum, from zero: K = 16 (NVFP4, two words of codes) or K = 32 (MXFP4, four).
+#if defined(VNVFP4_IMMA_STAND_IN)
+// Integer MMA has the same shapes and is native where FP8 MMA is emulated: the schedule can be
+// timed there. The numbers mean nothing.
+__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0) {
+  const uint32_t b[1] = {b0};
+  int32_t d[4];
+  const int32_t zero[4] = {0, 0, 0, 0};
+  ptx::mma_m16n8k16_s8_s32(d, a, b, zero);
+  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
+}
+__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  int32_t d[4];
+  const int32_t zero[4] = {0, 0, 0, 0};
+  ptx::mma_m16n8k32_s8_s32(d, a, b, zero);
+  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
+}
+#else
+__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0) {
+  const uint32_t b[1] = {b0};
+  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // becomes RZ: a fresh accumulator is free
+  ptx::mma_m16n8k16_e4m3_f32(sum, a, b, zero);
+}
+__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  ptx::mma_m16n8k32_e4m3_f32(sum, a, b, zero);
+}
+#endif
+
+// c += scale * sum, rows g and g + 8.
+__device__ __forceinline__ void accumulate(float (&c)[4], const float (&scale)[2],
+                                           const float (&sum)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += scale[i / 2] * sum[i];
+}
+
+// The activations of 8 tokens over a packed tile's 64 columns: matrix q of the ldmatrix is the 16
+// bytes of columns 16q..16q+15, so that word q of a lane is the B operand of MMA q.
+template <class Config>
+__device__ __forceinline__ void load_tokens(uint32_t activations, int first_column,
+                                            uint32_t (&b)[Config::kTokenTiles][4]) {
+  const int lane = fragments::lane();
+  const uint32_t at =
+      activations + lane % 8 * Stage<Config>::kRowPitch + first_column + lane / 8 * 16;
+#pragma unroll
+  for (int i = 0; i < Config::kTokenTiles; ++i) {
+    ptx::ldmatrix_x4(b[i], at + i * 8 * Stage<Config>::kRowPitch);
+  }
+}
+
+__device__ __forceinline__ uint32_t word(uint4 v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Two blocks of 16 columns: words 2 * pair and 2 * pair + 1 of the codes.
+template <class Config>
+__device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c,
+                                               const uint4 (&codes)[Config::kRowTiles],
+                                               const uint32_t (&scales)[Config::kRowTiles],
+                                               const uint32_t (&b)[Config::kTokenTiles][4],
+                                               int pair) {
+#pragma unroll
+  for (int r = 0; r < Config::kRowTiles; ++r) {
+    float scale[2][2];
+    dequant::e4m3_scales_f32(scales[r], scale);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int block = 2 * pair + half;
+      uint32_t a[2];
+      dequant::e2m1_to_e4m3(word(codes[r], block), a[0], a[1]);
+#pragma unroll
+      for (int i = 0; i < Config::kTokenTiles; ++i) {
+        float sum[4];
+        block_sum(sum, a, b[i][block]);
+        accumulate(c[r][i], scale[half], sum);
+      }
+    }
+  }
+}
+
+// One block of 32 columns: words 2 * block and 2 * block + 1 of the codes.
+template <class Config>
+__device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c,
+                                               const uint4 (&codes)[Config::kRowTiles],
+                                               const uint32_t (&scales)[Config::kRowTiles],
+                                               const uint32_t (&b)[Config::kTokenTiles][4],
+                                               int block) {
+#pragma unroll
+  for (int r = 0; r < Config::kRowTiles; ++r) {
+    float scale[2][2];
+    dequant::e8m0_scales_f32(scales[r], scale);
+    uint32_t a[4];
+    dequant::e2m1_to_e4m3(word(codes[r], 2 * block), a[0], a[1]);
+    dequant::e2m1_to_e4m3(word(codes[r], 2 * block + 1), a[2], a[3]);
+#pragma unroll
+    for (int i = 0; i < Config::kTokenTiles; ++i) {
+      float sum[4];
+      block_sum(sum, a, b[i][2 * block], b[i][2 * block + 1]);
+      accumulate(c[r][i], scale[block], sum);
+    }
+  }
+}
+
+// The packed tiles of one K step that fall to this warp.
+template <class Config>
+__device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
+  using S = Stage<Config>;
+  const fragments::WarpPlace<Config> place;
+  const uint32_t activations =
+      stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
+  // Not unrolled: a second tile's loads in flight would not fit the registers.
+#pragma unroll 1
+  for (int i = 0; i < S::kTilesK / Config::kWarpsK; ++i) {
+    const int tile_k = i * Config::kWarpsK + place.k;
+    uint32_t b[Config::kTokenTiles][4];
+    load_tokens<Config>(activations, tile_k * fragments::kTileK, b);
+    uint4 codes[Config::kRowTiles];
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+      const int tile_n = place.n * Config::kRowTiles + r;
+      codes[r] = ptx::ld_shared_v4(stage + S::codes(tile_n, tile_k) + fragments::code_offset());
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // NVFP4 has a word of scales for each half of the tile, MXFP4 one for both.
+      constexpr bool kIsNvfp4 = Config::kFormat == Format::kNvfp4;
+      uint32_t scales[Config::kRowTiles];
+#pragma unroll
+      for (int r = 0; r < Config::kRowTiles; ++r) {
+        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k) +
+                       fragments::scale_offset<Config::kFormat>();
+        scales[r] = ptx::ld_shared_u32(stage + at + (kIsNvfp4 ? half * 4 : 0));
+      }
+      if constexpr (kIsNvfp4) {
+        multiply_nvfp4<Config>(c, codes, scales, b, half);
+      } else {
+        multiply_mxfp4<Config>(c, codes, scales, b, half);
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void run(const GemmParams& p) {
+  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
+  const pipeline::Work<Config> work(p);
+  epilogue::Accumulators<Config> accumulators = {};
+  pipeline::run<Config, Stage<Config>>(
+      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  epilogue::run<Config>(smem, p, work, accumulators, dequant::kUndoE4m3);
+}
+
+}  // namespace w4a8

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint's configuration to its dialect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_nvfp4.checkpoints.compressed_tensors import CompressedTensorsDialect
+from vllm_nvfp4.checkpoints.fp_quant import FpQuantDialect
+from vllm_nvfp4.checkpoints.modelopt import ModelOptDialect
+from vllm_nvfp4.checkpoints.mxfp4 import refuse_experts_only
+from vllm_nvfp4.checkpoints.online import OnlineDialect
+from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
+
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant")
+
+# Formats that hold FP4 in a way this project does not read, and the way out of each.
+_OTHER_FP4 = {
+    "quark": "Convert it: export it from AMD Quark as BF16, or quantise the BF16 model with "
+    "ModelOpt or llm-compressor.",
+    "gguf": "Serve the BF16 model (it is quantised while it loads), or quantise that with ModelOpt "
+    "or llm-compressor.",
+}
+
+
+def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
+    """The dialect of a checkpoint.
+
+    quant_config: config.json's ``quantization_config``, the contents of a legacy
+                  hf_quant_config.json, or None for a checkpoint without quantisation
+    Raises CheckpointError, with the list of what is supported, for anything else.
+    """
+    if quant_config is None:
+        return OnlineDialect()
+    method = method_name(quant_config)
+    if method.startswith("modelopt"):
+        return ModelOptDialect(quant_config)
+    if method == "compressed-tensors":
+        return CompressedTensorsDialect(quant_config)
+    if method == "fp_quant":
+        return FpQuantDialect(quant_config)
+    if method in ("mxfp4", "gpt_oss_mxfp4"):
+        refuse_experts_only(quant_config)
+    raise CheckpointError(
+        "config.json (quantization_config)",
+        "quant_method",
+        repr(method) if method else "none",
+        "one of " + ", ".join(SUPPORTED_METHODS) + ", or no quantization_config at all",
+        _OTHER_FP4.get(method, "Quantise the BF16 model with ModelOpt or llm-compressor."),
+    )
+
+
+def method_name(quant_config: Mapping[str, Any]) -> str:
+    """The normalised ``quant_method``. A legacy hf_quant_config.json carries none: ModelOpt's."""
+    method = str(quant_config.get("quant_method") or "").lower().replace("_tensors", "-tensors")
+    if method:
+        return method
+    producer = quant_config.get("producer")
+    by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+    if by_modelopt or isinstance(quant_config.get("quantization"), Mapping):
+        return "modelopt"
+    return ""
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json, its quantisation configuration or None).
+
+    Looked for, in this order: ``quantization_config`` and ``compression_config`` of config.json,
+    the same of its ``text_config``, and hf_quant_config.json. Raises CheckpointError for a missing
+    or unreadable file.
+    """
+    config = _read_json(folder / "config.json", "Name a folder that holds a Hugging Face model.")
+    for owner in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if owner.get(key):
+                return config, owner[key]
+    legacy = folder / "hf_quant_config.json"
+    if legacy.is_file():
+        return config, _read_json(legacy, "Restore the file from the checkpoint.")
+    return config, None
+
+
+def _read_json(path: Path, todo: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(str(path), "file", "nothing", "a JSON object", todo)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(path), "contents", error, "a JSON object", todo) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(str(path), "contents", type(value).__name__, "a JSON object", todo)
+    return value

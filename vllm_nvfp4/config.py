@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantization config: which layer of the model gets which method."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from vllm_nvfp4 import compat, kv_cache
+from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.spec import (
+    CheckpointError,
+    Dialect,
+    LayerKind,
+    LayerSpec,
+    shard_names,
+)
+from vllm_nvfp4.checkpoints.validate import validate_model
+from vllm_nvfp4.embedding import embedding_method, lm_head_method
+from vllm_nvfp4.linear import linear_method
+from vllm_nvfp4.options import METHOD_NAME, Options
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class NvFp4Config(QuantizationConfig):
+    """Serve a checkpoint of any NVFP4 or MXFP4 dialect, or quantise a 16-bit one while it loads."""
+
+    def __init__(self, quant_config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.dialect: Dialect = detect(quant_config)
+        self.source_config = quant_config
+        self.tied_embeddings = False
+        self._options: Options | None = None
+        self._head_size: int | None = None
+
+    def get_name(self) -> str:
+        return METHOD_NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        types = [torch.bfloat16, torch.float16]
+        return types if compat.device_capability() else [*types, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        if Options.resolve().native_blackwell and (native := _blackwell_config(config)):
+            return native
+        return cls(config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read what the model's own configuration says, and check the files before loading."""
+        text_config = getattr(hf_config, "text_config", None) or hf_config
+        self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        self._head_size = kv_cache.head_size(text_config)
+        validate_model(model_name, self.source_config, revision)
+
+    @property
+    def options(self) -> Options:
+        """The options of this engine; read once vLLM's own config is at hand."""
+        if self._options is None:
+            vllm_config = get_current_vllm_config_or_none()
+            self._options = Options.resolve(vllm_config.additional_config if vllm_config else None)
+        return self._options
+
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute."""
+        return kv_cache.default_scheme(self.options.kv_cache, self._head_size)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.dialect.rename(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, compat.attention_classes()):
+            return kv_cache.kv_cache_method(self)
+        if isinstance(layer, ParallelLMHead):
+            return lm_head_method(self, self.layer_spec(prefix or "lm_head"), prefix or "lm_head")
+        if isinstance(layer, VocabParallelEmbedding):
+            return embedding_method(self, prefix or "embed_tokens")
+        if compat.is_moe_layer(layer):
+            raise CheckpointError(
+                prefix,
+                "mixture-of-experts layer",
+                "routed experts",
+                "a dense layer",
+                "This version has no NVFP4 kernel for routed experts; leave out "
+                "--quantization nvfp4 to use vLLM's own.",
+            )
+        if not isinstance(layer, LinearBase):
+            return None
+        spec = self.layer_spec(prefix)
+        if spec.kind is LayerKind.UNQUANTIZED or self._ignored_online(spec, prefix):
+            return UnquantizedLinearMethod()
+        return linear_method(self, spec, prefix)
+
+    def layer_spec(self, prefix: str) -> LayerSpec:
+        """How the layer, fused or not, is stored: all shards of a fused layer must agree."""
+        shards = shard_names(prefix, self.packed_modules_mapping)
+        specs = {name: self.dialect.layer_spec(name) for name in shards}
+        first = specs[shards[0]]
+        for name, spec in specs.items():
+            if spec != first:
+                raise CheckpointError(
+                    "quantization config",
+                    f"{prefix} is one fused layer of {', '.join(shards)}",
+                    f"{shards[0]} as {first.algo or first.kind.value}, "
+                    f"{name} as {spec.algo or spec.kind.value}",
+                    "one format for all of them",
+                    "Quantise the shards of a fused layer alike, or none of them.",
+                )
+        return first
+
+    def _ignored_online(self, spec: LayerSpec, prefix: str) -> bool:
+        patterns = self.options.online_ignore
+        return spec.kind is LayerKind.ONLINE and any(fnmatch.fnmatch(prefix, p) for p in patterns)
+
+
+def _blackwell_config(config: dict[str, Any]) -> QuantizationConfig | None:
+    """vLLM's own config where it and the GPU can do NVFP4 natively, else None."""
+    capability = compat.device_capability()
+    native = compat.native_config_class(config) if capability and capability >= (10, 0) else None
+    if native is None:
+        return None
+    logger.info(
+        "nvfp4: compute capability %d.%d has FP4 tensor cores, so vLLM's own %s serves this "
+        "checkpoint (option native_blackwell)",
+        *capability,
+        native.__name__,
+    )
+    return native.from_config(config)

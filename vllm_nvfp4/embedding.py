@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token embedding and lm_head: kept in 16 bits, or quantised while they load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_nvfp4 import compat
+from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
+from vllm_nvfp4.linear import (
+    apply_weight,
+    attach_fp8_weight,
+    attach_weight,
+    check_block_cut,
+    linear_method,
+    quantize_online,
+)
+from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.config import NvFp4Config
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def lm_head_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> QuantizeMethodBase | None:
+    """The method for lm_head: the checkpoint's own format first, then the option."""
+    if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8):
+        return linear_method(config, spec, prefix)
+    fmt = tied_format(config) if config.tied_embeddings else config.options.lm_head
+    return None if fmt == "keep" else OnlineEmbeddingMethod(config, fmt, prefix)
+
+
+def embedding_method(config: NvFp4Config, prefix: str) -> QuantizeMethodBase | None:
+    """The method for the token embedding, or None to keep it in 16 bits."""
+    fmt = tied_format(config) if config.tied_embeddings else config.options.embedding
+    return None if fmt == "keep" else OnlineEmbeddingMethod(config, fmt, prefix)
+
+
+def tied_format(config: NvFp4Config) -> str:
+    """The one format of a weight that embedding and lm_head share: the two options must agree."""
+    asked = {config.options.lm_head, config.options.embedding} - {"keep"}
+    if len(asked) > 1:
+        raise ValueError(
+            f"options lm_head={config.options.lm_head} and embedding={config.options.embedding}: "
+            "this model's lm_head and embedding are one tensor (tie_word_embeddings); set only one "
+            "of the two, or both to the same format."
+        )
+    return asked.pop() if asked else "keep"
+
+
+class OnlineEmbeddingMethod(QuantizeMethodBase):
+    """A 16-bit [vocabulary, hidden] weight that becomes FP8 or NVFP4 once it is loaded.
+
+    Serves as embedding (a gather of rows), as lm_head (a linear layer), or as both when tied.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, config: NvFp4Config, fmt: str, prefix: str) -> None:
+        self.config, self.fmt, self.prefix = config, fmt, prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if self.fmt == NVFP4.name:
+            check_block_cut(self.prefix, input_size, input_size_per_partition, NVFP4.block_size)
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        data = torch.empty(shape, dtype=params_dtype, device="meta")
+        weight = torch.nn.Parameter(data, requires_grad=False)
+        weight.nvfp4_role = Role.WEIGHT
+        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+        layer.nvfp4_dtype = params_dtype
+        compat.initialize_online_processing(layer)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Make lm_head use the embedding's one copy."""
+        del layer.weight
+        # In a list, so that torch does not take the embedding for a child of lm_head.
+        layer.nvfp4_tied_to = [embed_tokens]
+        return layer
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight = getattr(layer, "weight", None)
+        if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
+            return
+        del layer.weight
+        if self.fmt == NVFP4.name:
+            method = self.config.options.online_method
+            attach_weight(layer, quantize_online(weight.data, [len(weight)], self.fmt, method))
+        else:
+            quantized, scale = quantize_fp8_per_row(weight.data)
+            attach_fp8_weight(layer, quantized, scale.squeeze(-1))
+        logger.info_once(
+            "nvfp4: %s: 16-bit %s, quantised to %s while loading",
+            self.prefix,
+            "shared by embedding and lm_head" if self.config.tied_embeddings else "layer",
+            self.fmt,
+        )
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        source = getattr(layer, "nvfp4_tied_to", [layer])[0]
+        if self.fmt == NVFP4.name:
+            return apply_weight(source, x, bias, self.config.options.activation)
+        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias)
+
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        dtype = layer.nvfp4_dtype
+        if self.fmt == NVFP4.name:
+            return torch.ops.vllm_nvfp4.gather_rows(
+                input_,
+                layer.weight_packed,
+                layer.weight_block_scale,
+                layer.weight_global_scale,
+                *layer.nvfp4_shape,
+                layer.nvfp4_format,
+                dtype,
+            )
+        rows = layer.weight.view(torch.uint8)[input_].view(torch.float8_e4m3fn)
+        return (rows.float() * layer.row_scale[input_].unsqueeze(-1)).to(dtype)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option: its name, default, accepted values and meaning. The README's table is made of it.
+
+Options come through vLLM's ``--additional-config '{"nvfp4": {...}}'`` or, second, through
+environment variables ``VLLM_NVFP4_<NAME>``. The plugin merges both into ``additional_config``
+before vLLM hashes it, so that two option sets never share a compiled graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+METHOD_NAME = "nvfp4"
+ENV_PREFIX = "VLLM_NVFP4_"
+
+
+def _option(default: Any, choices: tuple[Any, ...] | None, meaning: str) -> Any:
+    metadata = {"choices": choices, "meaning": meaning}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The plugin's options. Build with :meth:`from_mapping` or :meth:`resolve`."""
+
+    activation: str = _option(
+        "auto",
+        ("auto", "16", "8"),
+        "Activation bits of the NVFP4/MXFP4 products. `16`: weights are widened to BF16/FP16 "
+        "(exact). `8`: activations are rounded to FP8 with one scale per token and run on the FP8 "
+        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says.",
+    )
+    lm_head: str = _option(
+        "keep",
+        ("keep", "fp8", "nvfp4"),
+        "Quantise a 16-bit `lm_head` while it loads. With tied embeddings it is the one copy "
+        "that both use.",
+    )
+    embedding: str = _option(
+        "keep",
+        ("keep", "fp8", "nvfp4"),
+        "Quantise a 16-bit token embedding while it loads.",
+    )
+    kv_cache: str = _option(
+        "auto",
+        ("auto", "fp8", "keep"),
+        "KV cache when `--kv-cache-dtype` is `auto`. `auto`: FP8 where the attention backends of "
+        "the device can; `fp8`: always; `keep`: as vLLM decides.",
+    )
+    online_method: str = _option(
+        "mse",
+        ("mse", "rtn"),
+        "How a 16-bit checkpoint is quantised while it loads: `mse` sweeps block scales for the "
+        "least squared error, `rtn` takes the absolute maximum.",
+    )
+    online_format: str = _option(
+        "nvfp4", ("nvfp4", "mxfp4"), "Format that a 16-bit checkpoint is quantised to."
+    )
+    online_ignore: tuple[str, ...] = _option(
+        (),
+        None,
+        "Layers to leave in 16 bits when a checkpoint is quantised while it loads: glob patterns "
+        "on the layer's name, a list or comma-separated.",
+    )
+    native_blackwell: bool = _option(
+        True,
+        (True, False),
+        "On GPUs with FP4 tensor cores, hand NVFP4 checkpoints to vLLM's own kernels.",
+    )
+    auto: bool = _option(
+        False,
+        (True, False),
+        "Take NVFP4 and MXFP4 checkpoints without `--quantization nvfp4`. Only as the environment "
+        "variable `VLLM_NVFP4_AUTO=1`: vLLM asks before it reads `--additional-config`.",
+    )
+    cache_dir: str = _option(
+        "~/.cache/vllm_nvfp4", None, "Where kernels compiled on this machine are kept."
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> Options:
+        """Check and convert ``values``; ``source`` names them in the error."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        checked = {}
+        for name, value in values.items():
+            if name not in fields:
+                known = ", ".join(sorted(fields))
+                raise ValueError(f"{source}: unknown option {name!r}. Options are: {known}.")
+            checked[name] = _convert(fields[name], value, source)
+        return cls(**checked)
+
+    @classmethod
+    def resolve(cls, additional_config: Mapping[str, Any] | None = None) -> Options:
+        """The options in force: environment variables, overridden by ``additional_config``."""
+        values = _from_environment()
+        given = (additional_config or {}).get(METHOD_NAME, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                '--additional-config: "nvfp4" is '
+                f"{json.dumps(given)}; needs an object of options, such as "
+                '{"nvfp4": {"lm_head": "fp8"}}.'
+            )
+        from_config = cls.from_mapping(given, "--additional-config nvfp4")
+        merged = {name: getattr(values, name) for name in _names_in_environment()}
+        merged |= {name: getattr(from_config, name) for name in given}
+        return cls(**merged)
+
+    def non_default(self) -> dict[str, Any]:
+        """What differs from the defaults, in a form that ``json.dumps`` takes."""
+        return {
+            f.name: list(value) if isinstance(value, tuple) else value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != getattr(_DEFAULTS, f.name)
+        }
+
+
+def _convert(option: dataclasses.Field, value: Any, source: str) -> Any:
+    choices = option.metadata["choices"]
+    if isinstance(getattr(_DEFAULTS, option.name), tuple):
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise ValueError(f"{source}: {option.name} is {value!r}; needs a list of patterns.")
+        return tuple(item.strip() for item in items if item.strip())
+    if choices is None:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{source}: {option.name} is {value!r}; needs a non-empty string.")
+        return value
+    if choices == (True, False):
+        words = {"1": True, "true": True, "0": False, "false": False}
+        converted = words.get(str(value).lower())
+        if converted is None:
+            raise ValueError(f"{source}: {option.name} is {value!r}; needs true or false.")
+        return converted
+    if str(value) not in choices:
+        raise ValueError(
+            f"{source}: {option.name} is {value!r}; needs one of {', '.join(choices)}."
+        )
+    return str(value)
+
+
+def _names_in_environment() -> list[str]:
+    return [
+        f.name for f in dataclasses.fields(Options) if ENV_PREFIX + f.name.upper() in os.environ
+    ]
+
+
+def _from_environment() -> Options:
+    known = {ENV_PREFIX + f.name.upper(): f.name for f in dataclasses.fields(Options)}
+    for variable in os.environ:
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            raise ValueError(
+                f"environment: unknown variable {variable}. Variables are: "
+                f"{', '.join(sorted(known))}."
+            )
+    values = {known[v]: os.environ[v] for v in known if v in os.environ}
+    return Options.from_mapping(values, "environment")
+
+
+_DEFAULTS = Options()
+
+
+def markdown_table() -> str:
+    """The options as a Markdown table, for the README."""
+    rows = [
+        "| option | environment variable | default | values | meaning |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for f in dataclasses.fields(Options):
+        default = getattr(_DEFAULTS, f.name)
+        choices = f.metadata["choices"]
+        shown = json.dumps(list(default) if isinstance(default, tuple) else default)
+        accepted = ", ".join(f"`{str(c).lower()}`" for c in choices) if choices else "text"
+        rows.append(
+            f"| `{f.name}` | `{ENV_PREFIX}{f.name.upper()}` | `{shown}` | {accepted} | "
+            f"{f.metadata['meaning']} |"
+        )
+    return "\n".join(rows) + "\n"

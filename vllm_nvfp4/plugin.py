@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration with vLLM. The only file that patches it; every patch says why it must be one."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from typing import Any, Literal, get_args
+
+from vllm_nvfp4.options import METHOD_NAME, Options
+
+_registered = False
+
+# Whether the model configuration being built belongs to an engine that asked for this method.
+_asked = contextvars.ContextVar("vllm_nvfp4_asked", default=False)
+
+
+def register() -> None:
+    """Register the method ``nvfp4``. vLLM calls this in each of its processes, maybe repeatedly."""
+    global _registered
+    if _registered:
+        return
+    from vllm.logger import init_logger
+    from vllm.model_executor.layers import quantization
+
+    from vllm_nvfp4 import compat
+
+    logger = init_logger(f"vllm.{__name__}")
+    if warning := compat.version_warning():
+        logger.warning("nvfp4: %s; please report what breaks", warning)
+    if METHOD_NAME in quantization.QUANTIZATION_METHODS:
+        logger.info("nvfp4: vLLM has a method of this name; this plugin serves it instead")
+        _remove_builtin_method(quantization)
+    quantization.register_quantization_config(METHOD_NAME)(_lazy_config_class())
+    _patch_engine_args()
+    _patch_legacy_modelopt()
+    _registered = True
+
+
+def _lazy_config_class() -> type:
+    """A config class that imports the real one, and with it vLLM's layers, only when it is used.
+
+    vLLM asks the config classes of all methods about every quantised checkpoint.
+    """
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class LazyNvFp4Config(QuantizationConfig):
+        def __new__(cls, *args: Any) -> Any:
+            from vllm_nvfp4.config import NvFp4Config
+
+            return NvFp4Config(*args)
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            from vllm_nvfp4.config import NvFp4Config
+
+            return NvFp4Config.from_config(config)
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def override_quantization_method(
+            cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+        ) -> str | None:
+            asked = user_quant == METHOD_NAME or (
+                user_quant is None and _claims_without_flag(hf_quant_cfg)
+            )
+            return METHOD_NAME if asked else None
+
+    return LazyNvFp4Config
+
+
+def _claims_without_flag(quant_config: dict[str, Any]) -> bool:
+    """Whether the option ``auto`` is set and the checkpoint is of a dialect this plugin reads."""
+    if not Options.resolve().auto:
+        return False
+    from vllm_nvfp4.checkpoints.detect import detect
+    from vllm_nvfp4.checkpoints.spec import CheckpointError
+
+    try:
+        return detect(quant_config).has_microscaled_layers()
+    except CheckpointError:
+        return False
+
+
+def _remove_builtin_method(quantization: Any) -> None:
+    """Take a built-in ``nvfp4`` out of vLLM's tables.
+
+    vLLM refuses an override whose name is one of its own methods, and answers its shorthands for
+    online quantization before it asks for a registered config.
+    """
+    from vllm.config import quantization as online
+
+    names = tuple(n for n in get_args(quantization.QuantizationMethods) if n != METHOD_NAME)
+    quantization.QuantizationMethods = Literal[names]
+    getattr(online, "_ONLINE_SHORTHANDS", {}).pop(METHOD_NAME, None)
+
+
+def _patch_engine_args() -> None:
+    """Check the options before anything is loaded, and put all of them into vLLM's compile hash.
+
+    Environment variables of a plugin are not in that hash, ``additional_config`` is, and there is
+    no hook between the command line and the engine.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create_engine_config = EngineArgs.create_engine_config
+    create_model_config = EngineArgs.create_model_config
+
+    @functools.wraps(create_engine_config)
+    def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.quantization == METHOD_NAME:
+            Options.resolve(self.additional_config)
+        config = create_engine_config(self, *args, **kwargs)
+        if getattr(config.model_config, "quantization", None) == METHOD_NAME:
+            options = Options.resolve(config.additional_config).non_default()
+            config.additional_config[METHOD_NAME] = options
+        return config
+
+    @functools.wraps(create_model_config)
+    def create_model_config_that_asked(self: Any) -> Any:
+        asked = self.quantization == METHOD_NAME or (
+            self.quantization is None and Options.resolve().auto
+        )
+        token = _asked.set(asked)
+        try:
+            return create_model_config(self)
+        finally:
+            _asked.reset(token)
+
+    EngineArgs.create_engine_config = create_engine_config_with_options
+    EngineArgs.create_model_config = create_model_config_that_asked
+
+
+def _patch_legacy_modelopt() -> None:
+    """Let ``hf_quant_config.json`` name any algorithm.
+
+    vLLM raises on MIXED_PRECISION, W4A16_NVFP4 and others in this old form before any quantization
+    config is asked. The new form, flat and with ``quant_method``, passes.
+    """
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    normalize = ModelArchConfigConvertorBase._normalize_quantization_config
+
+    @functools.wraps(normalize)
+    def normalize_legacy(self: Any, config: Any) -> Any:
+        quant_config = getattr(config, "quantization_config", None)
+        if _asked.get() and isinstance(quant_config, dict):
+            _flatten_legacy_modelopt(quant_config)
+        return normalize(self, config)
+
+    ModelArchConfigConvertorBase._normalize_quantization_config = normalize_legacy
+
+
+def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:
+    """{"producer": ..., "quantization": {...}} -> {"producer": ..., "quant_method", ...}, in place.
+
+    In place because vLLM reads the same dict again in its workers, outside this context.
+    """
+    producer = quant_config.get("producer")
+    is_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
+    if is_modelopt and isinstance(quant_config.get("quantization"), dict):
+        quant_config.update(quant_config.pop("quantization"))
+        quant_config["quant_method"] = "modelopt"

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the CUDA kernels of csrc/ with g++ and run them on the CPU, with every access checked.
+
+The emulator and its limits are described in csrc/host/README.md. Needs g++ and addr2line (binutils).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# Plain loads and stores call __tsan_*; alignment, array bounds and shifts call __ubsan_*. The
+# runtime defines both, so no sanitizer library is linked.
+_CHECKS = (
+    "-fsanitize=thread,alignment,bounds,shift",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "--param=tsan-distinguish-volatile=1",
+)
+_COMMON = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-gnu-unique")
+_WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-but-set-variable")
+# -ffp-contract=off: a*b+c rounds twice unless the source says fma, on every CPU alike.
+_KERNEL_FLAGS = (*_COMMON, "-O2", "-ffp-contract=off", "-DVNVFP4_HOST=1", *_WARNINGS, *_CHECKS)
+_RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
+
+_FP8_ACCUMULATORS = ("ada", "exact")
+_HALF_ACCUMULATORS = ("exact", "ada")
+
+
+class HostKernelError(RuntimeError):
+    """A kernel did what a GPU would punish with a wrong result, a hang or a crash."""
+
+
+class HostCompileError(RuntimeError):
+    """g++ refused a kernel source; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class HostMachine:
+    """The machine that a launch runs on.
+
+    seed:             order of blocks, warps and lanes
+    accumulator:      FP8 mma.sync: "ada" (13 fractional bits, truncating, per 16 of k) or "exact"
+    half_accumulator: bf16/f16 mma.sync: "exact" (one rounding) or "ada" (24 bits, per 8 of k)
+    max_resident:     blocks on the machine at once; 0: as many as have to wait for each other
+    time_limit:       seconds of CPU time
+    """
+
+    seed: int = 0
+    accumulator: str = "ada"
+    half_accumulator: str = "exact"
+    max_resident: int = 0
+    time_limit: float = 120.0
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("max_resident", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("fp8_accumulator", ctypes.c_uint32),
+        ("half_accumulator", ctypes.c_uint32),
+        ("time_limit", ctypes.c_double),
+    )
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("is_writable", ctypes.c_uint32),
+        ("name", ctypes.c_char_p),
+    )
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (
+        ("pc", ctypes.c_uint64),
+        ("num_resident", ctypes.c_uint32),
+        ("line", ctypes.c_int32),
+        ("file", ctypes.c_char * 512),
+        ("message", ctypes.c_char * 2048),
+    )
+
+
+class HostModule:
+    """Kernels of one translation unit, loaded. Made by :func:`build`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._lock = threading.Lock()  # the emulated machine is one per library
+
+    def launch(
+        self,
+        symbol: str,
+        params: bytes | ctypes.Structure,
+        *,
+        grid: Sequence[int],
+        block: Sequence[int],
+        smem_bytes: int = 0,
+        buffers: Mapping[str, torch.Tensor],
+        outputs: Collection[str],
+        machine: HostMachine | None = None,
+    ) -> None:
+        """Run kernel<<<grid, block, smem_bytes>>>(params) to its end.
+
+        params:  the kernel's params struct as the GPU launch takes it; its 8-byte words that hold an
+                 address inside one of `buffers` reach that tensor.
+        buffers: CPU tensors by the name that errors use; all that the kernel may read
+        outputs: the names of those it may write
+
+        Raises HostKernelError with kernel, block, thread, address and reason.
+        """
+        machine = machine or HostMachine()
+        config = _launch_config(grid, block, smem_bytes, machine)
+        raw = bytes(params)
+        table = _buffer_table(buffers, outputs)
+        result = _Result()
+        with self._lock:
+            status = self._library.vnvfp4_host_launch(
+                symbol.encode(),
+                ctypes.byref(config),
+                raw,
+                ctypes.c_uint64(len(raw)),
+                table,
+                ctypes.c_uint64(len(table)),
+                ctypes.byref(result),
+            )
+        if status:
+            raise HostKernelError(result.message.decode(errors="replace") + self._place(result))
+
+    def _place(self, result: _Result) -> str:
+        if result.file:
+            return f" [{result.file.decode()}:{result.line}]"
+        if not result.pc:
+            return ""
+        # The recorded address is a return address: one byte back is inside the call.
+        command = ["addr2line", "-e", str(self.path), "-fCis", hex(result.pc - 1)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+        places = [
+            f"{lines[i + 1].split(' (')[0]} in {lines[i]}" for i in range(0, len(lines) - 1, 2)
+        ]
+        return f" [{' <- '.join(places)}]" if places else ""
+
+
+def build(
+    source: str | Path,
+    kernels: Mapping[str, str],
+    *,
+    defines: Mapping[str, str | int] | None = None,
+    include_dirs: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+    cache_dir: Path | None = None,
+) -> HostModule:
+    """Compile a translation unit and return its kernels, from the cache if nothing changed.
+
+    source:  C++ text (usually one #include) or the path of a file
+    kernels: launch symbol -> kernel with its template arguments, e.g. {"k": "gemm<Config<16>>"}
+
+    The cache key is the preprocessed source, so every header counts. Raises HostCompileError.
+    """
+    text = source.read_text() if isinstance(source, Path) else source
+    entries = "".join(f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items())
+    unit = f'#include "host/ptx_host.h"\n{text}\n#include "host/kernel_entry.h"\n{entries}'
+    csrc = csrc_dir()
+    folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
+    options = [*_KERNEL_FLAGS, *flags]
+    options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
+    options += [f"-I{folder}" for folder in folders]
+    cache = cache_dir or _default_cache()
+    runtime = _compile(csrc / "host/runtime/runtime.cpp", _RUNTIME_FLAGS, cache, ".o")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "unit.cpp"
+        # The text's own line numbers in messages: line 1 of the text is line 1 of "kernel".
+        path.write_text(unit.replace(text, f'#line 1 "kernel"\n{text}', 1))
+        return HostModule(_compile(path, options, cache, ".so", link=[str(runtime)]))
+
+
+def csrc_dir() -> Path:
+    """The folder with the kernel sources: csrc/ of the repository, or where the wheel put it."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "host").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no csrc/host folder beside {package} or in it: host kernels need the repository's csrc/"
+    )
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vllm_nvfp4" / "host_kernels"
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> tuple[str, str]:
+    for name in ("g++", "c++"):
+        if path := shutil.which(name):
+            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+            return path, version.stdout.split("\n")[0]
+    raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
+
+
+def _run_compiler(arguments: Sequence[str]) -> bytes:
+    compiler, _ = _compiler()
+    done = subprocess.run([compiler, *arguments], capture_output=True, check=False)
+    if done.returncode:
+        raise HostCompileError(done.stderr.decode(errors="replace")[-8000:])
+    return done.stdout
+
+
+def _compile(
+    path: Path, options: Sequence[str], cache: Path, suffix: str, link: Sequence[str] = ()
+) -> Path:
+    key = hashlib.sha256(repr((_compiler(), sorted(options), link)).encode())
+    # -P drops line markers: the temporary folder's name must not change the key.
+    key.update(_run_compiler([*options, "-E", "-P", str(path)]))
+    target = cache / f"{path.stem}-{key.hexdigest()[:24]}{suffix}"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
+    try:
+        if link:
+            item = [*options, "-c", str(path), "-o", f"{partial}.o"]
+            _run_compiler(item)
+            _run_compiler(["-shared", "-Wl,-Bsymbolic,-z,defs", f"{partial}.o", *link, "-o", str(partial)])
+        else:
+            _run_compiler([*options, "-c", str(path), "-o", str(partial)])
+        partial.rename(target)
+    finally:
+        for leftover in (partial, Path(f"{partial}.o")):
+            leftover.unlink(missing_ok=True)
+    return target
+
+
+def _launch_config(
+    grid: Sequence[int], block: Sequence[int], smem_bytes: int, machine: HostMachine
+) -> _LaunchConfig:
+    for name, value, choices in (
+        ("accumulator", machine.accumulator, _FP8_ACCUMULATORS),
+        ("half_accumulator", machine.half_accumulator, _HALF_ACCUMULATORS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+    config = _LaunchConfig()
+    for field, name, sizes in ((config.grid, "grid", grid), (config.block, "block", block)):
+        if not 1 <= len(sizes) <= 3:
+            raise ValueError(f"{name}: {tuple(sizes)} has {len(sizes)} dimensions, needs 1 to 3")
+        for axis in range(3):
+            field[axis] = sizes[axis] if axis < len(sizes) else 1
+    config.shared_bytes = smem_bytes
+    config.max_resident = machine.max_resident
+    config.seed = machine.seed
+    config.fp8_accumulator = _FP8_ACCUMULATORS.index(machine.accumulator)
+    config.half_accumulator = _HALF_ACCUMULATORS.index(machine.half_accumulator)
+    config.time_limit = machine.time_limit
+    return config
+
+
+def _buffer_table(
+    buffers: Mapping[str, torch.Tensor], outputs: Collection[str]
+) -> ctypes.Array[_Buffer]:
+    if unknown := set(outputs) - set(buffers):
+        raise ValueError(f"outputs {sorted(unknown)} are not among the buffers {sorted(buffers)}")
+    table = (_Buffer * len(buffers))()
+    for entry, (name, tensor) in zip(table, buffers.items(), strict=True):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"buffer {name!r} is on {tensor.device}; the emulator takes CPU tensors")
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        entry.data = tensor.data_ptr()
+        entry.bytes = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        entry.is_writable = name in outputs
+        entry.name = name.encode()
+    return table
