@@ -15,6 +15,7 @@
 #if defined(__CUDACC_RTC__)
 // NVRTC's wheel has no <stdint.h>.
 using int32_t = int;
+using int64_t = long long;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
