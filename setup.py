@@ -49,7 +49,7 @@ class BuildPyWithCubins(build_py):
                 f"none. pip install {' '.join(BUILD_REQUIRES)}"
             )
         pattern = os.environ.get("NVFP4_BUILD_KERNELS", "*")
-        chosen = [c for c in configs.CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
+        chosen = [c for c in configs.ALL_CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
         out = Path(self.build_lib) / "vllm_nvfp4" / "cubins"
         count = cubins.build(chosen, out, archs, jobs=os.cpu_count() or 1)
         print(f"vllm-nvfp4: {count} cubins for {', '.join(f'sm_{a}' for a in archs)}")

@@ -87,7 +87,9 @@ def test_no_or_old_nvrtc_says_what_to_install(version, monkeypatch):
 
 
 def test_included_files_are_found_recursively(tmp_path):
-    (tmp_path / "a.cuh").write_text('#pragma once\n#include "b.cuh"\n')
+    (tmp_path / "a.cuh").write_text('#pragma once\n#include "b.cuh"\n#include "host/c.h"\n')
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "c.h").write_text("")  # the emulator's; not in a wheel
     (tmp_path / "b.cuh").write_text('#include <cuda_fp16.h>\n#include "a.cuh"\n')
     found = nvrtc.included_files('  #  include "a.cuh"\nint x;', tmp_path)
     assert list(found) == ["a.cuh", "b.cuh"]
