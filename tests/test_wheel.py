@@ -33,8 +33,10 @@ def source(tmp_path_factory):
 
 
 def build(source, out, **settings):
-    """Build a wheel as an installer does, without a network; returns its path and the log."""
-    shutil.rmtree(source / "build", ignore_errors=True)
+    """Build a wheel as an installer does, without a network; returns its path and the log.
+
+    build/ stays from one call to the next, as it does in a checkout.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NVFP4_BUILD")}
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", *OFFLINE, "-w", str(out), str(source)],
@@ -55,7 +57,9 @@ def wheel_with_cubins(source, tmp_path_factory):
     return build(source, tmp_path_factory.mktemp("with"), **settings)[0]
 
 
-def test_without_cubins_it_is_pure_python_with_the_kernel_sources(source, tmp_path):
+def test_without_cubins_it_is_pure_python_with_the_kernel_sources(
+    source, wheel_with_cubins, tmp_path
+):
     wheel, log = build(source, tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
