@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from vllm_nvfp4.checkpoints.spec import (
     Dialect,
     LayerKind,
     LayerSpec,
-    shard_names,
+    fused_layer_spec,
 )
-from vllm_nvfp4.checkpoints.validate import validate_model
+from vllm_nvfp4.checkpoints.headers import read_headers
 from vllm_nvfp4.embedding import embedding_method, lm_head_method
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.options import METHOD_NAME, Options
@@ -75,7 +76,9 @@ class NvFp4Config(QuantizationConfig):
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = kv_cache.head_size(text_config)
-        validate_model(model_name, self.source_config, revision)
+        if (folder := Path(model_name)).is_dir():
+            headers = read_headers(folder)
+            self.dialect.settle({name: header.shape for name, header in headers.items()})
 
     @property
     def options(self) -> Options:
@@ -117,21 +120,8 @@ class NvFp4Config(QuantizationConfig):
         return linear_method(self, spec, prefix)
 
     def layer_spec(self, prefix: str) -> LayerSpec:
-        """How the layer, fused or not, is stored: all shards of a fused layer must agree."""
-        shards = shard_names(prefix, self.packed_modules_mapping)
-        specs = {name: self.dialect.layer_spec(name) for name in shards}
-        first = specs[shards[0]]
-        for name, spec in specs.items():
-            if spec != first:
-                raise CheckpointError(
-                    "quantization config",
-                    f"{prefix} is one fused layer of {', '.join(shards)}",
-                    f"{shards[0]} as {first.algo or first.kind.value}, "
-                    f"{name} as {spec.algo or spec.kind.value}",
-                    "one format for all of them",
-                    "Quantise the shards of a fused layer alike, or none of them.",
-                )
-        return first
+        """How the layer, fused or not, is stored."""
+        return fused_layer_spec(self.dialect, prefix, self.packed_modules_mapping)
 
     def _ignored_online(self, spec: LayerSpec, prefix: str) -> bool:
         patterns = self.options.online_ignore

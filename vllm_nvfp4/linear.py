@@ -95,7 +95,7 @@ class _CheckpointLinearMethod(LinearMethodBase):
         """Register one parameter for each tensor of the spec; vLLM's loader fills them."""
         if self.spec.fmt is not None:
             check_block_cut(
-                self.prefix, input_size, input_size_per_partition, self.spec.fmt.block_size
+                self.prefix, input_size, input_size_per_partition, self.spec.scale_block
             )
         layer.logical_widths = output_partition_sizes
         shape = (sum(output_partition_sizes), input_size_per_partition)
@@ -122,7 +122,7 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if (tensors := self.take_tensors(layer)) is None:
             return
-        weight = to_weight(self.spec, tensors, layer.logical_widths, where=self.prefix)
+        weight = to_weight(self.spec, tensors, layer.logical_widths, self.prefix)
         attach_weight(layer, weight)
         if (pre_scale := tensors.get(Role.PRE_SCALE)) is not None:
             layer.pre_scale = _frozen(_agreed(pre_scale, self.prefix, "pre_quant_scale"))
@@ -323,9 +323,7 @@ def log_path(
     found = spec.algo or spec.kind.value
     if spec.kind is LayerKind.ONLINE:
         found = f"16-bit layers, quantised to {fmt} while loading"
-    path = ops.backend(device.type).describe_path(
-        "fp8" if spec.kind is LayerKind.FP8 else "microscaled", ACTIVATION_BITS[activation]
-    )
+    path = ops.describe_path(device.type, spec.kind is LayerKind.FP8, ACTIVATION_BITS[activation])
     logger.info_once("nvfp4: %s: %s", found, path)
 
 
@@ -364,18 +362,18 @@ def _parameter(
     if tensor.role in (Role.CODES, Role.BLOCK_SCALE, Role.WEIGHT):
         divisor = {
             Role.CODES: 2,
-            Role.BLOCK_SCALE: spec.fmt.block_size if spec.fmt else 1,
+            Role.BLOCK_SCALE: spec.scale_block,
             Role.WEIGHT: 1,
         }
         data = torch.empty(n, k // divisor[tensor.role], dtype=dtype)
         if tensor.role is Role.BLOCK_SCALE:
             data.view(torch.uint8).fill_(255)  # NaN in E4M3 and E8M0: unloaded scales show
         return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
-    if tensor.role is Role.WEIGHT_SCALE and tensor.per_row:
+    if tensor.role is Role.ROW_SCALE:
         data = torch.full((n, 1), torch.nan, dtype=torch.float32)
         return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
     if tensor.role is Role.PRE_SCALE:
-        data = torch.full((num_shards, k), torch.nan, dtype=torch.float32)
+        data = torch.ones(num_shards, k, dtype=torch.float32)
         return ShardVectorParameter(data=data, input_dim=0, weight_loader=loader)
     if tensor.role is Role.HADAMARD:
         size = spec.hadamard_size

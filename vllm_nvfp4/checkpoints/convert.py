@@ -28,8 +28,8 @@ def to_weight(
 
     spec:       a MICROSCALED layer's
     tensors:    CODES [N, K/2] uint8; BLOCK_SCALE [N, K/spec.scale_block], float8_e4m3fn or uint8;
-                and, where the spec has it, GLOBAL_SCALE or GLOBAL_DIVISOR with one value per shard (any
-                shape), float32
+                and, where the spec has it, GLOBAL_SCALE or GLOBAL_DIVISOR, one value per shard in
+                any shape, float32
     shard_rows: rows of each shard of a fused layer, in order; they add up to N
     layer:      name for messages
 

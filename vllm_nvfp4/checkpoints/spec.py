@@ -38,14 +38,12 @@ class TensorSpec:
     name:     suffix in the checkpoint and of the vLLM parameter, e.g. "weight_scale_2"
     dtypes:   accepted safetensors dtypes, e.g. ("F8_E4M3",), first one is what the tool writes
     optional: the layer is complete without it
-    per_row:  a WEIGHT_SCALE of shape [N, 1] instead of a scalar
     """
 
     name: str
     role: Role
     dtypes: tuple[str, ...]
     optional: bool = False
-    per_row: bool = False
 
 
 class LayerKind(Enum):

@@ -33,6 +33,7 @@ class Cpu:
     features: LLVM's feature string
     has_avx512: 512-bit table look-ups over 16-bit and 32-bit lanes
     has_bf16_dot: the AVX-512 BF16 dot product
+    has_byte_tables: 512-bit table look-ups over bytes
     has_avx2:   256-bit table look-ups over 32-bit lanes
     """
 
@@ -40,6 +41,7 @@ class Cpu:
     features: str
     has_avx512: bool
     has_bf16_dot: bool
+    has_byte_tables: bool
     has_avx2: bool
 
 
@@ -75,7 +77,14 @@ def detect_cpu(isa: str | None = None) -> Cpu:
                 features[name] = False
     flags = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
     name = binding.get_host_cpu_name() if rank < 2 else ""
-    return Cpu(name, flags, rank <= 1, rank == 0, have["avx2"] and rank <= 2)
+    return Cpu(
+        name,
+        flags,
+        has_avx512=rank <= 1,
+        has_bf16_dot=rank == 0,
+        has_byte_tables=rank <= 1 and bool(features.get("avx512vbmi")),
+        has_avx2=have["avx2"] and rank <= 2,
+    )
 
 
 @functools.cache
@@ -162,7 +171,7 @@ def _serial_pool() -> ThreadPool:
         "one thread",
         run,
         compile_function("thread_num", _SERIAL_IR, cpu),
-        compile_function("num_threads", _SERIAL_IR.replace("@", "@"), cpu),
+        compile_function("num_threads", _SERIAL_IR, cpu),
     )
 
 

@@ -188,6 +188,25 @@ class IrWriter:
         lanes, _ = _parts(a.type)
         return self.call(a.type, f"llvm.fmuladd.v{lanes}f32", a, b, c)
 
+    def sum_lanes(self, vector: Value) -> Value:
+        """The sum of all lanes of a float vector, in whatever order is fastest."""
+        lanes, element = _parts(vector.type)
+        name = f"llvm.vector.reduce.fadd.v{lanes}{_mangle(element)}"
+        self._declared.add(f"declare {element} @{name}({element}, {vector.type})")
+        zero = self.const(element, 0.0)
+        operands = f"{element} {zero.name}, {vector.type} {vector.name}"
+        return self.emit(element, f"call reassoc {element} @{name}({operands})")
+
+    def gather_scalars(self, scalars: Sequence[Value]) -> Value:
+        """A vector of these scalars."""
+        to = vector_type(len(scalars), scalars[0].type)
+        vector = Value(self, to, "poison")
+        for i, x in enumerate(scalars):
+            vector = self.emit(
+                to, f"insertelement {to} {vector.name}, {x.type} {x.name}, i32 {i}"
+            )
+        return vector
+
     def argument(self, index: int, to: str = "ptr") -> Value:
         """Word ``index`` of the argument array."""
         return self.args.at(8 * index).load(to, align=8)

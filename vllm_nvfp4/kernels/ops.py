@@ -36,6 +36,16 @@ def backend(device_type: str) -> ModuleType:
     return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}")
 
 
+def describe_path(device_type: str, is_fp8: bool, activation_bits: int) -> str:
+    """In a few words, for the log and ``doctor``: which kernel runs a layer on this device."""
+    if device_type == "cpu":
+        return "CPU kernel, W8A16" if is_fp8 else f"CPU kernel, W4A{activation_bits or 16}"
+    if is_fp8:
+        return "CUDA FP8 kernel, W8A8"
+    by_size = "W4A16 or W4A8 by the batch size"
+    return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
+
+
 def linear(
     a: torch.Tensor,
     codes: torch.Tensor,
@@ -58,6 +68,8 @@ def linear(
     if a.shape[-1] != num_cols:
         raise ValueError(f"vllm_nvfp4.linear: a has K={a.shape[-1]}, the weight has K={num_cols}")
     packed = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, FORMATS[fmt])
+    if a.device.type == "cpu":
+        activation_bits = activation_bits or 16
     y = backend(a.device.type).linear(a.reshape(-1, num_cols), packed, bias, activation_bits)
     return y.view(*a.shape[:-1], num_rows)
 

@@ -30,6 +30,22 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     return code | (torch.signbit(x).to(torch.uint8) << 3)
 
 
+# Adding and subtracting 1.5 * 2^23 * step rounds a float32 to a multiple of step, ties to even.
+_ROUND_TO_INTEGER = 1.5 * 2.0**23
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """decode(encode(x)) without the codes: the E2M1 value nearest to x, ties to even.
+
+    x: any shape, float32, finite. The spacing is half the power of two below |x|, at least 0.5 and
+    at most 2; at each spacing the even multiples are the values with mantissa bit 0.
+    """
+    power_of_two = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    bias = power_of_two.mul_(_ROUND_TO_INTEGER / 2)
+    bias.clamp_(_ROUND_TO_INTEGER / 2, _ROUND_TO_INTEGER * 2)
+    return x.clamp(-6.0, 6.0).add_(bias).sub_(bias)
+
+
 def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """value = E2M1(code). codes: uint8 (0..15), any shape; exact in every floating type."""
     magnitudes = torch.tensor(E2M1_VALUES, dtype=dtype, device=codes.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_nvfp4.numerics.codes import decode_e2m1, encode_e2m1, pack_codes
+from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
 from vllm_nvfp4.numerics.formats import (
     E2M1_MAX,
     E4M3_MAX,
@@ -49,19 +49,31 @@ def _block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.
 _MSE_FACTORS = (1.0, 1.5, 1.25, 1.125, 1.0625, 0.9375, 0.875, 0.8125, 0.75, 1.375, 1.625)
 
 
+# Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch does
+# not split an operation that small over threads, which costs more than the operation.
+_SWEEP_ELEMENTS = 1 << 14
+
+
 def _block_scale_mse(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     """The e4m3 scale, among ``_MSE_FACTORS`` times the RTN scale, with the least squared error."""
+    if blocks.device.type != "cpu":
+        return _sweep(blocks, global_scale)
+    rows = max(1, _SWEEP_ELEMENTS // (blocks.shape[1] * blocks.shape[2]))
+    return torch.cat([_sweep(piece, global_scale) for piece in blocks.split(rows)])
+
+
+def _sweep(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     base = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
-    best_scale = _block_scale_rtn(blocks, global_scale)
-    best_error = torch.full(base.shape, torch.inf, device=blocks.device)
+    best_scale = _block_scale_rtn(blocks, global_scale).float()
+    best_error = torch.full_like(base, torch.inf)
     for factor in _MSE_FACTORS:
-        scale = to_e4m3((base * factor).clamp(min=E4M3_MIN_SUBNORMAL))
-        step = scale.float()[..., None] * global_scale
-        error = (decode_e2m1(encode_e2m1(blocks / step)) * step - blocks).square().sum(-1)
+        scale = to_e4m3((base * factor).clamp(min=E4M3_MIN_SUBNORMAL)).float()
+        step = scale[..., None] * global_scale
+        error = round_e2m1(blocks / step).mul_(step).sub_(blocks).square_().sum(-1)
         better = (error < best_error) & (base > 0)
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale.float(), best_scale.float()).to(torch.float8_e4m3fn)
-    return best_scale
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale.to(torch.float8_e4m3fn)
 
 
 def quantize_nvfp4(
@@ -100,7 +112,10 @@ def quantize_mxfp4(weight: torch.Tensor) -> BlockScaledWeight:
     step = decode_block_scale(block_scale, MXFP4)[..., None]
     codes = encode_e2m1(blocks / step).flatten(1)
     return BlockScaledWeight(
-        pack_codes(codes), block_scale, torch.ones(len(codes), device=weight.device), MXFP4
+        pack_codes(codes),
+        block_scale,
+        torch.ones(len(codes), dtype=torch.float32, device=weight.device),
+        MXFP4,
     )
 
 

@@ -21,7 +21,7 @@ def decode_block_scale(
     if fmt.scale_type == "e4m3":
         return block_scale.view(torch.float8_e4m3fn).to(dtype)
     exponent = block_scale.view(torch.uint8).to(torch.int32) - E8M0_BIAS
-    value = torch.ldexp(torch.ones((), dtype=torch.float64, device=exponent.device), exponent)
+    value = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
     return torch.where(exponent == 255 - E8M0_BIAS, torch.nan, value).to(dtype)
 
 

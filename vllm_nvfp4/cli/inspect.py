@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-nvfp4 inspect MODEL``: what a checkpoint holds and what will run it, layer by layer.
+
+Reads configuration and headers only: no weights, no GPU, neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.inventory import (
+    EMBEDDING,
+    HEAD,
+    LINEAR,
+    OTHER,
+    Inventory,
+    LayerRecord,
+)
+from vllm_nvfp4.checkpoints.locate import find_folder
+from vllm_nvfp4.checkpoints.spec import LayerKind
+from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.options import Options
+
+_PART_TITLES = {
+    LINEAR: "linear layers",
+    HEAD: "lm_head",
+    EMBEDDING: "embedding",
+    OTHER: "norms and others",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a layer, or several alike.
+
+    bits_per_weight: of the stored tensors, scales included
+    path:            what runs the layer
+    """
+
+    name: str
+    count: int
+    part: str
+    format: str
+    algo: str
+    shape: tuple[int, ...]
+    num_weights: int
+    num_bytes: int
+    path: str
+    files: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / max(self.num_weights, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("name", "count", "part", "format", "algo", "num_weights", "num_bytes", "path")
+        return {n: getattr(self, n) for n in names} | {
+            "shape": list(self.shape),
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "files": list(self.files),
+        }
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a checkpoint holds and what will run it",
+        description="Show, layer by layer, how a checkpoint is stored and what will run it. Reads "
+        "headers only: no GPU, no weights.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, or a model in the local hub cache"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--all", action="store_true", help="one row per layer; do not fold layers that are alike"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or JSON; 0. A CheckpointError for a bad checkpoint goes to the caller."""
+    folder = find_folder(args.model)
+    config, quant_config = read_config(folder)
+    inventory = validate(folder, config, quant_config)
+    options = Options.resolve()
+    rows = [_row([layer], options, inventory) for layer in inventory.layers]
+    if not args.all:
+        rows = fold(rows)
+    if args.json:
+        json.dump(_as_json(inventory, rows), sys.stdout, indent=2)
+        print()
+    else:
+        _print_tables(inventory, rows, config)
+    return 0
+
+
+def fold(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ only in the layer's number become one, layers.{0-27}."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (re.sub(r"\d+", "#", row.name), row.part, row.format, row.algo, row.shape, row.path)
+        groups.setdefault(key, []).append(row)
+    return [_merge(group) for group in groups.values()]
+
+
+def _merge(group: Sequence[Row]) -> Row:
+    first = group[0]
+    return Row(
+        _folded_name([row.name for row in group]),
+        sum(row.count for row in group),
+        first.part,
+        first.format,
+        first.algo,
+        first.shape,
+        sum(row.num_weights for row in group),
+        sum(row.num_bytes for row in group),
+        first.path,
+        tuple(sorted({file for row in group for file in row.files})),
+    )
+
+
+def _folded_name(names: Sequence[str]) -> str:
+    """model.layers.0.x, model.layers.1.x, model.layers.3.x -> model.layers.{0-1,3}.x"""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    columns = zip(*parts, strict=True)
+    return "".join(
+        column[0] if len(set(column)) == 1 else "{" + _ranges(int(n) for n in set(column)) + "}"
+        for column in columns
+    )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _row(layers: Sequence[LayerRecord], options: Options, inventory: Inventory) -> Row:
+    layer = layers[0]
+    return Row(
+        layer.name,
+        len(layers),
+        layer.part,
+        layer.format,
+        layer.spec.algo,
+        layer.shape,
+        layer.num_weights,
+        layer.num_bytes,
+        path_of(layer, options, inventory.tied_embeddings),
+        layer.files,
+    )
+
+
+def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False) -> str:
+    """What runs the layer under these options, in a few words."""
+    spec = layer.spec
+    if spec.kind is LayerKind.FP8:
+        return "FP8 kernel, W8A8"
+    if spec.kind is LayerKind.MICROSCALED:
+        bits = {"auto": "W4A16 or W4A8 by batch size", "16": "W4A16", "8": "W4A8"}
+        extra = ", rotated activations" if spec.hadamard_size else ""
+        return f"{layer.format} kernel, {bits[options.activation]}{extra}"
+    is_ignored = any(fnmatch(layer.name, pattern) for pattern in options.online_ignore)
+    if spec.kind is LayerKind.ONLINE and not is_ignored:
+        return f"quantised to {options.online_format} while loading ({options.online_method})"
+    choice = {HEAD: options.lm_head, EMBEDDING: options.embedding}.get(layer.part, "keep")
+    if layer.part == EMBEDDING and tied_embeddings and choice == "keep":
+        choice = options.lm_head
+    if choice != "keep":
+        return f"quantised to {choice} while loading"
+    return f"vLLM, {layer.format}"
+
+
+def _as_json(inventory: Inventory, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "folder": inventory.folder,
+        "dialect": inventory.dialect,
+        "kv_cache": inventory.kv_cache,
+        "tied_embeddings": inventory.tied_embeddings,
+        "layers": [row.to_json() for row in rows],
+        "totals": [row.to_json() for row in totals(rows)],
+    }
+
+
+def totals(rows: Sequence[Row]) -> list[Row]:
+    """One row for each part and format, then one for everything."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.part, row.format), []).append(row)
+    order = list(_PART_TITLES)
+    keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
+    summed = [_sum(groups[key], _PART_TITLES[key[0]], *key) for key in keys]
+    return [*summed, _sum(rows, "all", "all", "")]
+
+
+def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
+    files = tuple(sorted({file for row in rows for file in row.files}))
+    return Row(
+        name,
+        sum(row.count for row in rows),
+        part,
+        fmt,
+        "",
+        (),
+        sum(row.num_weights for row in rows),
+        sum(row.num_bytes for row in rows),
+        "",
+        files,
+    )
+
+
+def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # Piped output is for grep and files: never cut a line to the width of a terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
+    kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
+    console.print(
+        f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (
+        ("layer", "left"),
+        ("count", "right"),
+        ("format", "left"),
+        ("algorithm", "left"),
+        ("shape", "right"),
+        ("bits/weight", "right"),
+        ("bytes", "right"),
+        ("path", "left"),
+    ):
+        table.add_column(title, justify="right" if justify == "right" else "left")
+    for row in rows:
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(
+            row.name,
+            str(row.count),
+            row.format,
+            row.algo,
+            shape,
+            f"{row.bits_per_weight:.2f}",
+            f"{row.num_bytes:,}",
+            row.path,
+        )
+    table.add_section()
+    for row in totals(rows):
+        table.add_row(
+            row.name,
+            str(row.count),
+            row.format,
+            "",
+            f"{row.num_weights:,}",
+            f"{row.bits_per_weight:.2f}",
+            f"{row.num_bytes:,}",
+            "",
+        )
+    console.print(table)
+    if inventory.tied_embeddings:
+        console.print("lm_head is the embedding's weight (tied).", highlight=False)

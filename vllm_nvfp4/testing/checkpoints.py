@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints for tests: the stored fixtures, damage done to them, and dequantised twins."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_nvfp4.checkpoints.detect import detect, read_config
+from vllm_nvfp4.checkpoints.headers import read_headers
+from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
+from vllm_nvfp4.checkpoints.validate import group_by_module
+
+if TYPE_CHECKING:
+    import torch
+
+FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
+TOOLS = ("modelopt", "compressed_tensors", "fp_quant")
+
+
+def fixture_names() -> list[str]:
+    """Every stored checkpoint, as "tool/name", e.g. "modelopt/nvfp4-kv8-llama"."""
+    names = set()
+    for tool in TOOLS:
+        with tarfile.open(FIXTURES / f"{tool}.tar.xz") as tar:
+            names |= {f"{tool}/{member.name.split('/')[0]}" for member in tar.getmembers()}
+    return sorted(names)
+
+
+def extract_fixture(name: str, target: Path) -> Path:
+    """Unpack the stored checkpoint "tool/name" below ``target``; returns its folder."""
+    tool, _, checkpoint = name.partition("/")
+    with tarfile.open(FIXTURES / f"{tool}.tar.xz") as tar:
+        members = [m for m in tar.getmembers() if m.name.startswith(f"{checkpoint}/")]
+        tar.extractall(target, members=members, filter="data")
+    folder = target / checkpoint
+    if not members:
+        raise ValueError(f"no fixture {name!r}; there are {', '.join(fixture_names())}")
+    return folder
+
+
+def make_legacy(folder: Path) -> Path:
+    """Leave a ModelOpt checkpoint's configuration in hf_quant_config.json alone, as before 0.31."""
+    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    return folder
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Apply ``edit`` to the JSON object in a file, in place."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    edit(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Apply ``edit`` to the tensors of model.safetensors, in place."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    path.unlink()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), metadata={"format": "pt"})
+    return folder
+
+
+def split_into_shards(folder: Path, num_shards: int = 2) -> Path:
+    """Cut model.safetensors into shards with an index file."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    weight_map = {}
+    for i in range(num_shards):
+        file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        names = sorted(tensors)[i::num_shards]
+        save_file({n: tensors[n].clone() for n in names}, str(folder / file))
+        weight_map |= dict.fromkeys(names, file)
+    path.unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def give_shards_their_own_scale(folder: Path) -> Path:
+    """Multiply k_proj's and up_proj's weights by 2 and 4 through their global scale alone, so that
+    the shards of the fused layers differ in it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            factor = 2.0 if ".k_proj." in name else 4.0 if ".up_proj." in name else 1.0
+            if name.endswith("weight_scale_2"):
+                tensors[name] = tensors[name] * factor
+            elif name.endswith("weight_global_scale"):
+                tensors[name] = tensors[name] / factor
+
+    return edit_tensors(folder, edit)
+
+
+def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint as a plain model: every quantised layer's weight in float32, [N, K].
+
+    What the activations would go through is folded in: an AWQ scale s gives W diag(s), and
+    FP-Quant's rotation H gives W H^T, since (x H) W^T = x (W H^T)^T. Activations are not rounded.
+    KV cache scales are left out; all other tensors are as stored.
+    """
+    from safetensors import safe_open
+
+    _, quant_config = read_config(folder)
+    headers = read_headers(folder)
+    dialect = detect(quant_config)
+    dialect.settle({name: header.shape for name, header in headers.items()})
+    state: dict[str, torch.Tensor] = {}
+    handles = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
+    for module, leaves in group_by_module(headers).items():
+        tensors = {
+            leaf: handles[header.file].get_tensor(f"{module}.{leaf}" if module else leaf)
+            for leaf, header in leaves.items()
+        }
+        spec = dialect.layer_spec(module)
+        if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8) and _holds(spec, tensors):
+            state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)
+            tensors = {"bias": tensors["bias"]} if "bias" in tensors else {}
+        for leaf, tensor in tensors.items():
+            if leaf not in ("k_scale", "v_scale"):
+                state[f"{module}.{leaf}" if module else leaf] = tensor
+    return state
+
+
+def _holds(spec: LayerSpec, tensors: dict[str, torch.Tensor]) -> bool:
+    return all(t.optional or t.name in tensors for t in spec.tensors)
+
+
+def dequantize_layer(
+    spec: LayerSpec, tensors: dict[str, torch.Tensor], layer: str = "layer"
+) -> torch.Tensor:
+    """One layer's weight, [N, K] float32, from its stored tensors by name."""
+    from vllm_nvfp4.checkpoints.convert import fp8_to_rows, to_weight
+
+    roles = {t.role: tensors[t.name] for t in spec.tensors if t.name in tensors}
+    if spec.kind is LayerKind.FP8:
+        weight, row_scale = fp8_to_rows(spec, roles, [len(roles[Role.WEIGHT])], layer)
+        return (weight.double() * row_scale.double()[:, None]).float()
+    value = to_weight(spec, roles, [len(roles[Role.CODES])], layer).dequantize()
+    if Role.PRE_SCALE in roles:
+        value = value * roles[Role.PRE_SCALE].float()
+    if Role.HADAMARD in roles:
+        rotation = roles[Role.HADAMARD].float()
+        value = (value.view(-1, len(rotation)) @ rotation.T).view(value.shape)
+    return value
+
+
+def write_dequantized(folder: Path, target: Path) -> Path:
+    """Write the plain twin of a checkpoint, float32, loadable by transformers; returns target."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        is_weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name != "hf_quant_config.json":
+            shutil.copy(path, target / path.name)
+    edit_json(target / "config.json", _forget_quantization)
+    state = {name: t.float().contiguous() for name, t in dequantized_state_dict(folder).items()}
+    save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
+    return target
+
+
+def _forget_quantization(config: dict[str, Any]) -> None:
+    config.pop("quantization_config", None)
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = "float32"
