@@ -135,7 +135,7 @@ class Output {
 
  private:
   __device__ __forceinline__ float finish(float sum, float a_scale, int i) const {
-    return sum * a_scale * scale_[i] + bias_[i];
+    return fmaf(sum * a_scale, scale_[i], bias_[i]);
   }
 
   const GemmParams& p_;

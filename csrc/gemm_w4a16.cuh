@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
         mma<Config>(sum, a[0], b[0][i]);
         mma<Config>(sum, a[1], b[1][i]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) c[r][i][j] += scale[block][j / 2] * sum[j];
+        for (int j = 0; j < 4; ++j) c[r][i][j] = fmaf(scale[block][j / 2], sum[j], c[r][i][j]);
       }
     }
   }

@@ -64,7 +64,7 @@ __device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[4
 __device__ __forceinline__ void accumulate(float (&c)[4], const float (&scale)[2],
                                            const float (&sum)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += scale[i / 2] * sum[i];
+  for (int i = 0; i < 4; ++i) c[i] = fmaf(scale[i / 2], sum[i], c[i]);
 }
 
 // The activations of 8 tokens over a packed tile's 64 columns: matrix q of the ldmatrix is the 16

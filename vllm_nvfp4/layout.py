@@ -97,9 +97,7 @@ def unpack_weight(packed: PackedWeight) -> BlockScaledWeight:
     scale = scale[:rows, : cols // block].contiguous()
     if packed.fmt.scale_type == "e4m3":
         scale = scale.view(torch.float8_e4m3fn)
-    return BlockScaledWeight(
-        pack_codes(codes).contiguous(), scale, packed.global_scale, packed.fmt
-    )
+    return BlockScaledWeight(pack_codes(codes).contiguous(), scale, packed.global_scale, packed.fmt)
 
 
 def _check(weight: BlockScaledWeight) -> None:
@@ -109,12 +107,12 @@ def _check(weight: BlockScaledWeight) -> None:
             f"{fmt.name}: a weight of {rows} rows and K={cols} cannot be packed; it needs at least "
             f"one row and K a multiple of {fmt.block_size}"
         )
-    for name, found, needed in (
+    for name, shape, needed in (
         ("block_scale", weight.block_scale.shape, (rows, cols // fmt.block_size)),
         ("global_scale", weight.global_scale.shape, (rows,)),
     ):
-        if tuple(found) != needed:
-            raise ValueError(f"{fmt.name}: {name} is {list(found)}, needed {list(needed)}")
+        if tuple(shape) != needed:
+            raise ValueError(f"{fmt.name}: {name} is {list(shape)}, needed {list(needed)}")
     largest = _LARGEST_E4M3 if fmt.scale_type == "e4m3" else _LARGEST_E8M0
     is_bad = weight.block_scale.view(torch.uint8) > largest
     if bool(is_bad.any()):

@@ -25,10 +25,10 @@ uint8_t* dynamic_shared();
 uint32_t shared_address(const void* pointer);
 uint8_t* shared_pointer(uint32_t address);
 
-// A checked access that one instruction makes. `size` is also the alignment it needs.
+// One load or store instruction. `size` is also the alignment it needs.
 enum Space : int { kGlobal, kShared };
-void check_load(Space space, const void* pointer, size_t size);
-void check_store(Space space, const void* pointer, size_t size);
+void load(Space space, const void* from, void* to, size_t size);
+void store(Space space, void* to, const void* from, size_t size);
 
 void block_barrier(int id, int num_threads, bool is_waiting, const char* file, int line);
 enum class Vote : int { kAnd, kOr, kCount };

@@ -23,33 +23,24 @@ inline uint32_t smem_address(const void* pointer) { return vnvfp4_host::shared_a
 namespace detail {
 
 template <typename T>
-__attribute__((no_sanitize("thread"))) inline T load(vnvfp4_host::Space space, const void* from) {
-  vnvfp4_host::check_load(space, from, sizeof(T));
-  return *static_cast<const T*>(from);
-}
-
-template <typename T>
-__attribute__((no_sanitize("thread"))) inline void store(vnvfp4_host::Space space, void* to,
-                                                         T value) {
-  vnvfp4_host::check_store(space, to, sizeof(T));
-  *static_cast<T*>(to) = value;
-}
-
-template <typename T>
 inline T load_global(const void* from) {
-  return load<T>(vnvfp4_host::kGlobal, from);
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kGlobal, from, &value, sizeof(T));
+  return value;
 }
 template <typename T>
 inline void store_global(void* to, T value) {
-  store<T>(vnvfp4_host::kGlobal, to, value);
+  vnvfp4_host::store(vnvfp4_host::kGlobal, to, &value, sizeof(T));
 }
 template <typename T>
 inline T load_shared(uint32_t from) {
-  return load<T>(vnvfp4_host::kShared, vnvfp4_host::shared_pointer(from));
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kShared, vnvfp4_host::shared_pointer(from), &value, sizeof(T));
+  return value;
 }
 template <typename T>
 inline void store_shared(uint32_t to, T value) {
-  store<T>(vnvfp4_host::kShared, vnvfp4_host::shared_pointer(to), value);
+  vnvfp4_host::store(vnvfp4_host::kShared, vnvfp4_host::shared_pointer(to), &value, sizeof(T));
 }
 
 }  // namespace detail

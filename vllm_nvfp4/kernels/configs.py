@@ -136,17 +136,24 @@ class GemmConfig:
     def source(self) -> str:
         """The translation unit."""
         define = "#define VNVFP4_IMMA_STAND_IN 1\n" if self.variant == "imma" else ""
+        return f'{define}#include "{self.stem}.cuh"\n{self.definition}'
+
+    @property
+    def definition(self) -> str:
+        """The translation unit but for its #include: several may stand in one file."""
+        space, config = _NAMESPACE[self.stem], f"{self.symbol}_config"
         return (
-            f"{define}"
-            f'#include "{self.stem}.cuh"\n'
-            f"using Config = GemmConfig<Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
+            f"using {config} = GemmConfig<"
+            f"Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
             f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
             f" {self.warps_m}, {self.warps_n}, {self.warps_k}>;\n"
-            f"static_assert({_NAMESPACE[self.stem]}::Smem<Config>::kBytes == {self.smem_bytes},\n"
+            f"static_assert(sizeof(GemmParams) == {ctypes.sizeof(GemmParams)},\n"
+            '              "configs.py and gemm_params.cuh disagree about the parameters");\n'
+            f"static_assert({space}::Smem<{config}>::kBytes == {self.smem_bytes},\n"
             f'              "configs.py and {self.stem}.cuh disagree about shared memory");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.blocks_per_sm})\n'
             f"{self.symbol}(const __grid_constant__ GemmParams p) {{\n"
-            f"  {_NAMESPACE[self.stem]}::run<Config>(p);\n"
+            f"  {space}::run<{config}>(p);\n"
             "}\n"
         )
 
@@ -190,13 +197,13 @@ _NAMESPACE = {"gemm_w4a16": "w4a16", "gemm_w4a8": "w4a8"}
 class QuantizeConfig:
     """The per-token FP8 activation quantiser: q = e4m3(a / a_scale), a_scale = amax(|a|) / 448.
 
-    One thread block per token: grid (M, 1, 1).
+    One thread block per token: grid (M, 1, 1). Shared memory: one float per warp.
     """
 
     dtype: str
     threads: int = 256
     stem: str = "quantize_a8"
-    smem_bytes: int = 0
+    smem_bytes: int = 32
     min_arch: int = 89
 
     @property
@@ -206,8 +213,14 @@ class QuantizeConfig:
     @property
     def source(self) -> str:
         """The translation unit."""
+        return f'#include "{self.stem}.cuh"\n{self.definition}'
+
+    @property
+    def definition(self) -> str:
+        """The translation unit but for its #include: several may stand in one file."""
         return (
-            f'#include "{self.stem}.cuh"\n'
+            f"static_assert(sizeof(QuantizeParams) == {ctypes.sizeof(QuantizeParams)},\n"
+            '              "configs.py and quantize_a8.cuh disagree about the parameters");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads})\n'
             f"{self.symbol}(const __grid_constant__ QuantizeParams p) {{\n"
             f"  quantize_a8::run<Dtype::{_ENUM[self.dtype]}, {self.threads}>(p);\n"
@@ -220,14 +233,14 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
     w4a16 = (
         (8, 64, 256, 3, 1, 2, 2, 2),
         (8, 128, 128, 4, 1, 4, 2, 2),
-        (16, 64, 256, 3, 1, 2, 2, 2),
+        (16, 64, 128, 4, 1, 2, 2, 2),
         (16, 128, 128, 3, 1, 4, 2, 2),
         (32, 128, 128, 4, 1, 4, 2, 1),
         (64, 128, 128, 3, 2, 4, 1, 1),
         (128, 128, 64, 3, 2, 4, 1, 1),
     )
     w4a8 = (
-        (64, 128, 128, 3, 1, 4, 1, 2),
+        (64, 128, 64, 4, 1, 4, 1, 2),
         (128, 128, 128, 3, 2, 4, 1, 1),
     )
     return tuple(

@@ -33,6 +33,8 @@ _WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unus
 _KERNEL_FLAGS = (*_COMMON, "-O2", "-ffp-contract=off", "-DVNVFP4_HOST=1", *_WARNINGS, *_CHECKS)
 _RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
 
+_EMULATOR_HEADERS = ("ptx_host.h", "cuda_host.h", "cuda_half.h", "kernel_entry.h")
+
 _FP8_ACCUMULATORS = ("ada", "exact")
 _HALF_ACCUMULATORS = ("exact", "ada")
 
@@ -149,11 +151,14 @@ class HostModule:
             return ""
         # The recorded address is a return address: one byte back is inside the call.
         command = ["addr2line", "-e", str(self.path), "-fCis", hex(result.pc - 1)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = done.stdout.split("\n")
+        # Pairs of function and file:line, innermost inlined frame first.
         places = [
             f"{lines[i + 1].split(' (')[0]} in {lines[i]}" for i in range(0, len(lines) - 1, 2)
         ]
-        return f" [{' <- '.join(places)}]" if places else ""
+        kernel_places = [place for place in places if not place.startswith(_EMULATOR_HEADERS)]
+        return f" [{' <- '.join(kernel_places or places)}]" if places else ""
 
 
 def build(
@@ -174,7 +179,12 @@ def build(
     """
     text = source.read_text() if isinstance(source, Path) else source
     entries = "".join(f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items())
-    unit = f'#include "host/ptx_host.h"\n{text}\n#include "host/kernel_entry.h"\n{entries}'
+    # Messages give the text's own lines: of the file, or of "kernel" where there is none.
+    name = source if isinstance(source, Path) else "kernel"
+    unit = (
+        f'#include "host/ptx_host.h"\n#include "host/kernel_entry.h"\n#line 1 "{name}"\n{text}\n'
+        f'#line 1 "entries"\n{entries}'
+    )
     csrc = csrc_dir()
     folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
     options = [*_KERNEL_FLAGS, *flags]
@@ -184,8 +194,7 @@ def build(
     runtime = _compile(csrc / "host/runtime/runtime.cpp", _RUNTIME_FLAGS, cache, ".o")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unit.cpp"
-        # The text's own line numbers in messages: line 1 of the text is line 1 of "kernel".
-        path.write_text(unit.replace(text, f'#line 1 "kernel"\n{text}', 1))
+        path.write_text(unit)
         return HostModule(_compile(path, options, cache, ".so", link=[str(runtime)]))
 
 

@@ -4,6 +4,8 @@
 // thread and alignment sanitizers call the functions at the end of this file; no sanitizer runtime
 // is linked.
 
+#include <string.h>
+
 #include <algorithm>
 
 #include "machine.h"
@@ -123,10 +125,11 @@ void check_global(Thread& thread, const uint8_t* address, size_t size, int kind,
 
 void check_access(Thread& thread, const void* pointer, size_t size, int kind, const void* pc) {
   const uint8_t* address = static_cast<const uint8_t*>(pointer);
-  if (static_cast<size_t>(address - thread.stack) < kStackBytes) return;
   if (machine.is_time_up) {
-    fail(pc, "still running after the time limit of %g s of CPU time", machine.config.time_limit);
+    fail(pc, "still running after the time limit of %g s of CPU time: an endless loop, or raise it",
+         machine.config.time_limit);
   }
+  if (static_cast<size_t>(address - thread.stack) < kStackBytes) return;
   uint32_t offset;
   if (find_shared(*thread.block, address, &offset)) {
     check_shared(thread, offset, size, kind, pc);
@@ -155,11 +158,13 @@ void check_instruction(Space space, const void* pointer, size_t size, int kind, 
 
 }  // namespace
 
-void check_load(Space space, const void* pointer, size_t size) {
-  check_instruction(space, pointer, size, kRead, __builtin_return_address(0));
+void load(Space space, const void* from, void* to, size_t size) {
+  check_instruction(space, from, size, kRead, __builtin_return_address(0));
+  memcpy(to, from, size);
 }
-void check_store(Space space, const void* pointer, size_t size) {
-  check_instruction(space, pointer, size, kWrite, __builtin_return_address(0));
+void store(Space space, void* to, const void* from, size_t size) {
+  check_instruction(space, to, size, kWrite, __builtin_return_address(0));
+  memcpy(to, from, size);
 }
 
 }  // namespace vnvfp4_host
@@ -183,7 +188,7 @@ inline void on_volatile(const void* address, size_t size, int kind, const void* 
   if (!thread) return;
   if (static_cast<size_t>(static_cast<const uint8_t*>(address) - thread->stack) <
       vnvfp4_host::kStackBytes) {
-    return;
+    return on_access(address, size, kind, pc);
   }
   if (kind == kRead) vnvfp4_host::poll_current(address);
   vnvfp4_host::check_access(*thread, address, size, kind | vnvfp4_host::kAtomic, pc);

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled kernels cost on paper: registers, issue slots, and the bound on each Ada card.
+
+    python benchmarks/sass_report.py            the table
+    python benchmarks/sass_report.py --check    exit status 1 where a kernel misses a bound
+
+Compiles every shipped GEMM kernel for sm_89 with the compiler that also makes the wheel's cubins
+(NVRTC), and disassembles it. Needs no GPU and no CUDA toolkit.
+
+Columns: slots/mma and slots/w are instructions issued in the main loop, per MMA and (times 32
+lanes) per weight of the tile; then, for each GPU, the share of issue slots that a loop bound by its
+MMAs takes, and how many times faster than DRAM delivers them packed weights are processed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from vllm_nvfp4.gpus import Gpu, find_gpu
+from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.kernels.nvrtc import compile_cubin
+from vllm_nvfp4.testing import sass
+
+ARCH = 89
+GPU_NAMES = ("RTX 4090", "L40S", "L4")
+
+
+def gpus() -> list[Gpu]:
+    found = [find_gpu(name) for name in GPU_NAMES]
+    return [gpu for gpu in found if gpu is not None]
+
+
+def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
+    """One row of the table, and what the kernel misses."""
+    machine = sass.read_machine_code(compile_cubin(config, ARCH))
+    cost = sass.main_loop_cost(config, machine)
+    bounds = [sass.bound(config, cost, gpu) for gpu in cards]
+    weights = config.block_n * config.block_k / config.num_warps / 32
+    row = f"{config.symbol:<56}{machine.registers:>5}{config.smem_bytes:>8}"
+    row += f"{machine.stack + machine.local:>6}{cost.slots:>7}{cost.slots / cost.mmas:>11.2f}"
+    row += f"{cost.slots / weights:>9.2f}"
+    row += "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
+    return row, sass.problems(config, machine, cost, bounds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser.add_argument("--kernels", default="", help="regular expression on the symbols")
+    options = parser.parse_args()
+    cards = gpus()
+    header = (
+        f"{'kernel (sm_89)':<56}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
+    )
+    print(header + f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards))
+    missed = 0
+    for config in GEMM_CONFIGS:
+        if not re.search(options.kernels, config.symbol):
+            continue
+        row, found = report(config, cards)
+        print(row, flush=True)
+        for problem in found:
+            print(f"    MISSED {problem}", flush=True)
+        missed += len(found)
+    print(f"{missed} bounds missed" if missed else "all bounds met")
+    return 1 if missed and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

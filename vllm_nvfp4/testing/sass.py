@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the machine code of a compiled GEMM kernel: resources, main loop, issue slots, bounds.
+
+Triton's wheel carries cuobjdump and nvdisasm, so that neither a GPU nor a CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels.configs import MAX_SMEM_BYTES, GemmConfig
+
+# An SM has four schedulers, each of which issues one warp instruction per clock.
+_SCHEDULERS = 4
+_REGISTERS_PER_SM = 65536
+# Shared memory of an sm_89 SM, and what the driver keeps of it for each block.
+_SMEM_PER_SM = 100 * 1024
+_SMEM_PER_BLOCK_RESERVED = 1024
+
+# What the kernels have to reach on paper.
+MIN_DECODE_DRAM_RATIO = 2.5
+MAX_W4A8_ISSUE_LOAD = 0.5
+DECODE_BLOCK_M = 16
+
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
+)
+_RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_MMA_OPCODES = ("HMMA", "QMMA", "IMMA")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of SASS: its address in bytes, the opcode with its modifiers, the operands."""
+
+    address: int
+    opcode: str
+    operands: str
+
+    @property
+    def is_mma(self) -> bool:
+        return self.opcode.startswith(_MMA_OPCODES)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kernel's machine code.
+
+    registers: per thread
+    stack, local: bytes of local memory per thread; anything but 0 is a spill or an indexed array
+    """
+
+    symbol: str
+    registers: int
+    stack: int
+    local: int
+    instructions: tuple[Instruction, ...]
+
+    @cached_property
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) address of every loop that holds an MMA, the innermost first."""
+        found = set()
+        for i in self.instructions:
+            if not i.opcode.startswith("BRA"):
+                continue
+            target = re.search(r"0x([0-9a-f]+)", i.operands)
+            if target and int(target[1], 16) < i.address:
+                found.add((int(target[1], 16), i.address))
+        with_mma = [loop for loop in found if any(i.is_mma for i in self.inside(loop))]
+        return sorted(with_mma, key=lambda loop: loop[1] - loop[0])
+
+    def inside(self, loop: tuple[int, int]) -> list[Instruction]:
+        return [i for i in self.instructions if loop[0] <= i.address <= loop[1]]
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose opcode starts with ``prefix``."""
+        return sum(i.opcode.startswith(prefix) for i in self.instructions)
+
+
+def read_machine_code(cubin: bytes) -> Machine:
+    """Disassemble a cubin that holds one kernel.
+
+    Raises RuntimeError where cuobjdump is missing, fails or finds no kernel.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuobjdump("-res-usage", path)
+        text = _cuobjdump("-sass", path)
+    found = _RESOURCES.search(usage)
+    lines = (_LINE.match(line) for line in text.splitlines())
+    code = tuple(Instruction(int(m[1], 16), m[3], m[4]) for m in lines if m)
+    if not found or not code:
+        raise RuntimeError(f"cuobjdump found no kernel in a cubin of {len(cubin)} bytes")
+    return Machine(found[1], int(found[2]), int(found[3]), int(found[5]), code)
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    run = subprocess.run(
+        [_find_cuobjdump(), option, str(path)], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        raise RuntimeError(f"cuobjdump {option} failed: {run.stderr.strip()}")
+    return run.stdout
+
+
+@lru_cache(maxsize=1)
+def _find_cuobjdump() -> str:
+    try:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if os.access(bundled, os.X_OK):
+            return str(bundled)
+    except ImportError:
+        pass
+    found = shutil.which("cuobjdump")
+    if found is None:
+        raise RuntimeError("cuobjdump not found: pip install triton, or put a CUDA toolkit on PATH")
+    return found
+
+
+@dataclass(frozen=True)
+class LoopCost:
+    """What one warp issues in one K step of the main loop.
+
+    slots: instructions, the MMAs among them, inner loops unrolled
+    mmas:  MMAs
+    mma_k: their K
+    """
+
+    slots: int
+    mmas: int
+    mma_k: int
+
+
+def main_loop_cost(config: GemmConfig, machine: Machine) -> LoopCost:
+    """Count the instructions of one K step: the loop with the barrier, inner loops as often as
+    they run. Conditional code in it counts in full.
+
+    Raises RuntimeError where the code does not hold the number of MMAs that the tile needs.
+    """
+    mma_k = 32 if (config.stem, config.fmt_name) == ("gemm_w4a8", "mxfp4") else 16
+    warp_m, warp_n = config.block_m // config.warps_m, config.block_n // config.warps_n
+    needed = (warp_m // 8) * (warp_n // 16) * (config.block_k // config.warps_k // mma_k)
+    if not machine.loops:
+        raise RuntimeError(f"{config.symbol}: no loop holds an MMA")
+    outer = machine.inside(machine.loops[-1])
+    inner = machine.inside(machine.loops[0])
+    mmas = sum(i.is_mma for i in inner)
+    if len(machine.loops) > 2 or needed % mmas or (len(machine.loops) == 1 and needed != mmas):
+        raise RuntimeError(
+            f"{config.symbol}: {len(machine.loops)} loops with MMAs, {mmas} in the innermost; a K "
+            f"step needs {needed}"
+        )
+    if len(machine.loops) == 1:
+        return LoopCost(len(outer), mmas, mma_k)
+    return LoopCost(len(outer) + (needed // mmas - 1) * len(inner), needed, mma_k)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a kernel can reach on a GPU if nothing but issue slots and tensor cores limit it.
+
+    issue_load: issue slots per MMA / clocks per MMA of one scheduler; above 1 it is issue-bound
+    dram_ratio: packed weights per second / the DRAM's rate of delivering them
+    """
+
+    gpu: str
+    issue_load: float
+    dram_ratio: float
+
+
+def bound(config: GemmConfig, cost: LoopCost, gpu: Gpu) -> Bound:
+    """From instructions to rates. One MMA is 16 rows x 8 tokens x mma_k columns."""
+    tflops = gpu.fp8_f32_tflops if config.stem == "gemm_w4a8" else gpu.bf16_tflops
+    clocks = gpu.num_sms * gpu.boost_ghz * 1e9
+    flops_per_clock = tflops * 1e12 / clocks / _SCHEDULERS
+    mma_clocks = 2 * 16 * 8 * cost.mma_k / flops_per_clock
+    load = cost.slots / cost.mmas / mma_clocks
+    # The weights of a step are unpacked by each of the warps along the tokens.
+    step_weights = config.block_n * config.block_k / config.num_warps
+    step_clocks = cost.mmas * max(mma_clocks, cost.slots / cost.mmas)
+    weights_per_second = step_weights / step_clocks * _SCHEDULERS * clocks
+    dram_weights = gpu.dram_gbps * 1e9 / (config.fmt.bits_per_weight / 8)
+    return Bound(gpu.name, load, weights_per_second / dram_weights)
+
+
+def problems(
+    config: GemmConfig, machine: Machine, cost: LoopCost, bounds: Sequence[Bound]
+) -> list[str]:
+    """What a kernel compiled for sm_89 misses; empty where all is well."""
+    found = []
+    if machine.stack or machine.local:
+        found.append(f"local memory: {machine.stack} bytes of stack, {machine.local} of spills")
+    if config.smem_bytes > MAX_SMEM_BYTES:
+        found.append(f"{config.smem_bytes} bytes of shared memory, at most {MAX_SMEM_BYTES}")
+    warps = config.num_warps * config.blocks_per_sm
+    registers = -(-machine.registers // 8) * 8 * 32 * warps
+    smem = (config.smem_bytes + _SMEM_PER_BLOCK_RESERVED) * config.blocks_per_sm
+    if registers > _REGISTERS_PER_SM or smem > _SMEM_PER_SM:
+        found.append(
+            f"{config.blocks_per_sm} blocks do not fit an SM: {registers} registers, {smem} bytes "
+            f"of shared memory"
+        )
+    opcode = f"QMMA.168{cost.mma_k}.F32.E4M3" if config.stem == "gemm_w4a8" else "HMMA.16816.F32"
+    strangers = Counter(i.opcode for i in machine.instructions if i.is_mma)
+    if any(not name.startswith(opcode) for name in strangers):
+        found.append(f"MMAs other than {opcode}: {dict(strangers)}")
+    copies = Counter(i.opcode for i in machine.instructions if i.opcode.startswith("LDGSTS"))
+    if not copies or any(not name.endswith(".128") for name in copies):
+        found.append(f"copies to shared memory other than 16 bytes: {dict(copies)}")
+    if config.stem == "gemm_w4a8":
+        found += [
+            f"{b.gpu}: {b.issue_load:.0%} of the issue slots, at most {MAX_W4A8_ISSUE_LOAD:.0%}"
+            for b in bounds
+            if "4090" in b.gpu and b.issue_load > MAX_W4A8_ISSUE_LOAD
+        ]
+    elif config.block_m <= DECODE_BLOCK_M:
+        found += [
+            f"{b.gpu}: {b.dram_ratio:.2f} x DRAM's rate of weights, at least "
+            f"{MIN_DECODE_DRAM_RATIO}"
+            for b in bounds
+            if b.dram_ratio < MIN_DECODE_DRAM_RATIO
+        ]
+    return found
