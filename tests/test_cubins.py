@@ -177,6 +177,24 @@ def test_an_unwritable_cache_compiles_and_says_so_once(cache, tmp_path, monkeypa
     assert cubins.CACHE_DIR_ENV in caplog.text
 
 
+def test_the_option_wins_over_the_environment(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cubins, "_chosen_dir", None)
+    cubins.use_cache_dir(str(tmp_path / "chosen"))
+    cubins.get_cubin(Kernel(), 89)
+    assert cache_files(tmp_path / "chosen")
+    assert not cache.exists()
+
+
+def test_compiling_is_announced_once_and_only_when_it_happens(cache, caplog):
+    kernels = [Kernel(), Kernel("b")]
+    with caplog.at_level(logging.INFO, "vllm_nvfp4"):
+        cubins.prepare(kernels, 89)
+        assert f"compiling 2 kernels for sm_89, about 1 s; they are kept in {cache}" in caplog.text
+        caplog.clear()
+        cubins.prepare(kernels, 89)
+        assert caplog.text == ""
+
+
 def test_prepare_gives_every_symbol_once(compilations):
     kernels = [Kernel(), Kernel("b"), Kernel()]
     images = cubins.prepare(kernels, 89)

@@ -76,14 +76,16 @@ def compare(
 ) -> Comparison:
     """Compare element by element. y, reference, tolerance: one shape; any dtype and device.
 
-    A reference beyond y's range must come out as the infinity of its sign.
+    A reference beyond y's range, where rounding gives infinity, must come out as the infinity of
+    its sign.
     """
     if y.shape != reference.shape:
         raise ValueError(f"compare: y is {list(y.shape)}, the reference {list(reference.shape)}")
-    limit = torch.finfo(y.dtype).max
+    # Half a step beyond the largest finite number is where rounding turns to infinity.
+    limit = torch.finfo(y.dtype).max * (1 + UNIT_ROUNDOFF[y.dtype] / 2)
     y64 = y.detach().double()
     expected = reference.double()
-    overflows = expected.abs() - tolerance > limit
+    overflows = expected.abs() + tolerance >= limit
     error = torch.where(overflows & (y64 == expected.sign() * torch.inf), 0.0, y64 - expected)
     ratio = (error.abs() / tolerance).nan_to_num(nan=torch.inf, posinf=torch.inf)
     wrong = ~(ratio <= 1)
