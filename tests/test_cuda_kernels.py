@@ -62,7 +62,8 @@ def test_every_configuration_on_every_kind_of_data(config, data):
     assert outcome.is_match, outcome.report
     # Beyond the element-wise bound: the whole is within output rounding, plus 1e-4 for FP8.
     unit = UNIT_ROUNDOFF[kernel_cases.TORCH_DTYPES[config.dtype]]
-    assert outcome.relative_error <= unit + 1e-4, outcome.report
+    limit = unit + (1e-4 if config.variant == "exact" else 1e-3)
+    assert outcome.relative_error <= limit, outcome.report
 
 
 @pytest.mark.parametrize("config", GEMM_CONFIGS, ids=lambda c: c.symbol)
@@ -75,7 +76,7 @@ def test_every_block_scale_is_finite_and_right(config):
     a = torch.eye(64, device=DEVICE)[:24].to(dtype)  # picks single weights out
     y = kernel_cases.run_config(device, config, a, cuda.pack_weight(weight))
     bits = dispatch.activation_bits_of(config)
-    outcome = compare_linear(y, a, weight, None, bits)
+    outcome = compare_linear(y, a, weight, None, bits, config.variant)
     assert outcome.is_match, outcome.report
 
 

@@ -292,7 +292,7 @@ def test_refused(a, bias, bits, message):
         cuda.linear(a, packed, bias, bits)
 
 
-def test_importing_loads_no_driver():
+def test_importing_loads_no_driver(request):
     script = (
         "import sys, vllm_nvfp4.kernels.cuda, torch\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -300,4 +300,4 @@ def test_importing_loads_no_driver():
         "assert driver.cache_info().currsize == 0\n"
         "assert 'cuda.core' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=request.config.rootpath)

@@ -14,9 +14,10 @@ CASES = ("fp8_weights_are_exact", "fp8_odd_shapes", "rows_of_nvfp4", "rows_of_mx
 
 @pytest.fixture(scope="module")
 def outcomes(request):
+    root = str(request.config.rootpath)
     done = subprocess.run(
         [sys.executable, str(request.path)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root},
         capture_output=True,
         text=True,
         check=False,

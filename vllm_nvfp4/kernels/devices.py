@@ -45,6 +45,7 @@ class Device:
         self._semaphores = semaphores
         self._semaphores_of_stream: dict[int, int] = {}  # address of each stream's set
         self._choices: dict[tuple[int, int, int, str, str, str], Choice] = {}
+        self._variant = "exact"
 
     def load(self, wanted: list[KernelConfig]) -> None:
         """Load kernels that are not loaded yet; the device's context must be current."""
@@ -63,8 +64,13 @@ class Device:
         if choice is None:
             if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
-            choice = self._choices[key] = dispatch.choose(self.gpu, *key)
+            choice = self._choices[key] = dispatch.choose(self.gpu, *key, self._variant)
         return choice
+
+    def use_variant(self, variant: str) -> None:
+        """Take this variant of the 8-bit kernel from now on."""
+        self._variant = variant
+        self._choices.clear()
 
     def is_loaded(self, config: KernelConfig) -> bool:
         return config.symbol in self._functions
@@ -107,6 +113,20 @@ _devices: dict[int, Device] = {}
 _devices_lock = threading.Lock()
 
 
+_variant = "exact"
+
+
+def use_variant(variant: str) -> None:
+    """Choose the variant of the 8-bit kernel, one of ``dispatch.VARIANTS``, before weights load."""
+    global _variant
+    if variant not in dispatch.VARIANTS:
+        raise ValueError(f"variant is {variant!r}; needs one of {', '.join(dispatch.VARIANTS)}")
+    with _devices_lock:
+        _variant = variant
+        for device in _devices.values():
+            device.use_variant(variant)
+
+
 def prepare(
     device: torch.device, fmt_name: str, dtypes: tuple[torch.dtype, ...] | None = None
 ) -> Device:
@@ -124,16 +144,20 @@ def prepare(
             loaded = _devices.get(index)
             if loaded is None:
                 loaded = _devices[index] = _open_device(index)
-        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes))
+                loaded.use_variant(_variant)
+        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes, _variant))
     return loaded
 
 
-def wanted_kernels(arch: int, fmt_name: str, dtypes: tuple[torch.dtype, ...]) -> list[KernelConfig]:
+def wanted_kernels(
+    arch: int, fmt_name: str, dtypes: tuple[torch.dtype, ...], variant: str = "exact"
+) -> list[KernelConfig]:
+    """Everything that a weight of this format can need on an architecture."""
     wanted: list[KernelConfig] = []
     for dtype in dtypes:
         name = DTYPE_NAMES[dtype]
         wanted += dispatch.reachable(fmt_name, name, 16)
-        wanted += dispatch.reachable(fmt_name, name, 8)
+        wanted += dispatch.reachable(fmt_name, name, 8, variant)
         wanted.append(QUANTIZERS[name])
     return [config for config in wanted if arch >= config.min_arch]
 

@@ -24,7 +24,7 @@ def _widen_e4m3(byte, dtype: tl.constexpr):
     return (half.to(tl.float32) * 256.0).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # else a first batch of 1 compiles again
 def _fp8_linear_kernel(
     a_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, a_stride, w_stride, y_stride,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

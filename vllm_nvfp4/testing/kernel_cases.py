@@ -44,8 +44,8 @@ def gaussian(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor
 
 def heavy_tailed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Student's t with about 3 degrees of freedom."""
-    chi = sum(gaussian(shape, generator).square() for _ in range(3)) / 3
-    return gaussian(shape, generator) / chi.sqrt().clamp(min=0.05)
+    squares = torch.stack([gaussian(shape, generator).square() for _ in range(3)])
+    return gaussian(shape, generator) / squares.mean(0).sqrt().clamp(min=0.05)
 
 
 def outlier_channels(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -171,7 +171,7 @@ def check_case(case: KernelCase, device: torch.device) -> Comparison:
     y = run_config(loaded, case.config, a, packed, bias)
     again = run_config(loaded, case.config, a, packed, bias)
     bits = dispatch.activation_bits_of(case.config)
-    outcome = compare_linear(y, a, weight, bias, bits)
+    outcome = compare_linear(y, a, weight, bias, bits, case.config.variant)
     if not torch.equal(y.view(torch.int16), again.view(torch.int16)):
         report = f"two runs differ in {int((y != again).sum())} elements\n{outcome.report}"
         return Comparison(outcome.relative_error, outcome.worst, outcome.num_wrong + 1, report)
