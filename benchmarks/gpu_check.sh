@@ -10,7 +10,7 @@ usage: benchmarks/gpu_check.sh [options]
 
   --quick          less of everything: about four minutes
   --steps A,B,...  only these, in this order. All: env,install,kernels,sanitizer,gemm,launch,
-                   checkpoint,serving
+                   tiles,checkpoint,serving
   --bundle DIR     unpack the offline vLLM of DIR (site.tar.xz, unpack.sh) and use it
   --out DIR        results; default $OUT, else benchmarks/results/<gpu>-<date>
   --work DIR       scratch (package, vLLM, checkpoint), kept; default /tmp/vllm-nvfp4-gpu-check
@@ -26,7 +26,7 @@ passed, 1 a step failed or ran out of time, 2 wrong usage, 3 nothing ran.
 USAGE
 }
 
-ALL_STEPS=env,install,kernels,sanitizer,gemm,launch,checkpoint,serving
+ALL_STEPS=env,install,kernels,sanitizer,gemm,launch,tiles,checkpoint,serving
 root=$(cd "$(dirname "$0")/.." && pwd)
 here=$root/benchmarks
 python=${PYTHON:-python3}
@@ -185,6 +185,13 @@ step_gemm() {
 step_launch() {
   needs_gpu launch || return
   run launch 60 "$python" "$here/bench_launch.py" --out "$out/launch.csv" --limit 10
+}
+
+step_tiles() {
+  needs_gpu tiles || return
+  local extra=(--budget 90)
+  [ $quick = 0 ] || extra=(--models Qwen3-8B --m 1,16,64 --budget 30)
+  run tiles 150 "$python" "$here/bench_tiles.py" --out "$out/tiles.csv" "${extra[@]}"
 }
 
 step_checkpoint() {

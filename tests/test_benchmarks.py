@@ -18,7 +18,9 @@ from vllm_nvfp4.checkpoints.headers import read_headers
 from vllm_nvfp4.testing.shapes import MODELS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-STEPS = ("env", "install", "kernels", "sanitizer", "gemm", "launch", "checkpoint", "serving")
+STEPS = (
+    "env", "install", "kernels", "sanitizer", "gemm", "launch", "tiles", "checkpoint", "serving",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def script(load, monkeypatch):
     [
         ("bench_gemm", []),
         ("bench_launch", []),
+        ("bench_tiles", []),
         ("check_kernels", ["--small"]),
         ("bench_serving", ["--model", "/nowhere"]),
     ],
@@ -120,6 +123,16 @@ def test_sampled_error_sees_a_wrong_row_and_the_quantised_activations(load):
     assert gemm.sampled_error(y8, a, weight, 8) < 3e-3 < gemm.sampled_error(y8, a, weight)
     y[:, 7] = 0
     assert gemm.sampled_error(y, a, weight) > 3e-2
+
+
+def test_tiles_report_what_the_choice_loses(load, capsys):
+    tiles = load("bench_tiles")
+    rows = [
+        (1, 64, 128, 16, "kernel_a", 1, "12.000", True, False, "9.00"),
+        (1, 64, 128, 16, "kernel_b", 4, "10.000", False, True, "9.50"),
+    ]
+    assert tiles.report(rows) == pytest.approx(1.2)
+    assert "(1.20x): kernel_a/1 vs kernel_b/4" in capsys.readouterr().out
 
 
 def test_serving_medians_are_relative_to_the_first_variant(load):
