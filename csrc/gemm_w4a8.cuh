@@ -28,36 +28,71 @@ struct Smem {
 };
 
 // One block's sum, from zero: K = 16 (NVFP4, two words of codes) or K = 32 (MXFP4, four).
+// A zero accumulator becomes RZ and costs nothing.
+template <Partial kPartial>
+struct BlockSum {
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[2],
+                                             const uint32_t (&b)[1]) {
+    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    ptx::mma_m16n8k16_e4m3_f32(sum, a, b, zero);
+  }
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    ptx::mma_m16n8k32_e4m3_f32(sum, a, b, zero);
+  }
+};
+
+__device__ __forceinline__ void unpack_halves(float (&sum)[4], const uint32_t (&halves)[2]) {
+  const float2 row_g = __half22float2(dequant::bit_cast<__half2>(halves[0]));
+  const float2 row_g8 = __half22float2(dequant::bit_cast<__half2>(halves[1]));
+  sum[0] = row_g.x;
+  sum[1] = row_g.y;
+  sum[2] = row_g8.x;
+  sum[3] = row_g8.y;
+}
+
+// f16 sums: twice the MMA rate on GeForce cards, for four conversions more and a rounding to 11 bits
+// of each block's sum. With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at most
+// 32 * 6 * 448 / 64 = 1,344: neither end of f16's range is near.
+template <>
+struct BlockSum<Partial::kF16> {
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[2],
+                                             const uint32_t (&b)[1]) {
+    const uint32_t zero[2] = {0, 0};
+    uint32_t halves[2];
+    ptx::mma_m16n8k16_e4m3_f16(halves, a, b, zero);
+    unpack_halves(sum, halves);
+  }
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    const uint32_t zero[2] = {0, 0};
+    uint32_t halves[2];
+    ptx::mma_m16n8k32_e4m3_f16(halves, a, b, zero);
+    unpack_halves(sum, halves);
+  }
+};
+
 #if defined(VNVFP4_IMMA_STAND_IN)
 // Integer MMA has the same shapes and is native where FP8 MMA is emulated: the schedule can be
 // timed there. The numbers mean nothing.
-__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0) {
-  const uint32_t b[1] = {b0};
-  int32_t d[4];
-  const int32_t zero[4] = {0, 0, 0, 0};
-  ptx::mma_m16n8k16_s8_s32(d, a, b, zero);
-  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
-}
-__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                                          uint32_t b1) {
-  const uint32_t b[2] = {b0, b1};
-  int32_t d[4];
-  const int32_t zero[4] = {0, 0, 0, 0};
-  ptx::mma_m16n8k32_s8_s32(d, a, b, zero);
-  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
-}
-#else
-__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[2], uint32_t b0) {
-  const uint32_t b[1] = {b0};
-  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // becomes RZ: a fresh accumulator is free
-  ptx::mma_m16n8k16_e4m3_f32(sum, a, b, zero);
-}
-__device__ __forceinline__ void block_sum(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                                          uint32_t b1) {
-  const uint32_t b[2] = {b0, b1};
-  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  ptx::mma_m16n8k32_e4m3_f32(sum, a, b, zero);
-}
+template <>
+struct BlockSum<Partial::kF32> {
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[2],
+                                             const uint32_t (&b)[1]) {
+    const int32_t zero[4] = {0, 0, 0, 0};
+    int32_t d[4];
+    ptx::mma_m16n8k16_s8_s32(d, a, b, zero);
+    for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
+  }
+  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    const int32_t zero[4] = {0, 0, 0, 0};
+    int32_t d[4];
+    ptx::mma_m16n8k32_s8_s32(d, a, b, zero);
+    for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]);
+  }
+};
 #endif
 
 // c += scale * sum, rows g and g + 8.
@@ -103,8 +138,9 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
       dequant::e2m1_to_e4m3(word(codes[r], block), a[0], a[1]);
 #pragma unroll
       for (int i = 0; i < Config::kTokenTiles; ++i) {
+        const uint32_t tokens[1] = {b[i][block]};
         float sum[4];
-        block_sum(sum, a, b[i][block]);
+        BlockSum<Config::kPartial>::run(sum, a, tokens);
         accumulate(c[r][i], scale[half], sum);
       }
     }
@@ -127,8 +163,9 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
     dequant::e2m1_to_e4m3(word(codes[r], 2 * block + 1), a[2], a[3]);
 #pragma unroll
     for (int i = 0; i < Config::kTokenTiles; ++i) {
+      const uint32_t tokens[2] = {b[i][2 * block], b[i][2 * block + 1]};
       float sum[4];
-      block_sum(sum, a, b[i][2 * block], b[i][2 * block + 1]);
+      BlockSum<Config::kPartial>::run(sum, a, tokens);
       accumulate(c[r][i], scale[block], sum);
     }
   }

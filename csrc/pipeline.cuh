@@ -69,12 +69,13 @@ struct Column {
   __device__ __forceinline__ static bool exists(int i) { return kIsWhole || row(i) < kRows; }
 };
 
-// One thread's share of the copies of one array, stage after stage. Rows beyond the matrix repeat
-// its last one: what is computed from them is never stored. Columns beyond it become zeros.
+// One thread's share of the copies of one array, stage after stage. What lies beyond the matrix
+// becomes zeros, without being read.
 template <class Column, int kSharedPitch, int kStepBytes>
 struct Copier {
   const uint8_t* from;              // the thread's column of pieces, at the next step
   uint32_t offsets[Column::kCount];  // of its rows
+  bool is_row[Column::kCount];       // whether the matrix has them
   int bytes_left;                   // of a row, from this thread's piece on
   uint32_t to;                      // of its first piece in a stage
 
@@ -87,17 +88,18 @@ struct Copier {
         to(stage_offset + Column::row(0) * kSharedPitch + Column::offset()) {
 #pragma unroll
     for (int i = 0; i < Column::kCount; ++i) {
-      offsets[i] = static_cast<uint32_t>(min(Column::row(i), num_rows - 1) * row_bytes);
+      is_row[i] = Column::row(i) < num_rows;
+      offsets[i] = static_cast<uint32_t>(Column::row(i) * row_bytes);
     }
   }
 
   __device__ __forceinline__ void copy_step(uint32_t stage) {
-    const bool is_valid = bytes_left > 0;
+    const bool is_column = bytes_left > 0;
 #pragma unroll
     for (int i = 0; i < Column::kCount; ++i) {
       if (!Column::exists(i)) continue;
       ptx::cp_async_16(stage + to + i * Column::kRowStep * kSharedPitch, from + offsets[i],
-                       is_valid);
+                       is_column && is_row[i]);
     }
     from += kStepBytes;
     bytes_left -= kStepBytes;

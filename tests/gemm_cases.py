@@ -17,9 +17,10 @@ def configs_of(stem: str) -> list[GemmConfig]:
     return [c for c in GEMM_CONFIGS if c.stem == stem]
 
 
-def smallest(stem: str, fmt_name: str, dtype: str) -> GemmConfig:
+def smallest(stem: str, fmt_name: str, dtype: str, variant: str = "exact") -> GemmConfig:
     """The configuration with the smallest tile."""
-    found = [c for c in configs_of(stem) if (c.fmt_name, c.dtype) == (fmt_name, dtype)]
+    wanted = (fmt_name, dtype, variant)
+    found = [c for c in configs_of(stem) if (c.fmt_name, c.dtype, c.variant) == wanted]
     return min(found, key=lambda c: c.block_m * c.block_n)
 
 

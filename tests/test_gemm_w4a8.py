@@ -29,6 +29,8 @@ from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance
 
 CONFIGS = configs_of("gemm_w4a8")
 MAX_LOSS = 1e-4  # relative: what "exact" promises beside the rounding of the output
+# A block's sum rounded to 11 bits: 2^-12 at random signs, a bit more where few blocks dominate.
+MAX_LOSS_F16 = 5e-4
 
 
 def run_and_compare(
@@ -68,18 +70,24 @@ def test_odd_shapes_match_float64(config: GemmConfig) -> None:
         a = make_activations(config, m, k)
         bias = make_activations(config, 1, n, seed=2)[0] if n % 8 else None
         _, loss = run_and_compare(all_kernels(), config, a, weight, bias, splits)
-        assert loss <= MAX_LOSS, f"{config.symbol} M={m} N={n} K={k} splits={splits}: {loss}"
+        limit = MAX_LOSS if config.variant == "exact" else MAX_LOSS_F16
+        assert loss <= limit, f"{config.symbol} M={m} N={n} K={k} splits={splits}: {loss}"
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt_name", FORMATS)
-def test_data_of_every_kind(fmt_name: str, dtype: str, distribution: str) -> None:
-    config = smallest("gemm_w4a8", fmt_name, dtype)
+@pytest.mark.parametrize(
+    ("variant", "limit"), [("exact", MAX_LOSS), ("f16_partials", MAX_LOSS_F16)]
+)
+def test_data_of_every_kind(
+    fmt_name: str, dtype: str, distribution: str, variant: str, limit: float
+) -> None:
+    config = smallest("gemm_w4a8", fmt_name, dtype, variant)
     weight = make_weight(config, 64, 2048)
     a = make_activations(config, 5, 2048, distribution)
     _, loss = run_and_compare(all_kernels(), config, a, weight, splits=2)
-    assert loss <= MAX_LOSS
+    assert loss <= limit
 
 
 def positive_weight(n: int, k: int) -> BlockScaledWeight:
@@ -102,10 +110,9 @@ def test_positive_data_has_no_bias_and_a_chain_would_be_caught() -> None:
 
     chain = (
         "        float sum[4];\n"
-        "        block_sum(sum, a, b[i][block]);\n"
+        "        BlockSum<Config::kPartial>::run(sum, a, tokens);\n"
         "        accumulate(c[r][i], scale[half], sum);\n",
-        "        const uint32_t chained[1] = {b[i][block]};\n"
-        "        ptx::mma_m16n8k16_e4m3_f32(c[r][i], a, chained, c[r][i]);\n",
+        "        ptx::mma_m16n8k16_e4m3_f32(c[r][i], a, tokens, c[r][i]);\n",
     )
     chained = build_host([config], edits=[chain])
     y, loss = run_and_compare(chained, config, a, weight)
@@ -155,7 +162,7 @@ def test_the_integer_stand_in_is_not_shipped() -> None:
     assert stand_in not in CONFIGS
     assert stand_in.symbol.endswith("_imma")
     assert "VNVFP4_IMMA_STAND_IN" in stand_in.source
-    with pytest.raises(ValueError, match="only gemm_w4a8"):
+    with pytest.raises(ValueError, match="only gemm_w4a8's exact variant"):
         imma_stand_in(smallest("gemm_w4a16", "nvfp4", "bf16"))
 
 

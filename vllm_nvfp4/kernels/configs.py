@@ -101,8 +101,11 @@ class GemmConfig:
     stages:     pipeline depth
     warps_m, warps_n, warps_k: how the warps divide the tile; warps_k > 1 splits a K step
     blocks_per_sm: the occupancy the registers must allow
-    variant:    "exact", or for w4a8 "imma": the same schedule with integer MMA, for timing on
-                GPUs without native FP8 mma.sync; its results mean nothing and it is not shipped
+    variant:    "exact"; or for w4a8
+                "f16_partials": each block's sum is rounded to f16, for twice the MMA rate on
+                GeForce cards; opt-in, about 2e-4 relative
+                "imma": the exact variant's schedule with integer MMA, for timing on GPUs without
+                native FP8 mma.sync; its results mean nothing and it is not shipped
     """
 
     stem: str
@@ -146,7 +149,7 @@ class GemmConfig:
             f"using {config} = GemmConfig<"
             f"Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
             f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
-            f" {self.warps_m}, {self.warps_n}, {self.warps_k}>;\n"
+            f" {self.warps_m}, {self.warps_n}, {self.warps_k}, Partial::{self._partial}>;\n"
             f"static_assert(sizeof(GemmParams) == {ctypes.sizeof(GemmParams)},\n"
             '              "configs.py and gemm_params.cuh disagree about the parameters");\n'
             f"static_assert({space}::Smem<{config}>::kBytes == {self.smem_bytes},\n"
@@ -156,6 +159,10 @@ class GemmConfig:
             f"  {space}::run<{config}>(p);\n"
             "}\n"
         )
+
+    @property
+    def _partial(self) -> str:
+        return "kF16" if self.variant == "f16_partials" else "kF32"
 
     @property
     def num_warps(self) -> int:
@@ -244,9 +251,10 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
         (128, 128, 128, 3, 2, 4, 1, 1),
     )
     return tuple(
-        GemmConfig(stem, dtype, fmt, *tile)
+        GemmConfig(stem, dtype, fmt, *tile, variant)
         for stem, tiles in (("gemm_w4a16", w4a16), ("gemm_w4a8", w4a8))
         for tile in tiles
+        for variant in (("exact", "f16_partials") if stem == "gemm_w4a8" else ("exact",))
         for fmt in ("nvfp4", "mxfp4")
         for dtype in ("bf16", "fp16")
     )
@@ -260,8 +268,8 @@ ALL_CONFIGS: tuple[KernelConfig, ...] = GEMM_CONFIGS + QUANTIZE_CONFIGS
 
 def imma_stand_in(config: GemmConfig) -> GemmConfig:
     """The W4A8 kernel with integer MMA in the place of FP8 MMA: same schedule, wrong numbers."""
-    if config.stem != "gemm_w4a8":
-        raise ValueError(f"{config.symbol}: only gemm_w4a8 has an integer stand-in")
+    if (config.stem, config.variant) != ("gemm_w4a8", "exact"):
+        raise ValueError(f"{config.symbol}: only gemm_w4a8's exact variant has a stand-in")
     return replace(config, variant="imma")
 
 

@@ -183,7 +183,10 @@ class Bound:
 
 def bound(config: GemmConfig, cost: LoopCost, gpu: Gpu) -> Bound:
     """From instructions to rates. One MMA is 16 rows x 8 tokens x mma_k columns."""
-    tflops = gpu.fp8_f32_tflops if config.stem == "gemm_w4a8" else gpu.bf16_tflops
+    if config.stem == "gemm_w4a16":
+        tflops = gpu.bf16_tflops
+    else:
+        tflops = gpu.fp8_f16_tflops if config.variant == "f16_partials" else gpu.fp8_f32_tflops
     clocks = gpu.num_sms * gpu.boost_ghz * 1e9
     flops_per_clock = tflops * 1e12 / clocks / _SCHEDULERS
     mma_clocks = 2 * 16 * 8 * cost.mma_k / flops_per_clock
@@ -213,14 +216,17 @@ def problems(
             f"{config.blocks_per_sm} blocks do not fit an SM: {registers} registers, {smem} bytes "
             f"of shared memory"
         )
-    opcode = f"QMMA.168{cost.mma_k}.F32.E4M3" if config.stem == "gemm_w4a8" else "HMMA.16816.F32"
+    opcode = "HMMA.16816.F32"
+    if config.stem == "gemm_w4a8":
+        kind = "F16" if config.variant == "f16_partials" else "F32"
+        opcode = f"QMMA.168{cost.mma_k}.{kind}.E4M3"
     strangers = Counter(i.opcode for i in machine.instructions if i.is_mma)
     if any(not name.startswith(opcode) for name in strangers):
         found.append(f"MMAs other than {opcode}: {dict(strangers)}")
     copies = Counter(i.opcode for i in machine.instructions if i.opcode.startswith("LDGSTS"))
     if not copies or any(not name.endswith(".128") for name in copies):
         found.append(f"copies to shared memory other than 16 bytes: {dict(copies)}")
-    if config.stem == "gemm_w4a8":
+    if config.stem == "gemm_w4a8" and config.variant == "exact":
         found += [
             f"{b.gpu}: {b.issue_load:.0%} of the issue slots, at most {MAX_W4A8_ISSUE_LOAD:.0%}"
             for b in bounds
