@@ -21,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_nvfp4 import compat, kv_cache
-from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
     Dialect,
@@ -29,7 +29,7 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerSpec,
     fused_layer_spec,
 )
-from vllm_nvfp4.checkpoints.headers import read_headers
+from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.embedding import embedding_method, lm_head_method
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.options import METHOD_NAME, Options
@@ -72,13 +72,17 @@ class NvFp4Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what the model's own configuration says, and check the files before loading."""
+        """Read what the model's own configuration says, and check the files before loading.
+
+        A model by its hub name has no files yet at this point: what its tensors hold is then
+        checked layer by layer as they load.
+        """
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = kv_cache.head_size(text_config)
         if (folder := Path(model_name)).is_dir():
-            headers = read_headers(folder)
-            self.dialect.settle({name: header.shape for name, header in headers.items()})
+            model_config, _ = read_config(folder)
+            validate(folder, model_config, self.source_config, dialect=self.dialect)
 
     @property
     def options(self) -> Options:

@@ -80,6 +80,12 @@ class Options:
         "Take NVFP4 and MXFP4 checkpoints without `--quantization nvfp4`. Only as the environment "
         "variable `VLLM_NVFP4_AUTO=1`: vLLM asks before it reads `--additional-config`.",
     )
+    cpu_isa: str = _option(
+        "auto",
+        ("auto", "avx512_bf16", "avx512", "avx2", "generic"),
+        "Instruction set of the CPU kernels, to compare or to rule one out. Only as the "
+        "environment variable.",
+    )
     cache_dir: str = _option(
         "~/.cache/vllm_nvfp4", None, "Where kernels compiled on this machine are kept."
     )

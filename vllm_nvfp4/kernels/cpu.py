@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_nvfp4.kernels.cpu_act import round_name, write_round
 from vllm_nvfp4.kernels.cpu_emit import ARGS
 from vllm_nvfp4.kernels.cpu_fp4 import Fp4Spec, write_fp4
 from vllm_nvfp4.kernels.cpu_fp8 import STEP, Fp8Spec, write_fp8
@@ -17,7 +18,6 @@ from vllm_nvfp4.kernels.cpu_jit import Cpu, compile_function, host_cpu, thread_p
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_rows, unpack_weight
 from vllm_nvfp4.numerics.formats import BlockFormat
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 
 __all__ = [
     "fp8_linear",
@@ -38,17 +38,18 @@ _ONE = torch.ones(1, dtype=torch.float32)
 # Tokens that may go through a weight together, by what fits the registers: the BF16 dot product
 # has 32 registers of AVX-512 and needs two a token, plain f32 may have half as many half as wide.
 _TILES_BF16 = (1, 2, 3, 4, 6, 8, 10, 12)
+_TILES_F32_AVX512 = (1, 2, 3, 4, 6, 8)
 _TILES_F32 = (1, 2, 3, 4)
-_TILES_FP8 = (1, 2, 4)
-_TILES_FP8_PANEL = (3, 6)
-_TILES_PANEL = (12, 16, 20, 24)
+_TILES_FP8 = (1, 2, 3, 4)
+_TILES_FP8_PANEL = (6,)
+_TILES_PANEL = (8, 12, 16)
 # Decoding the codes for one more pass costs about as much as this many tokens' products.
 _DECODE_COST = 3
 # From this many tokens on sixteen rows are decoded to a panel first ...
 _PANEL_TOKENS = 40
-_FP8_PANEL_TOKENS = 8
+_FP8_PANEL_TOKENS = 12
 # ... or, without the BF16 dot product, a tile of rows is decoded for torch's own matrix product.
-_MATMUL_TOKENS = 16
+_MATMUL_TOKENS = 48
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
@@ -60,22 +61,42 @@ def _compile(spec: Fp4Spec | Fp8Spec, cpu: Cpu) -> int:
     return compile_function(spec.name, text, cpu)
 
 
-def _best_tile(tokens: int, tiles: tuple[int, ...]) -> int:
+def _best_tile(tokens: int, tiles: tuple[int, ...], decode_cost: int = _DECODE_COST) -> int:
     """The tile with the least work for M = tokens, none larger than M."""
     fitting = [t for t in tiles if t <= tokens]
-    return min(fitting, key=lambda t: (-(-tokens // t) * (t + _DECODE_COST), t))
+    return min(fitting, key=lambda t: (-(-tokens // t) * (t + decode_cost), t))
+
+
+def _fp4_tiles(bf16_dot: bool) -> tuple[int, ...]:
+    if bf16_dot:
+        return _TILES_BF16
+    return _TILES_F32_AVX512 if host_cpu().has_avx512 else _TILES_F32
+
+
+def _fp4_compiled(fmt: BlockFormat, tile: int, out: str, bf16_dot: bool, is_panel: bool) -> int:
+    kind = "panel" if is_panel else "fused"
+    spec = Fp4Spec(kind, fmt.scale_type, fmt.block_size, tile, out, bf16_dot)
+    return _compile(spec, host_cpu())
 
 
 @functools.lru_cache(maxsize=4096)
 def _fp4_kernel(fmt: BlockFormat, tokens: int, out: str, bf16_dot: bool) -> tuple[int, bool]:
     """(address, whether it needs a panel) of the kernel for M = tokens."""
-    # A panel holds code * scale: with e8m0 scales that could leave bf16's range.
-    is_panel = bf16_dot and tokens >= _PANEL_TOKENS and fmt.scale_type == "e4m3"
-    tiles = _TILES_PANEL if is_panel else _TILES_BF16 if bf16_dot else _TILES_F32
-    kind = "panel" if is_panel else "fused"
-    tile = _best_tile(tokens, tiles)
-    spec = Fp4Spec(kind, fmt.scale_type, fmt.block_size, tile, out, bf16_dot)
-    return _compile(spec, host_cpu()), is_panel
+    is_panel = bf16_dot and tokens >= _PANEL_TOKENS and _fits_panel(fmt)
+    if is_panel:
+        tile = _best_tile(tokens, _TILES_PANEL, decode_cost=1)
+    else:
+        tile = _best_tile(tokens, _fp4_tiles(bf16_dot))
+    return _fp4_compiled(fmt, tile, out, bf16_dot, is_panel), is_panel
+
+
+def _fits_panel(fmt: BlockFormat) -> bool:
+    """A panel holds code * scale in bf16, whose range the extremes of e8m0 leave."""
+    return fmt.scale_type == "e4m3"
+
+
+def _fp8_compiled(tile: int, out: str, bf16_dot: bool, is_panel: bool) -> int:
+    return _compile(Fp8Spec("panel" if is_panel else "fused", tile, out, bf16_dot), host_cpu())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,8 +104,17 @@ def _fp8_kernel(tokens: int, out: str, bf16_dot: bool) -> tuple[int, bool]:
     """(address, whether it needs a panel) of the kernel for M = tokens."""
     is_panel = bf16_dot and tokens >= _FP8_PANEL_TOKENS
     tile = _best_tile(tokens, _TILES_FP8_PANEL if is_panel else _TILES_FP8)
-    spec = Fp8Spec("panel" if is_panel else "fused", tile, out, bf16_dot)
-    return _compile(spec, host_cpu()), is_panel
+    return _fp8_compiled(tile, out, bf16_dot, is_panel), is_panel
+
+
+def _fp8_bf16_dot(dtype: torch.dtype) -> bool:
+    cpu = host_cpu()
+    return dtype == torch.bfloat16 and cpu.has_bf16_dot and cpu.has_byte_tables
+
+
+@functools.cache
+def _round_kernel(source: str, out: str) -> int:
+    return compile_function(round_name(source, out), write_round(source, out), host_cpu())
 
 
 @functools.cache
@@ -115,13 +145,15 @@ def linear(
     y = torch.empty(m, n, dtype=out_dtype)
     if m == 0:
         return y
-    a_scale = None
-    if activation_bits == 8:
-        a, a_scale = quantize_fp8_per_row(a)
     is_bf16 = out_dtype == torch.bfloat16 or activation_bits == 8
     bf16_dot = is_bf16 and host_cpu().has_bf16_dot
     use_bf16 = bf16_dot or (is_bf16 and _has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
-    a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
+    a_type = torch.bfloat16 if use_bf16 else torch.float32
+    a_scale = None
+    if activation_bits == 8:
+        a, a_scale = _round_per_token(a.contiguous(), a_type)
+    else:
+        a = a.to(a_type).contiguous()
     if m >= _MATMUL_TOKENS and (not bf16_dot or _has_fast_bf16_matmul()):
 
         def dequantize(first: int, last: int) -> torch.Tensor:
@@ -164,9 +196,8 @@ def fp8_linear(
     y = torch.empty(m, n, dtype=a.dtype)
     if m == 0:
         return y
-    cpu = host_cpu()
+    bf16_dot = _fp8_bf16_dot(a.dtype)
     is_bf16 = a.dtype == torch.bfloat16
-    bf16_dot = is_bf16 and cpu.has_bf16_dot and cpu.has_byte_tables
     use_bf16 = bf16_dot or (is_bf16 and _has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
     # e4m3 is exact in bf16 and in f32.
     a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
@@ -228,6 +259,15 @@ def _run(
     pool.run(function, args, torch.get_num_threads() if m * n * k > _SERIAL_CODES else 1)
 
 
+def _round_per_token(a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """numerics' quantize_fp8_per_row with q as numbers: (q [M, K] of ``dtype``, scale [M] f32)."""
+    source, out = _OUT[a.dtype], _OUT[dtype]
+    q, scale = torch.empty_like(a, dtype=dtype), torch.empty(a.shape[0])
+    weight = (q, q, scale)  # no weight: these words are not read
+    _run(_round_kernel(source, out), weight, a, scale, None, q, 0)
+    return q, scale
+
+
 def _dequantize_rows(
     packed: PackedWeight, first: int, last: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -272,7 +312,7 @@ def _tiled_matmul(
         last = min(first + rows, n)
         part = (a @ dequantize(first, last).T).float() * multiplier[first:last]
         if a_scale is not None:
-            part *= a_scale
+            part *= a_scale[:, None]
         if bias is not None:
             part += bias[first:last].to(y.dtype).float()
         y[:, first:last] = part
@@ -303,16 +343,21 @@ def gather_fp8_rows(
 def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> None:
     """Compile what :func:`linear` needs for this format and activation type, at load time."""
     thread_pool()
+    out = _OUT[dtype]
     bf16_dot = host_cpu().has_bf16_dot and (dtype == torch.bfloat16 or activation_bits == 8)
-    tiles = _TILES_BF16 + _TILES_PANEL if bf16_dot else _TILES_F32
-    for tokens in tiles:
-        _fp4_kernel(fmt, tokens, _OUT[dtype], bf16_dot)
+    for tile in _fp4_tiles(bf16_dot):
+        _fp4_compiled(fmt, tile, out, bf16_dot, False)
+    for tile in _TILES_PANEL if bf16_dot and _fits_panel(fmt) else ():
+        _fp4_compiled(fmt, tile, out, bf16_dot, True)
+    if activation_bits == 8:
+        _round_kernel(out, "bf16" if bf16_dot else "f32")
 
 
 def warm_up_fp8(dtype: torch.dtype) -> None:
     """Compile what :func:`fp8_linear` needs for this activation type, at load time."""
     thread_pool()
-    cpu = host_cpu()
-    bf16_dot = dtype == torch.bfloat16 and cpu.has_bf16_dot and cpu.has_byte_tables
-    for tokens in (*_TILES_FP8, _FP8_PANEL_TOKENS, 6 * _FP8_PANEL_TOKENS):
-        _fp8_kernel(tokens, _OUT[dtype], bf16_dot)
+    bf16_dot = _fp8_bf16_dot(dtype)
+    for tile in _TILES_FP8:
+        _fp8_compiled(tile, _OUT[dtype], bf16_dot, False)
+    for tile in _TILES_FP8_PANEL if bf16_dot else ():
+        _fp8_compiled(tile, _OUT[dtype], bf16_dot, True)

@@ -170,7 +170,6 @@ class _FusedKernel(GroupKernel):
         return dot_bf16(ir, total, value, pointer)
 
 
-
 class _PanelKernel(GroupKernel):
     """The same totals for many tokens, by way of a decoded panel of the sixteen rows.
 

@@ -61,15 +61,15 @@ def _decode_bf16(ir: IrWriter, raw: Value) -> list[Value]:
     A byte's low seven bits look up either half of the bf16 in a table of 128; the halves are
     interleaved within each 128-bit lane, for which the bytes first change places by eights.
     """
-    eights = [lane for q in range(4) for half in (8 * q, 32 + 8 * q) for lane in range(half, half + 8)]
+    eights = [
+        lane for q in range(4) for half in (8 * q, 32 + 8 * q) for lane in range(half, half + 8)
+    ]
     raw = raw.shuffle(raw, eights)
     bits = _bf16_bits_of_e4m3()
 
     def lookup(table: list[int]) -> Value:
         halves = [ir.const(BYTES, table[:64]), ir.const(BYTES, table[64:])]
-        return ir.call(
-            BYTES, "llvm.x86.avx512.vpermi2var.qi.512", halves[0], raw, halves[1]
-        )
+        return ir.call(BYTES, "llvm.x86.avx512.vpermi2var.qi.512", halves[0], raw, halves[1])
 
     low = lookup([b & 0xFF for b in bits])
     high = lookup([b >> 8 for b in bits]) | (raw & 0x80)
@@ -93,11 +93,13 @@ class _Fp8Kernel(GroupKernel):
         correction = 1.0 if spec.bf16_dot else E4M3_CORRECTION
         super().__init__(spec.name, spec.tokens, spec.out, correction)
         self.spec = spec
-        # Accumulators that fit the registers: AVX-512 has 32 of 16 lanes, others 16 of 8 or fewer.
-        registers = 24 if spec.kind == "panel" else 16 if cpu.has_avx512 else 4
-        self.rows_at_once = next(r for r in (8, 4, 2, 1) if r * spec.tokens <= registers or r == 1)
+        # A panel in the cache is shared by four rows at a time. From memory one row at a time is
+        # read: the hardware prefetches a single stream twice as fast as several short ones.
+        self.rows_at_once = 4 if spec.kind == "panel" else 1
         self.a_bytes = 2 if spec.bf16_dot else 4
         self.lanes = 32 if spec.bf16_dot else 16
+        # Sums that do not wait for each other.
+        self.chains = STEP // self.lanes if spec.kind == "fused" and cpu.has_avx512 else 1
         self.a_type = "<32 x i16>" if spec.bf16_dot else F32
 
     def decode(self, raw: Value) -> list[Value]:
@@ -120,7 +122,6 @@ class _Fp8Kernel(GroupKernel):
         at = row.at(column)
         if is_tail:
             return self.decode(self.ir.masked_load(at, BYTES, self.mask(column, STEP)))
-        self.ir.prefetch(at.at(self.arg["num_cols"] * self.rows_at_once))
         return self.decode(at.load(BYTES))
 
     def load_tokens(self, token: Value, column: Value, is_tail: bool) -> list[Value]:
@@ -134,29 +135,37 @@ class _Fp8Kernel(GroupKernel):
                 parts.append(at.load(self.a_type, align=self.a_bytes))
         return [p.bitcast(BF16_PAIRS) for p in parts] if self.spec.bf16_dot else parts
 
-    def rows_of(self, group: Value, first: int) -> list[Value]:
-        numbers = [group * ROWS + row for row in range(first, first + self.rows_at_once)]
-        return [self.row_at(number) for number in numbers]
+    def rows_of(self, group: Value, first: Value) -> list[Value]:
+        """Where the weights of ``rows_at_once`` rows from ``first`` of the group on begin."""
+        return [self.row_at(group * ROWS + (first + i)) for i in range(self.rows_at_once)]
 
     def dot_tile(self, group: Value, token: Value) -> list[Value]:
         row_bytes = self.arg["num_cols"] * self.a_bytes
         tokens = [self.arg["a"].at((token + m) * row_bytes) for m in range(self.tokens)]
-        sums: list[list[Value]] = [[] for _ in tokens]
-        for first in range(0, ROWS, self.rows_at_once):
-            totals = self._dot_rows(self.rows_of(group, first), tokens)
-            for m, row_sums in enumerate(totals):
-                sums[m] += row_sums
-        return [self.ir.gather_scalars(row_sums) for row_sums in sums]
+        ir, zero = self.ir, self.ir.const(F32, 0.0)
+        steps = ir.const("i64", ROWS // self.rows_at_once)
+        with ir.loop(ir.const("i64", 0), steps, [zero] * self.tokens) as step:
+            first = step.index * self.rows_at_once
+            sums = list(step.carried)
+            for m, row_sums in enumerate(self._dot_rows(self.rows_of(group, first), tokens)):
+                for i, row_sum in enumerate(row_sums):
+                    sums[m] = ir.set_lane(sums[m], first + i, row_sum)
+            step.next = sums
+        return step.carried
 
     def _dot_rows(self, rows: list[Value], tokens: list[Value]) -> list[list[Value]]:
         """[m][row] scalars."""
         ir = self.ir
         steps = self.arg["num_cols"] // STEP
-        zeros = [ir.const(F32, 0.0)] * (len(rows) * len(tokens))
+        zeros = [ir.const(F32, 0.0)] * (len(rows) * len(tokens) * self.chains)
         with ir.loop(ir.const("i64", 0), steps, zeros) as step:
             step.next = self._step(rows, tokens, step.index * STEP, step.carried)
         # The columns that do not fill a step; none of them if K is a multiple of it.
         totals = self._step(rows, tokens, steps * STEP, step.carried, is_tail=True)
+        pairs = len(rows) * len(tokens)
+        while len(totals) > pairs:  # the chains, halved until one is left
+            half = len(totals) // 2
+            totals = [x + y for x, y in zip(totals[:half], totals[half:], strict=True)]
         lanes = [ir.sum_lanes(total) for total in totals]
         return [lanes[m * len(rows) : (m + 1) * len(rows)] for m in range(len(tokens))]
 
@@ -172,7 +181,10 @@ class _Fp8Kernel(GroupKernel):
         for part in range(STEP // self.lanes):
             values = [self.load_tokens(token, column, is_tail)[part] for token in tokens]
             pairs = [(value, weight[part]) for value in values for weight in weights]
-            totals = [self._multiply_add(*p, t) for p, t in zip(pairs, totals, strict=True)]
+            first = part % self.chains * len(pairs)
+            chain = totals[first : first + len(pairs)]
+            chain = [self._multiply_add(*p, t) for p, t in zip(pairs, chain, strict=True)]
+            totals = [*totals[:first], *chain, *totals[first + len(pairs) :]]
         return totals
 
     def _multiply_add(self, value: Value, weight: Value, total: Value) -> Value:
@@ -206,8 +218,8 @@ class _PanelKernel(_Fp8Kernel):
         for i, part in enumerate(parts):
             self.ir.store(part, target.at((column + i * self.lanes) * 2))
 
-    def rows_of(self, group: Value, first: int) -> list[Value]:
-        return [self.panel.at(self.panel_row * (first + r)) for r in range(self.rows_at_once)]
+    def rows_of(self, group: Value, first: Value) -> list[Value]:
+        return [self.panel.at(self.panel_row * (first + i)) for i in range(self.rows_at_once)]
 
     def load_weights(self, row: Value, column: Value, is_tail: bool) -> list[Value]:
         if not is_tail:

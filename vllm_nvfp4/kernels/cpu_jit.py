@@ -16,8 +16,11 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+
+from vllm_nvfp4.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +52,35 @@ class Cpu:
 _ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
+@functools.cache
+def _llvm() -> ModuleType:
+    """llvmlite's binding, made safe to look at.
+
+    Its library object answers every attribute, ``__dict__`` included, with a C function. vLLM looks
+    into the ``__dict__`` of whatever any module holds each time it builds an engine.
+    """
+    from llvmlite import binding
+    from llvmlite.binding import ffi
+
+    wrapper = type(ffi.lib)
+    look_up = wrapper.__getattr__
+
+    def look_up_functions_only(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    wrapper.__getattr__ = look_up_functions_only
+    return binding
+
+
 def detect_cpu(isa: str | None = None) -> Cpu:
     """The processor this runs on, or a lower level of it.
 
     isa: "avx512_bf16", "avx512", "avx2" or "generic"; default the best there is. A level that the
     machine does not have is refused with ValueError.
     """
-    from llvmlite import binding
+    binding = _llvm()
 
     if isa is not None and isa not in _ISA_LEVELS:
         raise ValueError(f"CPU instruction set {isa!r} is unknown; choose from {_ISA_LEVELS}")
@@ -89,13 +114,14 @@ def detect_cpu(isa: str | None = None) -> Cpu:
 
 @functools.cache
 def host_cpu() -> Cpu:
-    """:func:`detect_cpu` at the level that ``VLLM_NVFP4_CPU_ISA`` names, if it is set."""
-    return detect_cpu(os.environ.get("VLLM_NVFP4_CPU_ISA"))
+    """:func:`detect_cpu` at the level of the option ``cpu_isa``."""
+    isa = Options.resolve().cpu_isa
+    return detect_cpu(None if isa == "auto" else isa)
 
 
 def compile_function(name: str, ir_text: str, cpu: Cpu) -> int:
     """The address of function ``name`` of an LLVM module. About 20 to 60 ms."""
-    from llvmlite import binding
+    binding = _llvm()
 
     with _lock:
         binding.initialize_native_target()

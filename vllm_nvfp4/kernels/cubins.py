@@ -27,7 +27,8 @@ from pathlib import Path
 from vllm_nvfp4.kernels import nvrtc
 from vllm_nvfp4.kernels.nvrtc import CompileError, KernelSource
 
-logger = logging.getLogger("vllm_nvfp4")
+# Under vLLM's logger, so that its handlers print it.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 CACHE_DIR_ENV = "VLLM_NVFP4_CACHE_DIR"
 BUILD_ARCHS = (80, 86, 89, 90, 120)

@@ -20,7 +20,8 @@ from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS, KernelConfig
 from vllm_nvfp4.kernels.dispatch import Choice
 from vllm_nvfp4.kernels.driver import Driver, Function, driver
 
-logger = logging.getLogger("vllm_nvfp4")
+# Under vLLM's logger, so that its handlers print it.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 QUANTIZERS = {config.dtype: config for config in QUANTIZE_CONFIGS}

@@ -39,6 +39,8 @@ class Value:
             other = self.ir.const(self.type, other)
         is_float = _parts(self.type)[1] in ("float", "half", "double")
         op = on_float if is_float else on_int
+        if not op:
+            raise TypeError(f"no such operation on {self.type}")
         return self.ir.emit(self.type, f"{op} {self.type} {self.name}, {other.name}")
 
     def __add__(self, other: Value | float) -> Value:
@@ -49,6 +51,9 @@ class Value:
 
     def __mul__(self, other: Value | float) -> Value:
         return self._binary(other, "mul", "fmul")
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary(other, "", "fdiv")
 
     def __floordiv__(self, other: Value | int) -> Value:
         return self._binary(other, "udiv")
@@ -197,15 +202,10 @@ class IrWriter:
         operands = f"{element} {zero.name}, {vector.type} {vector.name}"
         return self.emit(element, f"call reassoc {element} @{name}({operands})")
 
-    def gather_scalars(self, scalars: Sequence[Value]) -> Value:
-        """A vector of these scalars."""
-        to = vector_type(len(scalars), scalars[0].type)
-        vector = Value(self, to, "poison")
-        for i, x in enumerate(scalars):
-            vector = self.emit(
-                to, f"insertelement {to} {vector.name}, {x.type} {x.name}, i32 {i}"
-            )
-        return vector
+    def set_lane(self, vector: Value, lane: Value, scalar: Value) -> Value:
+        """The vector with one lane replaced."""
+        operands = f"{vector.type} {vector.name}, {scalar.type} {scalar.name}"
+        return self.emit(vector.type, f"insertelement {operands}, {lane.type} {lane.name}")
 
     def argument(self, index: int, to: str = "ptr") -> Value:
         """Word ``index`` of the argument array."""
