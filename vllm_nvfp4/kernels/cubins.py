@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -54,8 +55,8 @@ def prepare(configs: Sequence[KernelSource], arch: int) -> dict[str, bytes]:
     missing = [unique[symbol] for symbol, image in found.items() if image is None]
     if missing:
         logger.info(
-            "compiling %d kernels for sm_%d, about %.0f s; they are kept in %s",
-            len(missing), arch, len(missing) * _COMPILE_SECONDS, cache_dir(),
+            "compiling %d kernels for sm_%d, about %d s; they are kept in %s",
+            len(missing), arch, math.ceil(len(missing) * _COMPILE_SECONDS), cache_dir(),
         )  # fmt: skip
         with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
             images = pool.map(functools.partial(_compile_and_keep, arch=arch), missing)
