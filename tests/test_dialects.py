@@ -82,7 +82,7 @@ EXPECTED = {
     "modelopt/w4a8-llama": ("W4A8_NVFP4_FP8", NVFP4, 8, None),
     "modelopt/mxfp4-llama": ("MXFP4", MXFP4, 4, None),
     "modelopt/mixed-llama": ("FP8", None, 8, None),
-    "modelopt/fp8-llama": ("FP8", None, 8, None),
+    "modelopt/fp8-channel-llama": ("FP8_PER_CHANNEL_PER_TOKEN", None, 8, None),
     "compressed_tensors/nvfp4a16-llama": ("NVFP4 W4A16", NVFP4, 16, None),
     "compressed_tensors/nvfp4a16-qwen3": ("NVFP4 W4A16", NVFP4, 16, None),
     "compressed_tensors/nvfp4-kv8-llama": ("NVFP4 W4A4", NVFP4, 4, "fp8"),
@@ -590,6 +590,17 @@ def test_fp8_scales_become_one_per_row():
     bad.view(torch.uint8)[2, 5] = 0x7F
     with pytest.raises(CheckpointError, match=r"weight: found 1 bad of 32, first nan at \[2, 5\]"):
         fp8_to_rows(row_spec, {Role.WEIGHT: bad, Role.ROW_SCALE: rows}, [3, 1])
+
+
+def test_dialects_know_whether_they_hold_microscaled_layers():
+    assert detect(modelopt("NVFP4")).has_microscaled_layers()
+    assert detect(mixed()).has_microscaled_layers()
+    assert detect(compressed()).has_microscaled_layers()
+    assert detect(fp_quant()).has_microscaled_layers()
+    assert not detect(modelopt("FP8")).has_microscaled_layers()
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    assert not detect(compressed(fp8, format="float-quantized")).has_microscaled_layers()
+    assert not detect(None).has_microscaled_layers()
 
 
 def test_descriptions_name_format_and_algorithm():

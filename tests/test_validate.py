@@ -149,7 +149,12 @@ def test_wrong_dtype(damaged, name, tensor, dtype, words):
         (MODELOPT, "weight", lambda t: t[0], r"shape \[32\]; needed \[N, K\]"),
         (COMPRESSED, "weight_global_scale", lambda t: t.repeat(2), r"shape \[2\]; needed 1 value"),
         (FP_QUANT, "forward_hadamard_matrix", lambda t: t[:8, :8], r"\[8, 8\]; needed \[16, 16\]"),
-        ("modelopt/fp8-llama", "weight_scale", lambda t: t.repeat(5), "needed 1 value"),
+        (
+            "modelopt/fp8-channel-llama",
+            "weight_scale",
+            lambda t: t[:5],
+            r"\[5\]; needed 128 values",
+        ),
     ],
 )
 def test_wrong_shape(damaged, name, tensor, change, words):
