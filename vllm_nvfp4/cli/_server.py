@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM server as a child: started, waited for, stopped with every process it made."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from vllm_nvfp4.cli import serve
+from vllm_nvfp4.cli._progress import step
+
+_STOP_SECONDS = 20.0
+_PR_SET_PDEATHSIG = 1
+_LOG_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?(INFO|WARNING|ERROR) [\d-]+ [\d:.]+ (\[[^]]*\] )?")
+
+
+class ServerError(OSError):
+    """The server ended before it answered; the message carries its own last words."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    # If this process is killed outright, no handler runs; the kernel then ends the server.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Server:
+    """``vllm serve`` with this project's defaults, as a context manager.
+
+    args: what follows ``vllm serve``, without host and port
+    log:  the file that receives everything the server prints
+    """
+
+    def __init__(self, args: Sequence[str], log: Path) -> None:
+        self.log = log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command, self.environ, self.notes = serve.command_line(
+            [*args, "--host", "127.0.0.1", "--port", str(self.port)]
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as out:
+            # A session of its own: Ctrl-C in the terminal reaches this process alone, which then
+            # stops the server in order.
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def last_line(self) -> str:
+        """The last thing the server said, without time and place."""
+        lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+        return _LOG_PREFIX.sub("", lines[-1]) if lines else ""
+
+    def wait_ready(self, out: TextIO | None = None, timeout: float = 1800.0) -> None:
+        """Return once the server answers, with a progress line every five seconds.
+
+        Raises ServerError if it ends first, TimeoutError after ``timeout`` seconds.
+        """
+        assert self._process is not None
+        with step("Starting the server", out or sys.stdout) as progress:
+            while not self._answers():
+                if self._process.poll() is not None:
+                    raise ServerError(self._why_it_ended(self._process.returncode))
+                if progress.seconds > timeout:
+                    raise TimeoutError(f"the server did not answer in {timeout:.0f} s: {self.log}")
+                progress.detail = self.last_line()
+                time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _why_it_ended(self, status: int) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [x for x in lines if re.search(r"\b\w*(Error|Exception)\b: ", x)]
+        # The first error is the cause; those after it only pass it on.
+        words = [_LOG_PREFIX.sub("", x) for x in (errors[:1] or lines[-5:])]
+        return "\n  ".join([f"the server ended with status {status}:", *words, f"(log: {self.log})"])
+
+    def stop(self) -> None:
+        """End the server and everything it started; return when nothing of it is left."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        self._signal(process.pid, signal.SIGINT)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while time.monotonic() < deadline and (process.poll() is None or self._alive(process.pid)):
+            time.sleep(0.1)
+        self._signal(process.pid, signal.SIGKILL)
+        process.wait()
+
+    @staticmethod
+    def _signal(group: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+    @staticmethod
+    def _alive(group: int) -> bool:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        return True
