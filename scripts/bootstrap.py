@@ -72,12 +72,13 @@ def require_system_parts() -> None:
         from vllm_nvfp4.cli._progress import step
 
         with step(f"Installing {' and '.join(missing)} (as root, with apt-get)"):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.run(["apt-get", "update"], **quiet)
-            subprocess.run(command, **quiet)
+            subprocess.run(["apt-get", "update"], capture_output=True)
+            subprocess.run(command, capture_output=True)
         missing = missing_system_parts()
     if missing:
-        raise SetupError(f"missing on this system: {', '.join(missing)}. As root: {' '.join(command)}")
+        raise SetupError(
+            f"missing on this system: {', '.join(missing)}. As root: {' '.join(command)}"
+        )
 
 
 def has_nvidia_gpu() -> bool:
@@ -87,7 +88,9 @@ def has_nvidia_gpu() -> bool:
     except OSError:
         return False
     count = ctypes.c_int(0)
-    return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return (
+        cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    )
 
 
 def stamp_of(backend: str) -> str:
@@ -95,7 +98,11 @@ def stamp_of(backend: str) -> str:
     digest = hashlib.sha256()
     for part in (backend, sys.version, str(ROOT)):
         digest.update(part.encode() + b"\0")
-    for path in (ROOT / "requirements" / f"lock-{backend}.txt", ROOT / "pyproject.toml", Path(__file__)):
+    for path in (
+        ROOT / "requirements" / f"lock-{backend}.txt",
+        ROOT / "pyproject.toml",
+        Path(__file__),
+    ):
         digest.update(path.read_bytes() + b"\0")
     return f"{backend} {digest.hexdigest()}"
 
@@ -115,8 +122,8 @@ def explain_pip_failure(output: str) -> str:
         )
     if "No space left on device" in output:
         return "the disk is full; the environment needs 4 GB (CPU) or 12 GB (CUDA)."
-    errors = [line for line in output.splitlines() if "error" in line.lower()]
-    return "pip failed: " + (errors[-1].strip() if errors else "see the log")
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    return "\n  ".join(["pip failed:", *lines[-12:]])
 
 
 def run_pip(title: str, *args: str, total: int = 0) -> None:
@@ -124,7 +131,8 @@ def run_pip(title: str, *args: str, total: int = 0) -> None:
     from vllm_nvfp4.cli._progress import step
 
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--no-input", *args]
-    kept, collected = [], 0
+    kept: list[str] = []
+    collected = 0
     with step(title) as progress, LOG.open("a") as log:
         process = subprocess.Popen(
             command,
@@ -135,8 +143,7 @@ def run_pip(title: str, *args: str, total: int = 0) -> None:
             env={**os.environ, "PIP_PROGRESS_BAR": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         )
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if "is ignored" in line:  # one for each file of an index that has no versions
                     continue
                 log.write(line)
@@ -178,7 +185,9 @@ def build(backend: str) -> None:
                 [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True
             )
             if made.returncode:
-                raise SetupError(f"python3 -m venv failed: {made.stdout[-500:]}{made.stderr[-500:]}")
+                raise SetupError(
+                    f"python3 -m venv failed: {made.stdout[-500:]}{made.stderr[-500:]}"
+                )
     stamp.write_text(BUILDING)
     num_packages = sum("==" in line for line in lock.read_text().splitlines())
     size = {"cpu": "1 GB", "cuda": "5 GB"}[backend]
@@ -225,7 +234,9 @@ def main() -> int:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nbootstrap: interrupted; the next run starts the environment again", file=sys.stderr)
+        print(
+            "\nbootstrap: interrupted; the next run starts the environment again", file=sys.stderr
+        )
         return 130
     return 0
 

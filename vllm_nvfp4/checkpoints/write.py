@@ -113,7 +113,10 @@ class SafetensorsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._file.close()
         if kind is None and self._left:
@@ -125,7 +128,9 @@ class SafetensorsWriter:
         dtype = _DTYPES[tensor.dtype][0] if tensor.dtype in _DTYPES else str(tensor.dtype)
         found = TensorInfo(dtype, tuple(tensor.shape))
         if name != expected_name or found != info:
-            raise ValueError(f"{self.path}: got {name} {found}; the header says {expected_name} {info}")
+            raise ValueError(
+                f"{self.path}: got {name} {found}; the header says {expected_name} {info}"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.write(flat.view(torch.uint8).numpy().data)
 
@@ -259,7 +264,7 @@ def write_nvfp4(
         folder = Path(temporary) / target.name
         folder.mkdir()
         report = _write_weights(checkpoint, folder, quantized, method, device, progress)
-        # A tied lm_head is not stored; engines build it all the same and ask whether to quantise it.
+        # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
         ignored = dict.fromkeys([*report.kept, "lm_head"])
         config["quantization_config"] = quantization_config(list(ignored))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -279,7 +284,9 @@ def _quantize(tensor: torch.Tensor, method: str, shared: torch.Tensor) -> BlockS
         return quantize_nvfp4(tensor, method, shared)
     rows = max(1, _PIECE_ELEMENTS // tensor.shape[1])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        parts = list(pool.map(lambda part: quantize_nvfp4(part, method, shared), tensor.split(rows)))
+        parts = list(
+            pool.map(lambda part: quantize_nvfp4(part, method, shared), tensor.split(rows))
+        )
     return BlockScaledWeight(
         torch.cat([p.codes for p in parts]),
         torch.cat([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn),

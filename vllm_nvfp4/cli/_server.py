@@ -26,6 +26,8 @@ _STOP_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 _LOG_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?(INFO|WARNING|ERROR) [\d-]+ [\d:.]+ (\[[^]]*\] )?")
 
+_EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): ")
+
 
 class ServerError(OSError):
     """The server ended before it answered; the message carries its own last words."""
@@ -41,6 +43,17 @@ def _die_with_parent() -> None:
     # If this process is killed outright, no handler runs; the kernel then ends the server.
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def first_error(log: str) -> str:
+    """The first exception of a server's log, which later ones only pass on; else its last lines."""
+    lines = [_LOG_PREFIX.sub("", line) for line in log.splitlines()]
+    for index, line in enumerate(lines):
+        if _EXCEPTION.match(line):
+            # Pydantic puts what was wrong on the two lines below.
+            more = lines[index + 1 : index + 3] if "validation error" in line else []
+            return "\n  ".join([line, *more])
+    return "\n  ".join(lines[-5:])
 
 
 class Server:
@@ -76,7 +89,10 @@ class Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -108,11 +124,8 @@ class Server:
             return False
 
     def _why_it_ended(self, status: int) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        errors = [x for x in lines if re.search(r"\b\w*(Error|Exception)\b: ", x)]
-        # The first error is the cause; those after it only pass it on.
-        words = [_LOG_PREFIX.sub("", x) for x in (errors[:1] or lines[-5:])]
-        return "\n  ".join([f"the server ended with status {status}:", *words, f"(log: {self.log})"])
+        text = self.log.read_text(errors="replace")
+        return f"the server ended with status {status}:\n  {first_error(text)}\n  (log: {self.log})"
 
     def stop(self) -> None:
         """End the server and everything it started; return when nothing of it is left."""

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_nvfp4 import compat_cpu_metadata
 
@@ -93,7 +93,9 @@ def _flags_of_config(path: Path) -> set[str]:
         raise ValueError(f"--config {path}: no such file")
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: found {type(content).__name__}; needed `flag: value` lines")
+        raise ValueError(
+            f"--config {path}: found {type(content).__name__}; needed `flag: value` lines"
+        )
     return {"--" + str(key).replace("_", "-") for key in content}
 
 
@@ -140,7 +142,10 @@ def command_line(
 def add_parser(subparsers: Any) -> None:
     # No argument begins with NUL, so argparse takes all of them, flags included, as they are.
     parser = subparsers.add_parser(
-        "serve", help="vLLM's server with this project's defaults", add_help=False, prefix_chars="\0"
+        "serve",
+        help="vLLM's server with this project's defaults",
+        add_help=False,
+        prefix_chars="\0",
     )
     parser.add_argument("vllm_args", nargs="*")
 
@@ -148,10 +153,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.vllm_args or args.vllm_args[0] in ("-h", "--help"):
         print(_USAGE, end="")
-        return 0 if args.vllm_args else 2
-    command, environ, notes = command_line(args.vllm_args)
+    else:
+        replace_this_process(args.vllm_args)
+    return 0 if args.vllm_args else 2
+
+
+def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:
+    """Become vLLM's server: signals reach it as if it had been started directly."""
+    command, environ, notes = command_line(vllm_args)
     for note in notes:
         print(f"vllm-nvfp4: {note}", file=sys.stderr)
     sys.stderr.flush()
-    # The server takes this process's place: signals reach it as if it had been started directly.
     os.execve(command[0], command, environ)
