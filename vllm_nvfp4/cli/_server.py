@@ -45,6 +45,17 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def group_is_alive(group: int) -> bool:
+    """Does any process of the group run? One that has ended and waits for its parent does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # pid (name) state ppid pgrp ...; the name may hold spaces and brackets.
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state not in "ZX":
+                return True
+    return False
+
+
 def first_error(log: str) -> str:
     """The first exception of a server's log, which later ones only pass on; else its last lines."""
     lines = [_LOG_PREFIX.sub("", line) for line in log.splitlines()]
@@ -134,7 +145,9 @@ class Server:
             return
         self._signal(process.pid, signal.SIGINT)
         deadline = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < deadline and (process.poll() is None or self._alive(process.pid)):
+        while time.monotonic() < deadline and (
+            process.poll() is None or group_is_alive(process.pid)
+        ):
             time.sleep(0.1)
         self._signal(process.pid, signal.SIGKILL)
         process.wait()
@@ -143,11 +156,3 @@ class Server:
     def _signal(group: int, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, number)
-
-    @staticmethod
-    def _alive(group: int) -> bool:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return False
-        return True

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from vllm_nvfp4.cli._server import Server
 
+TAKES_AFTER_DASHES = True
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
@@ -32,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--system", help="system message of the conversation")
     parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, help="default: the model's own")
-    parser.add_argument("vllm_args", nargs="*", help=argparse.SUPPRESS)
 
 
 class Conversation:
@@ -127,14 +127,14 @@ def _converse(args: argparse.Namespace, url: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.url:
-        if args.vllm_args:
+        if args.after_dashes:
             raise ValueError("flags after -- are for a server that chat starts; --url names one")
         return _converse(args, args.url)
     if not args.model:
         raise ValueError("give a MODEL (folder or name), or --url of a running server")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = Path(tempfile.mkdtemp(prefix="vllm-nvfp4-chat-")) / "server.log"
-    with Server([args.model, *args.vllm_args], log) as server:
+    with Server([args.model, *args.after_dashes], log) as server:
         for note in server.notes:
             print(f"vllm-nvfp4: {note}", file=sys.stderr)
         server.wait_ready(out=sys.stderr)
