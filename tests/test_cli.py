@@ -236,8 +236,10 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
     tool.chmod(0o755)
     new, old = doctor.check_gpu()
-    assert new.status == "ok" and "8.9" in new.found
-    assert old.status == "fail" and "8.0" in old.todo
+    assert new.status == "ok"
+    assert "8.9" in new.found
+    assert old.status == "fail"
+    assert "8.0" in old.todo
 
 
 @pytest.mark.parametrize(("driver", "status"), [("580.65", "ok"), ("575.10", "fail")])

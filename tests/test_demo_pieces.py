@@ -78,7 +78,8 @@ def test_written_layers_read_back_bit_exact(source: Path, tmp_path: Path, method
     for layer in report.quantized:
         global_scale = stored[f"{layer}.weight_scale_2"]
         expected = quantize_nvfp4(before[f"{layer}.weight"], method, global_scale)
-        assert global_scale.shape == () and global_scale.dtype == torch.float32
+        assert global_scale.shape == ()
+        assert global_scale.dtype == torch.float32
         assert stored[f"{layer}.weight_scale"].dtype == torch.float8_e4m3fn
         assert torch.equal(stored[f"{layer}.weight"], expected.codes)
         read = BlockScaledWeight(
@@ -190,7 +191,8 @@ def test_unusable_sources_say_what_is_missing(source: Path, tmp_path: Path):
     write_nvfp4(source, tmp_path / "once")
     with pytest.raises(CheckpointError, match="found modelopt; needed an unquantised"):
         write_nvfp4(tmp_path / "once", tmp_path / "twice")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "twice").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "twice").exists()
 
 
 def test_writer_holds_to_its_header(tmp_path: Path):

@@ -83,10 +83,16 @@ def test_a_child_that_ignores_signals_is_ended(start, monkeypatch):
 
 
 def test_an_exception_stops_the_server(start):
-    with pytest.raises(KeyboardInterrupt), start(HEALTHY) as server:
-        group = server._process.pid
-        raise KeyboardInterrupt
-    assert not group_is_alive(group)
+    groups = []
+
+    def interrupted():
+        with start(HEALTHY) as server:
+            groups.append(server._process.pid)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not group_is_alive(groups[0])
 
 
 def test_a_server_that_ends_says_why(start):
@@ -149,7 +155,8 @@ def test_progress_line_for_what_takes_long(monkeypatch: pytest.MonkeyPatch):
             time.sleep(0.01)
     first, beat, *_, last = out.getvalue().splitlines()
     assert first == "==> Working"
-    assert beat.startswith("    Working ... 0 s") and len(beat) < 120
+    assert beat.startswith("    Working ... 0 s")
+    assert len(beat) < 120
     assert last.startswith("    done in ")
 
 

@@ -23,6 +23,7 @@ from vllm_nvfp4.cli import serve
 from vllm_nvfp4.cli._progress import step
 
 _STOP_SECONDS = 20.0
+_KILL_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 _LOG_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?(INFO|WARNING|ERROR) [\d-]+ [\d:.]+ (\[[^]]*\] )?")
 
@@ -143,14 +144,14 @@ class Server:
         process, self._process = self._process, None
         if process is None:
             return
-        self._signal(process.pid, signal.SIGINT)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < deadline and (
-            process.poll() is None or group_is_alive(process.pid)
-        ):
-            time.sleep(0.1)
-        self._signal(process.pid, signal.SIGKILL)
-        process.wait()
+        # SIGINT lets vLLM shut its workers down in order; what is stuck then is killed.
+        for number, seconds in ((signal.SIGINT, _STOP_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
+            self._signal(process.pid, number)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                if process.poll() is not None and not group_is_alive(process.pid):
+                    return
+                time.sleep(0.1)
 
     @staticmethod
     def _signal(group: int, number: int) -> None:

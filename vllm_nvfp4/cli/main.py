@@ -3,8 +3,9 @@
 
 A command module has ``add_parser(subparsers)``, which adds its parser, and ``run(args) -> int``,
 which returns the exit status; ``args.after_dashes`` is what follows "--" on the command line, if
-the module says ``TAKES_AFTER_DASHES = True``. It imports torch and vLLM inside ``run`` only, if at all, so that
-``--help`` and ``inspect`` answer at once. Modules whose name begins with "_" are helpers.
+the module says ``TAKES_AFTER_DASHES = True``. It imports torch and vLLM inside ``run`` only, if at
+all, so that ``--help`` and ``inspect`` answer at once. Modules whose name begins with "_" are
+helpers.
 """
 
 from __future__ import annotations
