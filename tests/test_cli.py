@@ -170,9 +170,13 @@ def test_alias_is_found_by_child_processes(versions, monkeypatch, tmp_path: Path
     monkeypatch.setattr(sys, "path", list(sys.path))
     environ = {"PYTHONPATH": "/first"}
     assert compat_cpu_metadata.apply(environ)
+    versions["vllm"] = "9.9+cpu"  # which this process finds from now on
     first = dict(environ)
+    second = {"PYTHONPATH": "/first"}
     assert compat_cpu_metadata.apply(environ)
+    assert compat_cpu_metadata.apply(second)
     assert environ == first, "a second time changes nothing"
+    assert second == first, "a second child gets the same"
     assert environ["PYTHONPATH"].startswith("/first" + os.pathsep)
     code = "import importlib.metadata as m; print(m.version('vllm'))"
     # -S: without site-packages, where a real vLLM may be.

