@@ -59,7 +59,7 @@ def initialize_online_processing(layer: Any) -> None:
     initialize_online_processing(layer)
 
 
-def native_config_class(quant_config: dict[str, Any]) -> type | None:
+def native_config_class(quant_config: dict[str, Any]) -> Any:
     """vLLM's own config class for an NVFP4 checkpoint, or None where it has none."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
