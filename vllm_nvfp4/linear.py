@@ -77,6 +77,22 @@ class UnusedParameter(BasevLLMParameter):
     load_merged_column_weight = load_qkv_weight = _drop
 
 
+class RowScaleParameter(ChannelQuantScaleParameter):
+    """[N, 1]: one scale per output row. A file may hold [N] (ModelOpt) or [N, 1]."""
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        super().load_column_parallel_weight(loaded_weight.reshape(-1, 1))
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        super().load_row_parallel_weight(loaded_weight.reshape(-1, 1))
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        super().load_merged_column_weight(loaded_weight.reshape(-1, 1), **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        super().load_qkv_weight(loaded_weight.reshape(-1, 1), **kwargs)
+
+
 def linear_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> LinearMethodBase:
     """The method for a layer that is stored, or to be quantised, as ``spec`` says."""
     if spec.kind is LayerKind.FP8:
@@ -379,7 +395,7 @@ def _parameter(
         return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
     if tensor.role is Role.ROW_SCALE:
         data = torch.full((n, 1), torch.nan, dtype=torch.float32)
-        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+        return RowScaleParameter(data=data, output_dim=0, weight_loader=loader)
     if tensor.role is Role.UNUSED:
         return UnusedParameter(data=torch.empty(0), weight_loader=loader)
     if tensor.role is Role.PRE_SCALE:
