@@ -12,6 +12,7 @@ The wheel is pure Python (py3-none-any) either way. An editable install never co
 import fnmatch
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class BuildPyWithCubins(build_py):
         super().run()
         if self.editable_mode:
             return
+        # build/ outlives a build: those of the last one are not this wheel's.
+        shutil.rmtree(Path(self.build_lib) / "vllm_nvfp4" / "cubins", ignore_errors=True)
         if WANTED == "0":
             print("vllm-nvfp4: a wheel without cubins (NVFP4_BUILD_CUBINS=1 builds them in)")
             return
@@ -49,7 +52,7 @@ class BuildPyWithCubins(build_py):
                 f"none. pip install {' '.join(BUILD_REQUIRES)}"
             )
         pattern = os.environ.get("NVFP4_BUILD_KERNELS", "*")
-        chosen = [c for c in configs.CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
+        chosen = [c for c in configs.ALL_CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
         out = Path(self.build_lib) / "vllm_nvfp4" / "cubins"
         count = cubins.build(chosen, out, archs, jobs=os.cpu_count() or 1)
         print(f"vllm-nvfp4: {count} cubins for {', '.join(f'sm_{a}' for a in archs)}")

@@ -55,6 +55,20 @@ def compilations(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def log():
+    """The messages logged, as a list that a test may clear."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = cubins.logger.level
+    cubins.logger.addHandler(handler)
+    cubins.logger.setLevel(logging.INFO)
+    yield messages
+    cubins.logger.removeHandler(handler)
+    cubins.logger.setLevel(level)
+
+
 def cache_files(cache):
     return sorted(cache.rglob("*.cubin"))
 
@@ -87,7 +101,9 @@ def test_no_or_old_nvrtc_says_what_to_install(version, monkeypatch):
 
 
 def test_included_files_are_found_recursively(tmp_path):
-    (tmp_path / "a.cuh").write_text('#pragma once\n#include "b.cuh"\n')
+    (tmp_path / "a.cuh").write_text('#pragma once\n#include "b.cuh"\n#include "host/c.h"\n')
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "c.h").write_text("")  # the emulator's; not in a wheel
     (tmp_path / "b.cuh").write_text('#include <cuda_fp16.h>\n#include "a.cuh"\n')
     found = nvrtc.included_files('  #  include "a.cuh"\nint x;', tmp_path)
     assert list(found) == ["a.cuh", "b.cuh"]
@@ -116,7 +132,7 @@ def test_no_temporary_files_stay(cache):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
-def test_a_corrupt_entry_is_rebuilt_with_one_line(damage, cache, compilations, caplog):
+def test_a_corrupt_entry_is_rebuilt_with_one_line(damage, cache, compilations, log):
     image = cubins.get_cubin(Kernel(), 89)
     (path,) = cache_files(cache)
     content = bytearray(path.read_bytes())
@@ -131,11 +147,12 @@ def test_a_corrupt_entry_is_rebuilt_with_one_line(damage, cache, compilations, c
         }[damage]
     )
     compilations.clear()
-    with caplog.at_level(logging.WARNING, "vllm_nvfp4"):
-        assert cubins.get_cubin(Kernel(), 89) == image
+    log.clear()
+    assert cubins.get_cubin(Kernel(), 89) == image
     assert compilations == ["add_one"]
-    assert len(caplog.records) == 1
-    assert "corrupt" in caplog.text
+    assert [line for line in log if "corrupt;" in line] == [
+        f"{path}: corrupt; compiling add_one again"
+    ]
     assert cubins.get_cubin(Kernel(), 89) == image
     assert compilations == ["add_one"]
 
@@ -165,14 +182,29 @@ def test_a_folder_that_others_can_write_is_refused(cache):
         cubins.get_cubin(Kernel(), 89)
 
 
-def test_an_unwritable_cache_compiles_and_says_so_once(cache, tmp_path, monkeypatch, caplog):
+def test_an_unwritable_cache_compiles_and_says_so_once(cache, tmp_path, monkeypatch, log):
     blocker = tmp_path / "file"
     blocker.write_text("")
     monkeypatch.setenv(cubins.CACHE_DIR_ENV, str(blocker))
-    with caplog.at_level(logging.WARNING, "vllm_nvfp4"):
-        assert cubins.get_cubin(Kernel(), 89) == cubins.get_cubin(Kernel(), 89)
-    assert len(caplog.records) == 1
-    assert cubins.CACHE_DIR_ENV in caplog.text
+    assert cubins.get_cubin(Kernel(), 89) == cubins.get_cubin(Kernel(), 89)
+    assert len([line for line in log if cubins.CACHE_DIR_ENV in line]) == 1
+
+
+def test_the_option_wins_over_the_environment(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cubins, "_chosen_dir", None)
+    cubins.use_cache_dir(str(tmp_path / "chosen"))
+    cubins.get_cubin(Kernel(), 89)
+    assert cache_files(tmp_path / "chosen")
+    assert not cache.exists()
+
+
+def test_compiling_is_announced_once_and_only_when_it_happens(cache, log):
+    kernels = [Kernel(), Kernel("b")]
+    cubins.prepare(kernels, 89)
+    assert log == [f"compiling 2 kernels for sm_89, about 1 s; they are kept in {cache}"]
+    log.clear()
+    cubins.prepare(kernels, 89)
+    assert log == []
 
 
 def test_prepare_gives_every_symbol_once(compilations):

@@ -319,8 +319,13 @@ def grid(config: GemmConfig, m: int, n: int, k: int, num_sms: int) -> tuple[int,
 
 
 def workspace_bytes(config: GemmConfig, m: int, n: int, k: int, num_sms: int) -> int:
+    """Bytes of ``GemmParams.partials`` for the splits that :func:`num_splits` chooses."""
+    return partials_bytes(config, m, n, num_splits(config, m, n, k, num_sms))
+
+
+def partials_bytes(config: GemmConfig, m: int, n: int, splits: int) -> int:
     """Bytes of ``GemmParams.partials``: one float32 tile per output tile and split; 0 unsplit."""
-    tiles, splits, _ = grid(config, m, n, k, num_sms)
+    tiles = num_tiles(config, m, n)
     return 0 if splits == 1 else tiles * splits * config.block_m * config.block_n * 4
 
 

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -27,7 +28,8 @@ from pathlib import Path
 from vllm_nvfp4.kernels import nvrtc
 from vllm_nvfp4.kernels.nvrtc import CompileError, KernelSource
 
-logger = logging.getLogger("vllm_nvfp4")
+# Under vLLM's logger, so that its handlers print it.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 CACHE_DIR_ENV = "VLLM_NVFP4_CACHE_DIR"
 BUILD_ARCHS = (80, 86, 89, 90, 120)
@@ -35,6 +37,7 @@ BUILD_ARCHS = (80, 86, 89, 90, 120)
 _TRAILER_MAGIC = b"vllm-nvfp4 sha256:"
 _TRAILER_BYTES = len(_TRAILER_MAGIC) + 32
 _COMPILE_THREADS = 8
+_COMPILE_SECONDS = 0.5  # one kernel, on one core; for the log line
 
 
 class CacheError(RuntimeError):
@@ -48,31 +51,39 @@ def prepare(configs: Sequence[KernelSource], arch: int) -> dict[str, bytes]:
     Raises CompileError (nothing packaged and no compiler) or CacheError.
     """
     unique = {config.symbol: config for config in configs}
-    if not unique:
-        return {}
-    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
-        images = pool.map(functools.partial(get_cubin, arch=arch), unique.values())
-        return dict(zip(unique, images, strict=True))
+    found = {symbol: _at_hand(config, arch) for symbol, config in unique.items()}
+    missing = [unique[symbol] for symbol, image in found.items() if image is None]
+    if missing:
+        logger.info(
+            "compiling %d kernels for sm_%d, about %d s; they are kept in %s",
+            len(missing), arch, math.ceil(len(missing) * _COMPILE_SECONDS), cache_dir(),
+        )  # fmt: skip
+        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+            images = pool.map(functools.partial(_compile_and_keep, arch=arch), missing)
+            found.update(zip((c.symbol for c in missing), images, strict=True))
+    return {symbol: image for symbol, image in found.items() if image is not None}
 
 
 def get_cubin(config: KernelSource, arch: int) -> bytes:
     """One kernel's cubin: packaged, cached or compiled now (and then cached)."""
+    return prepare([config], arch)[config.symbol]
+
+
+def _at_hand(config: KernelSource, arch: int) -> bytes | None:
+    """The cubin if the wheel or the cache has it."""
     image = _packaged(config, arch)
-    if image is not None:
-        return image
-    version = nvrtc.nvrtc_version()
-    if version is None:
-        return nvrtc.compile_cubin(config, arch)  # raises, and says what to install
-    folder = _open_cache_dir(arch)
-    if folder is None:
-        return nvrtc.compile_cubin(config, arch)
-    path = folder / f"{_cache_key(config, arch, version)}.cubin"
-    image = _read_cached(path)
-    if image is not None:
-        return image
+    if image is None and (path := _cache_path(config, arch)) is not None:
+        image = _read_cached(path)
+    return image
+
+
+def _compile_and_keep(config: KernelSource, arch: int) -> bytes:
+    path = _cache_path(config, arch)
+    if path is None:
+        return nvrtc.compile_cubin(config, arch)  # without a compiler: says what to install
     # One process compiles, the others wait for it and read. Without a lock (a file system that
     # has none) they would all compile, and the atomic rename would still keep the file whole.
-    with _locked(folder / f"{path.stem}.lock"):
+    with _locked(path.with_suffix(".lock")):
         image = _read_cached(path)
         if image is None:
             if path.exists():
@@ -156,12 +167,33 @@ def _packaged(config: KernelSource, arch: int) -> bytes | None:
 # --- the cache ---------------------------------------------------------------------------------
 
 
+def use_cache_dir(folder: str) -> None:
+    """Keep compiled kernels here, whatever the environment says: the option ``cache_dir``."""
+    global _chosen_dir
+    _chosen_dir = Path(folder).expanduser()
+
+
+_chosen_dir: Path | None = None
+
+
 def cache_dir() -> Path:
-    """$VLLM_NVFP4_CACHE_DIR, else $XDG_CACHE_HOME/vllm_nvfp4, else ~/.cache/vllm_nvfp4."""
+    """:func:`use_cache_dir`'s, else $VLLM_NVFP4_CACHE_DIR, else $XDG_CACHE_HOME/vllm_nvfp4, else
+    ~/.cache/vllm_nvfp4."""
+    if _chosen_dir is not None:
+        return _chosen_dir
     if chosen := os.environ.get(CACHE_DIR_ENV):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vllm_nvfp4"
+
+
+def _cache_path(config: KernelSource, arch: int) -> Path | None:
+    """The file of a kernel in the cache; None without a compiler, or a folder to write to."""
+    version = nvrtc.nvrtc_version()
+    folder = _open_cache_dir(arch) if version is not None else None
+    if folder is None or version is None:
+        return None
+    return folder / f"{_cache_key(config, arch, version)}.cubin"
 
 
 def _open_cache_dir(arch: int) -> Path | None:

@@ -18,6 +18,15 @@ from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
 from vllm_nvfp4.numerics.formats import FORMATS
 
 ACTIVATIONS = ("auto", "16", "8")
+# Of the 8-bit kernel: "f16_partials" rounds each block's sum to f16 (about 2e-4 relative) and runs
+# at the f16 accumulator's rate, twice the other on GeForce cards.
+VARIANTS = tuple(
+    v for v in ("exact", "f16_partials") if v in {config.variant for config in GEMM_CONFIGS}
+)
+
+# A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
+# then be allocated once.
+MAX_SPLIT_TILES = 16384
 
 # The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
 _MMA_SYNC_SHARE = {90: 0.62}
@@ -62,34 +71,52 @@ class Choice:
     estimated_us: float
 
 
-@functools.lru_cache(maxsize=65536)
 def choose(
-    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str, activation: str = "auto"
-) -> Choice:
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str,
+    activation: str = "auto", variant: str = "exact",
+) -> Choice:  # fmt: skip
     """The kernel for y[M, N] = a[M, K] @ w[N, K]^T.
 
     fmt_name:   "nvfp4" or "mxfp4"
     dtype:      "bf16" or "fp16"
     activation: "auto", "16" or "8"
+    variant:    of the 8-bit kernel, one of ``VARIANTS``
     Raises ValueError: a shape, format or option outside what the kernels take, 8-bit activations
     on a GPU without FP8.
     """
     _check(m, n, k, fmt_name, dtype)
-    bits = choose_activation_bits(gpu, m, n, k, fmt_name, activation)
-    candidates = reachable(fmt_name, dtype, bits)
+    bits = choose_activation_bits(gpu, m, n, k, fmt_name, activation, variant)
+    candidates = reachable(fmt_name, dtype, bits, variant)
     config = min(candidates, key=lambda c: (estimate_us(gpu, c, m, n, k), c.symbol))
-    grid = configs.grid(config, m, n, k, gpu.num_sms)
+    return launch_geometry(gpu, config, m, n, k)
+
+
+def launch_geometry(
+    gpu: Gpu, config: GemmConfig, m: int, n: int, k: int, num_splits: int | None = None
+) -> Choice:
+    """The launch of one given configuration. num_splits: default as ``configs`` chooses."""
+    tiles = configs.num_tiles(config, m, n)
+    if num_splits is None:
+        num_splits = configs.num_splits(config, m, n, k, gpu.num_sms)
+    if tiles > MAX_SPLIT_TILES:
+        num_splits = 1
     return Choice(
-        config, bits, grid, grid[1],
-        configs.workspace_bytes(config, m, n, k, gpu.num_sms),
+        config, activation_bits_of(config), (tiles, num_splits, 1), num_splits,
+        configs.partials_bytes(config, m, n, num_splits),
         configs.semaphore_bytes(config, m, n),
         estimate_us(gpu, config, m, n, k),
     )  # fmt: skip
 
 
+def activation_bits_of(config: GemmConfig) -> int:
+    """16 or 8."""
+    return 8 if config.stem == "gemm_w4a8" else 16
+
+
 def choose_activation_bits(
-    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, activation: str = "auto"
-) -> int:
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str,
+    activation: str = "auto", variant: str = "exact",
+) -> int:  # fmt: skip
     """16 or 8: 8 where the rooflines cross, which is where 16 bits become compute-bound.
 
     time16(M) = max(weight bytes / DRAM, 2MNK / bf16 rate)
@@ -106,17 +133,17 @@ def choose_activation_bits(
                 f"sm_{_FIRST_FP8_ARCH}. Use activation=auto or 16"
             )
         return 8
-    return 8 if m >= activation_switch(gpu, n, k, fmt_name) else 16
+    return 8 if m >= activation_switch(gpu, n, k, fmt_name, variant) else 16
 
 
 @functools.lru_cache(maxsize=4096)
-def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str) -> float:
+def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "exact") -> float:
     """The M from which 8-bit activations are faster; infinity where they never are."""
     if gpu.arch < _FIRST_FP8_ARCH or gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops:
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
-    us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16)
-    us8_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 8)
+    us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
+    us8_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 8, variant)
     quantize_per_m = _quantize_us(gpu, 1, k) - _LAUNCH_US
     # Where the 8-bit product is still bound by memory: us16 * M = memory + launch + quantize * M.
     if us16_per_m > quantize_per_m:
@@ -128,13 +155,17 @@ def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str) -> float:
     return _LAUNCH_US / gain if gain > 0 else math.inf
 
 
-def reachable(fmt_name: str, dtype: str, activation_bits: int) -> tuple[GemmConfig, ...]:
+def reachable(
+    fmt_name: str, dtype: str, activation_bits: int, variant: str = "exact"
+) -> tuple[GemmConfig, ...]:
     """Every configuration that :func:`choose` may return for these: what a load has to prepare."""
-    stem = "gemm_w4a8" if activation_bits == 8 else "gemm_w4a16"
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; needs one of {', '.join(VARIANTS)}")
+    wanted = ("gemm_w4a8", variant) if activation_bits == 8 else ("gemm_w4a16", "exact")
     return tuple(
         c
         for c in GEMM_CONFIGS
-        if (c.stem, c.fmt_name, c.dtype, c.variant) == (stem, fmt_name, dtype, "exact")
+        if (c.stem, c.variant, c.fmt_name, c.dtype) == (*wanted, fmt_name, dtype)
     )
 
 
@@ -146,7 +177,7 @@ def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
     """
     if m == 0:
         return 0.0
-    bits = 8 if config.stem == "gemm_w4a8" else 16
+    bits = activation_bits_of(config)
     tiles_m, tiles_n = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
     blocks, splits, _ = configs.grid(config, m, n, k, gpu.num_sms)
     weight_bytes = n * k * config.fmt.bits_per_weight / 8
@@ -162,7 +193,12 @@ def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
     blocks_per_sm = math.ceil(blocks * splits / gpu.num_sms)
     k_per_block = math.ceil(k / splits)
     weights = config.block_n * k_per_block
-    tensor_us = 2 * config.block_m * weights / (_tensor_flops_per_us(gpu, bits) / gpu.num_sms)
+    tensor_us = (
+        2
+        * config.block_m
+        * weights
+        / (_tensor_flops_per_us(gpu, bits, config.variant) / gpu.num_sms)
+    )
     instructions = weights * (_UNPACK_COST[config.stem] + config.block_m * _TOKEN_COST[config.stem])
     issue_us = instructions / (_LANES_PER_CLOCK * clocks_per_us)
     parts = (dram_us, l2_us, blocks_per_sm * tensor_us, blocks_per_sm * issue_us)
@@ -174,12 +210,13 @@ def _dram_bytes_per_us(gpu: Gpu) -> float:
     return gpu.dram_gbps * 1e3 * _DRAM_SHARE
 
 
-def _tensor_flops_per_us(gpu: Gpu, activation_bits: int) -> float:
-    # A chip without FP8 figures only gets here when w4a8 was asked for by name on Hopper-like
-    # emulation; then the 16-bit rate is what the emulation can reach at best.
-    emulated = gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops
-    fp8 = gpu.bf16_tflops if emulated else gpu.fp8_f32_tflops
-    tflops = fp8 if activation_bits == 8 else gpu.bf16_tflops
+def _tensor_flops_per_us(gpu: Gpu, activation_bits: int, variant: str) -> float:
+    # FP8 on a chip that emulates it is only ever asked for by name, and the 16-bit rate is what
+    # the emulation can reach at best.
+    is_native = gpu.fp8_f32_tflops > 0 and gpu.arch not in _EMULATED_FP8_ARCHS
+    tflops = gpu.bf16_tflops
+    if activation_bits == 8 and is_native:
+        tflops = gpu.fp8_f16_tflops if variant == "f16_partials" else gpu.fp8_f32_tflops
     return tflops * 1e6 * _TENSOR_SHARE * _MMA_SYNC_SHARE.get(gpu.arch, 1.0)
 
 

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from typing import Protocol
 # m16n8k16 FP8 MMA is PTX ISA 8.7 (NVRTC 12.8); torch's cu130 wheels bring 13.0.
 MIN_NVRTC = (13, 0)
 
+_import_lock = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -62,7 +64,8 @@ def csrc_dir() -> Path:
 def included_files(source: str, csrc: Path | None = None) -> dict[str, str]:
     """Every file of csrc/ that ``source`` includes, directly or not: {relative name: text}.
 
-    Conditional includes count as included: this feeds a hash, where too much is harmless.
+    Conditional includes count as included: this feeds a hash, where too much is harmless. Only
+    those of host/ do not, which the emulator alone sees and a wheel does not carry.
     """
     root = csrc or csrc_dir()
     found: dict[str, str] = {}
@@ -70,7 +73,7 @@ def included_files(source: str, csrc: Path | None = None) -> dict[str, str]:
     while pending:
         name = pending.pop()
         path = root / name
-        if name in found or not path.is_file():
+        if name in found or name.startswith("host/") or not path.is_file():
             continue
         found[name] = path.read_text()
         pending += _INCLUDE.findall(found[name])
@@ -119,7 +122,9 @@ def compile_cubin(config: KernelSource, arch: int) -> bytes:
             f"for sm_{arch}"
         )
     try:
-        from cuda.core import Program, ProgramOptions
+        # cuda.core swaps its modules while it is imported, so two threads must not do it at once.
+        with _import_lock:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise CompileError(
             f"{config.symbol}: compiling for sm_{arch} needs the package cuda-core ({error}). "

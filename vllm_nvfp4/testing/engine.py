@@ -42,7 +42,7 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = {
+    defaults: dict[str, Any] = {
         "enforce_eager": True,
         "max_model_len": 128,
         "max_num_seqs": 4,
@@ -50,10 +50,14 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "seed": 0,
     }
-    llm = LLM(str(folder), **(defaults | options))
+    llm: Any = None
     try:
+        llm = LLM(str(folder), **(defaults | options))
         yield llm
     finally:
+        # A failed test's traceback keeps the engine alive: end it now, not when that is collected.
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()

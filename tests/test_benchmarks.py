@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark scripts, as far as a machine without a GPU can tell: what they refuse, what they
+compute from measurements, the checkpoint they serve, and how gpu_check.sh reports its steps."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.headers import read_headers
+from vllm_nvfp4.testing.shapes import MODELS
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+STEPS = (
+    "env", "install", "kernels", "sanitizer", "gemm", "launch", "tiles", "checkpoint", "serving",
+)  # fmt: skip
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """load(name) -> the module of a script."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def script(load, monkeypatch):
+    """run(name, *arguments) -> exit status, in this process."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return load(name).main()
+
+    return run
+
+
+# --- without a GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bench_gemm", []),
+        ("bench_launch", []),
+        ("bench_tiles", []),
+        ("check_kernels", ["--small"]),
+        ("bench_serving", ["--model", "/nowhere"]),
+    ],
+)
+def test_no_gpu_is_one_line_and_status_3(script, capsys, monkeypatch, name, arguments):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script(name, *arguments) == 3
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no CUDA GPU" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("bench_gemm", ["--models", "GPT-2"], "unknown model GPT-2; known: Qwen3-8B"),
+        ("bench_serving", ["--model", "x", "--variants", "a"], "unknown variant a; known: stock"),
+        ("make_random_checkpoint", ["--out", "x", "--layers", "0"], "needs at least 1"),
+        ("make_random_checkpoint", [], "--out"),
+    ],
+)
+def test_wrong_usage(script, capsys, name, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        script(name, *arguments)
+    assert message in capsys.readouterr().err
+
+
+# --- what is computed from measurements ----------------------------------------------------------
+
+
+def test_speedups_and_geometric_means(load):
+    gemm = load("bench_gemm")
+
+    def row(backend, m, us, match="yes"):
+        return gemm.Row("m", "l", m, 64, 64, backend, "k", us, 0, 0, 0, 0, math.nan, 0, match)
+
+    rows = gemm.with_speedups(
+        [row("marlin", 1, 10.0), row("marlin", 8, 12.0), row("ours", 1, 5.0), row("ours", 8, 12.0),
+         row("ours", 16, 1.0), gemm.failed_row("peer", ("m", "l", 0, 64, 64), ValueError("a\nb"))]
+    )  # fmt: skip
+    assert [r.x_marlin for r in rows[:4]] == [1.0, 1.0, 2.0, 1.0]
+    assert math.isnan(rows[4].x_marlin)  # Marlin has no row at M = 16
+    assert rows[5].kernel == "failed: a b"
+    text = "\n".join(gemm.geometric_means(rows))
+    assert "M<=64: 1.41x Marlin (least 1.00, 2)" in text
+    assert "peer                 nothing to compare" in text
+    assert gemm.format_row(rows[0])[7] == "10"
+
+
+def test_every_shape_is_measured_once(load):
+    gemm = load("bench_gemm")
+    found = gemm.layers_of(["Qwen3-8B", "Llama-3-8B"])
+    assert [place[:2] for place in found[:4]] == [
+        ("Qwen3-8B", "qkv_proj"), ("Qwen3-8B", "o_proj"), ("Qwen3-8B", "gate_up_proj"),
+        ("Qwen3-8B", "down_proj"),
+    ]  # fmt: skip
+    assert [place[1] for place in found[4:]] == ["gate_up_proj", "down_proj"]  # qkv, o are Qwen's
+    assert ("Qwen3-8B", "gate_up_proj", 24576, 4096) in found
+
+
+def test_sampled_error_sees_a_wrong_row_and_the_quantised_activations(load):
+    gemm = load("bench_gemm")
+    from vllm_nvfp4.numerics.reference import reference_linear
+    from vllm_nvfp4.testing.kernel_cases import random_weight
+
+    weight = random_weight(96, 64, "nvfp4", torch.device("cpu"))
+    a = torch.randn(5, 64).bfloat16()
+    y = reference_linear(a, weight).bfloat16()
+    assert gemm.sampled_error(y, a, weight) < 3e-3
+    y8 = reference_linear(a, weight, activation_bits=8).bfloat16()
+    assert gemm.sampled_error(y8, a, weight, 8) < 3e-3 < gemm.sampled_error(y8, a, weight)
+    y[:, 7] = 0
+    assert gemm.sampled_error(y, a, weight) > 3e-2
+
+
+def test_tiles_report_what_the_choice_loses(load, capsys):
+    tiles = load("bench_tiles")
+    rows = [
+        (1, 64, 128, 16, "kernel_a", 1, "12.000", True, False, "9.00"),
+        (1, 64, 128, 16, "kernel_b", 4, "10.000", False, True, "9.50"),
+    ]
+    assert tiles.report(rows) == pytest.approx(1.2)
+    assert "(1.20x): kernel_a/1 vs kernel_b/4" in capsys.readouterr().out
+
+
+def test_serving_medians_are_relative_to_the_first_variant(load):
+    serving = load("bench_serving")
+    rows = serving.medians(
+        {
+            "stock": [{"decode 1": 100.0, "ttft ms": 50.0}, {"decode 1": 110.0, "ttft ms": 40.0}],
+            "plugin": [{"decode 1": 210.0, "ttft ms": 15.0}],
+        }
+    )
+    assert rows == [
+        ("decode 1", "stock", 105.0, 1.0),
+        ("decode 1", "plugin", 210.0, 2.0),
+        ("ttft ms", "stock", 45.0, 1.0),
+        ("ttft ms", "plugin", 15.0, 3.0),  # less time is better
+    ]
+
+
+# --- the random checkpoint -----------------------------------------------------------------------
+
+
+def test_the_random_checkpoint_is_a_whole_modelopt_checkpoint(script, load, tmp_path, capsys):
+    assert script("make_random_checkpoint", "--model", "tiny", "--out", tmp_path) == 0
+    headers = read_headers(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    dialect = detect(config["quantization_config"])
+    make = load("make_random_checkpoint")
+    for layer_idx in range(make.TINY.num_hidden_layers):
+        for name, (n, k) in make.projections(make.TINY).items():
+            layer = f"model.layers.{layer_idx}.{name}"
+            spec = dialect.layer_spec(layer)
+            assert spec.fmt.name == "nvfp4"
+            for tensor in spec.tensors:
+                assert headers[f"{layer}.{tensor.name}"].dtype in tensor.dtypes
+            assert headers[f"{layer}.weight"].shape == (n, k // 2)
+            assert headers[f"{layer}.weight_scale"].shape == (n, k // 16)
+    index = json.loads((tmp_path / make.INDEX_NAME).read_text())
+    assert set(index["weight_map"]) == set(headers)
+    assert index["metadata"]["total_size"] == sum(h.num_bytes for h in headers.values())
+    capsys.readouterr()
+    assert script("make_random_checkpoint", "--model", "tiny", "--out", tmp_path, "--keep") == 0
+    assert "there already" in capsys.readouterr().out
+
+
+def test_the_projections_are_the_fused_layers_of_the_benchmarks(load):
+    make = load("make_random_checkpoint")
+    parts = make.projections(MODELS["Qwen3-8B"])
+    fused = MODELS["Qwen3-8B"].linear_layers()
+    qkv = [parts[f"self_attn.{p}_proj"] for p in "qkv"]
+    assert (sum(n for n, _ in qkv), qkv[0][1]) == fused["qkv_proj"]
+    assert parts["self_attn.o_proj"] == fused["o_proj"]
+    assert parts["mlp.down_proj"] == fused["down_proj"]
+    gate_up = parts["mlp.gate_proj"]
+    assert (2 * gate_up[0], gate_up[1]) == fused["gate_up_proj"]
+
+
+def test_weights_keep_activations_of_order_one(load):
+    make = load("make_random_checkpoint")
+    from vllm_nvfp4.numerics.formats import NVFP4
+    from vllm_nvfp4.numerics.weight import BlockScaledWeight
+
+    t = make.layer_tensors(make.TINY, 0)
+    name = "model.layers.0.mlp.gate_proj."
+    weight = BlockScaledWeight(
+        t[name + "weight"], t[name + "weight_scale"], t[name + "weight_scale_2"].expand(256), NVFP4
+    )
+    y = torch.randn(64, 128) @ weight.dequantize().T
+    assert 0.8 < y.std() < 1.25
+
+
+# --- gpu_check.sh --------------------------------------------------------------------------------
+
+# Stands in for the interpreter: says there is a GPU (or not), and ends each script with the status
+# that the test wants.
+FAKE_PYTHON = """#!/bin/bash
+case "$1" in
+  -) echo "$FAKE_GPU" ;;
+  -c) [ "$2" = "import vllm" ] ;;
+  *) name=$(basename "$1" .py); [ "$1" = -m ] && name=$2
+     echo "$name ran"; var=STATUS_$name; exit ${!var:-0} ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpu_check(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+
+    def run(*arguments, gpu="89 geforce-rtx-4090", **statuses):
+        environment = os.environ | {"PYTHON": str(fake), "FAKE_GPU": gpu}
+        environment |= {f"STATUS_{name}": str(status) for name, status in statuses.items()}
+        for name in ("out", "work"):
+            if f"--{name}" not in arguments:
+                arguments += (f"--{name}", str(tmp_path / name))
+        done = subprocess.run(
+            ["bash", str(BENCHMARKS / "gpu_check.sh"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def table(stdout):
+    """{step: state} of the summary."""
+    lines = stdout[stdout.index("step  ") :].splitlines()[1:]
+    rows = [line for line in lines if " s  " in line]
+    return {row[:23].strip(): row[23:34].strip() for row in rows}
+
+
+def test_dry_run_prints_a_command_for_every_step_and_runs_none(gpu_check, tmp_path):
+    status, stdout, _ = gpu_check("--dry-run", "--bundle", "/bundle", gpu="")
+    assert status == 0
+    for step in STEPS:
+        assert f"[{step}" in stdout
+    assert "timeout" in stdout
+    assert "[bundle]" in stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_steps_are_not_run(gpu_check):
+    status, stdout, _ = gpu_check("--steps", "kernels,gemm,launch", gpu="")
+    assert status == 3
+    assert table(stdout) == dict.fromkeys(("kernels", "gemm", "launch"), "not run")
+    assert stdout.count("no CUDA GPU") == 6  # once as it happens, once in the table
+
+
+def test_a_failed_step_does_not_stop_the_rest(gpu_check, tmp_path):
+    status, stdout, _ = gpu_check(
+        "--steps", "env,kernels,gemm,launch,checkpoint",
+        check_kernels=1, bench_gemm=124, bench_launch=3,
+    )  # fmt: skip
+    assert status == 1
+    assert table(stdout) == {
+        "env": "passed",
+        "kernels": "failed",
+        "gemm": "timed out",
+        "launch": "not run",
+        "checkpoint": "passed",
+    }
+    assert "2 passed, 2 failed, 1 not run" in stdout
+    assert (tmp_path / "out" / "summary.txt").read_text().count("\n") == 8
+    assert (tmp_path / "out" / "kernels.log").read_text() == "check_kernels ran\n"
+
+
+def test_all_passed(gpu_check):
+    status, stdout, _ = gpu_check("--quick", "--steps", "env,install,kernels,gemm,launch")
+    assert status == 0
+    assert set(table(stdout).values()) == {"passed"}
+
+
+def test_hopper_gets_the_stand_in_and_ada_does_not(gpu_check):
+    for gpu, has_stand_in in (("90 h200", True), ("89 geforce-rtx-4090", False)):
+        _, stdout, _ = gpu_check("--dry-run", "--steps", "gemm", gpu=gpu)
+        assert ("--stand-in" in stdout) == has_stand_in
+
+
+def test_serving_says_what_it_lacks(gpu_check):
+    status, stdout, _ = gpu_check("--steps", "serving")
+    assert status == 3
+    assert "the step checkpoint writes it" in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fast"], "unknown option --fast"),
+        (["--steps", "env,speed"], "unknown step 'speed'; known: env,install"),
+        (["--bundle", "/nowhere"], "no unpack.sh"),
+        (["--model"], "--model needs a value"),
+    ],
+)
+def test_gpu_check_refuses(gpu_check, arguments, message):
+    status, _, stderr = gpu_check("--out", "o", "--work", "w", *arguments)
+    assert status == 2
+    assert message in stderr

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: a product on torch's current stream, with the machine code of ``cubins``.
+
+Everything is loaded by :func:`prepare`, which :func:`pack_weight` calls while weights load; a
+launch compiles and loads nothing. Importing this file does not initialise CUDA.
+
+CUDA graphs: a launch allocates its outputs and its split-K scratch with torch, whose allocator
+keeps what a capture allocates for the graph's own pool; the semaphores are persistent, one set per
+stream, allocated by :func:`prepare`. Every launch leaves its semaphores zero. Two graphs that were
+captured on one stream share a set, so they must not be replayed at the same time (torch asks the
+same of graphs that share a memory pool).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+
+from vllm_nvfp4.kernels.configs import GemmParams, QuantizeParams
+from vllm_nvfp4.kernels.devices import (
+    DTYPE_NAMES,
+    QUANTIZERS,
+    Device,
+    current_stream,
+    loaded_device,
+    prepare,
+)
+from vllm_nvfp4.kernels.dispatch import Choice
+from vllm_nvfp4.kernels.triton import fp8_linear, gather_rows
+from vllm_nvfp4.layout import PackedWeight, unpack_weight
+from vllm_nvfp4.layout import pack_weight as reorder_weight
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+
+__all__ = [
+    "fp8_linear",
+    "gather_rows",
+    "linear",
+    "pack_weight",
+    "prepare",
+    "quantize",
+    "run",
+    "unpack_weight",
+]
+
+_ACTIVATIONS = {0: "auto", 16: "16", 8: "8"}
+# cp.async and the vector loads of the activations move 16 bytes.
+_ROW_ALIGNMENT = 16
+
+
+def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
+    """The weight in kernel order, on its own device; loads the kernels that will read it.
+
+    Raises CompileError where no cubin can be had for the device, ValueError for a shape that the
+    kernels do not take.
+    """
+    if weight.codes.is_cuda:
+        prepare(weight.codes.device, weight.fmt.name)
+    return reorder_weight(weight)
+
+
+def linear(
+    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation_bits: int
+) -> torch.Tensor:
+    """y[m, n] = sum_k a[m, k] * w[n, k] + bias[n]
+
+    a:               [M, K] bf16 or fp16 on a CUDA device; rows may be strided
+    bias:            [N] of a's dtype, or None
+    activation_bits: 16; 8 rounds a to E4M3 with one scale per row; 0 lets the batch size decide
+    Returns [M, N] of a's dtype. Sums are formed in float32, in an order that depends on the shape
+    alone. Raises ValueError for a dtype, device or shape that does not fit.
+    """
+    _check_operands(a, packed, bias, activation_bits)
+    m, n, k = a.shape[0], packed.num_rows, packed.num_cols
+    y = a.new_empty((m, n))
+    if m == 0:
+        return y
+    dtype, activation = DTYPE_NAMES[a.dtype], _ACTIVATIONS[activation_bits]
+    device_idx = a.device.index
+    if device_idx != torch.cuda.current_device():
+        with torch.cuda.device(device_idx):
+            return linear(a, packed, bias, activation_bits)
+    device = loaded_device(device_idx, packed.fmt.name)
+    choice = device.choose(m, n, k, packed.fmt.name, dtype, activation)
+    run(device, choice, a, packed, bias, y, current_stream(device_idx))
+    return y
+
+
+def run(
+    device: Device,
+    choice: Choice,
+    a: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    stream: int,
+) -> None:
+    """Launch one choice into y. For tests and benchmarks that pick the kernel themselves."""
+    if (
+        a.stride(1) != 1
+        or a.stride(0) * a.element_size() % _ROW_ALIGNMENT
+        or (a.data_ptr() % _ROW_ALIGNMENT)
+    ):
+        a = a.contiguous()
+    m, k = a.shape
+    # One allocation for all scratch memory: partial sums, then q and a_scale.
+    a_ptr, a_stride, a_scale, scratch_ptr = a.data_ptr(), a.stride(0), 0, 0
+    scratch_bytes = choice.workspace_bytes
+    is_8_bit = choice.activation_bits == 8
+    if is_8_bit:
+        scratch_bytes += m * (k + 4)
+    if scratch_bytes:
+        scratch = packed.codes.new_empty(scratch_bytes)
+        scratch_ptr = scratch.data_ptr()
+    if is_8_bit:
+        q_ptr = scratch_ptr + choice.workspace_bytes
+        a_scale = q_ptr + m * k  # K is a multiple of 16, so q and a_scale are aligned
+        _quantize(device, a, q_ptr, a_scale, stream)
+        a_ptr, a_stride = q_ptr, k
+    params = (
+        a_ptr,
+        a_scale,
+        packed.codes.data_ptr(),
+        packed.block_scale.data_ptr(),
+        packed.global_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        scratch_ptr if choice.workspace_bytes else 0,
+        device.semaphores(stream),
+        m,
+        packed.num_rows,
+        k,
+        a_stride,
+        y.stride(0),
+        choice.num_splits,
+    )
+    device.launch(choice.config, choice.grid, stream, _GEMM_LAYOUT, params)
+
+
+def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q[m, k] = e4m3(a[m, k] / a_scale[m]), a_scale[m] = amax(|a[m]|) / 448 (1 for a row of zeros).
+
+    a: [M, K] bf16 or fp16, contiguous, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
+    a_scale [M] float32. The products do this themselves; it stands alone for tests.
+    """
+    q = torch.empty(a.shape, dtype=torch.float8_e4m3fn, device=a.device)
+    a_scale = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
+    if a.shape[0]:
+        device = loaded_device(a.device.index, "nvfp4")
+        stream = current_stream(a.device.index)
+        _quantize(device, a, q.data_ptr(), a_scale.data_ptr(), stream)
+    return q, a_scale
+
+
+def _quantize(device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int) -> None:
+    m, k = a.shape
+    params = (a.data_ptr(), q, a_scale, m, k, a.stride(0), k)
+    device.launch(QUANTIZERS[DTYPE_NAMES[a.dtype]], (m, 1, 1), stream, _QUANTIZE_LAYOUT, params)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+_CODES = {ctypes.c_void_p: "Q", ctypes.c_int32: "i"}
+
+
+def params_layout(params: type[ctypes.Structure]) -> struct.Struct:
+    """The byte layout of a kernel's one argument, so that a launch makes no ctypes object."""
+    codes = "".join(_CODES[field[1]] for field in params._fields_)
+    padding = ctypes.sizeof(params) - struct.calcsize(codes)
+    return struct.Struct(f"{codes}{padding}x")
+
+
+_GEMM_LAYOUT = params_layout(GemmParams)
+_QUANTIZE_LAYOUT = params_layout(QuantizeParams)
+
+
+def _check_operands(
+    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation_bits: int
+) -> None:
+    if a.dtype not in DTYPE_NAMES:
+        raise ValueError(f"linear: a is {a.dtype}; the CUDA kernels take bfloat16 or float16")
+    if a.dim() != 2 or a.shape[1] != packed.num_cols:
+        raise ValueError(f"linear: a is {list(a.shape)}; needs [M, {packed.num_cols}]")
+    if a.device != packed.codes.device:
+        raise ValueError(f"linear: a is on {a.device}, the weight on {packed.codes.device}")
+    if activation_bits not in _ACTIVATIONS:
+        raise ValueError(f"linear: activation_bits is {activation_bits}; needs 16, 8 or 0 (auto)")
+    if bias is not None and (bias.dtype != a.dtype or bias.shape != (packed.num_rows,)):
+        raise ValueError(
+            f"linear: bias is {bias.dtype} {list(bias.shape)}; needs {a.dtype} [{packed.num_rows}]"
+        )
+    if bias is not None and not bias.is_contiguous():
+        raise ValueError("linear: bias is strided; needs to be contiguous")
