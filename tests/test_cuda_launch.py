@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import configs, cubins, cuda, devices, dispatch
+from vllm_nvfp4.kernels import configs, cubins, cuda, devices, dispatch, nvrtc
 from vllm_nvfp4.kernels.configs import GemmParams, QuantizeParams
 from vllm_nvfp4.kernels.devices import Device
 from vllm_nvfp4.kernels.driver import Driver, DriverError
@@ -42,7 +42,9 @@ class Launch(ctypes.Structure):
 def library(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("stub") / "libcuda_stub.so"
     source = request.path.parent / "stub_cuda_driver.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", path, source], check=True)
+    headers = [f"-I{folder}" for folder in nvrtc.toolkit_headers()]
+    command = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", *headers, "-o", path, source]
+    subprocess.run(command, check=True)
     return path
 
 
