@@ -47,15 +47,15 @@ template <Dtype kDtype>
 struct Half;
 template <>
 struct Half<Dtype::kFp16> {
-  static constexpr int kShift = 3;                  // eem from bits 14..12 to 11..9
+  static constexpr int kShift = 3;                    // eem from bits 14..12 to 11..9
   static constexpr uint32_t kMagnitude = 0x0E000E00;  // bits 11..9 of both halves
-  static constexpr int kExponentGain = 14;          // what is read is value * 2^-14
+  static constexpr int kExponentGain = 14;            // what is read is value * 2^-14
 };
 template <>
 struct Half<Dtype::kBf16> {
-  static constexpr int kShift = 6;                  // eem from bits 14..12 to 8..6
+  static constexpr int kShift = 6;                    // eem from bits 14..12 to 8..6
   static constexpr uint32_t kMagnitude = 0x01C001C0;  // bits 8..6 of both halves
-  static constexpr int kExponentGain = 126;         // what is read is value * 2^-126
+  static constexpr int kExponentGain = 126;           // what is read is value * 2^-126
 };
 constexpr uint32_t kSignOfHalves = 0x80008000;
 
@@ -116,11 +116,30 @@ __device__ __forceinline__ void e4m3_scale_pairs(uint32_t word, uint32_t (&pair)
   }
 }
 
-__device__ __forceinline__ uint32_t broadcast_low(uint32_t pair) {
-  return ptx::prmt(pair, 0, 0x1010);
+// A pair of weights of one row times that row's scale: the low half of a scale pair is row g, the
+// high half row g + 8. CUDA's own broadcasts become operand modifiers (.H0_H0), which are free; a
+// prmt would not.
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t scale_row_g(uint32_t weights, uint32_t pair) {
+  if constexpr (kDtype == Dtype::kFp16) {
+    const __half2 scale = __half2half2(__low2half(bit_cast<__half2>(pair)));
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(weights), scale));
+  } else {
+    const __nv_bfloat162 scale =
+        __bfloat162bfloat162(__low2bfloat16(bit_cast<__nv_bfloat162>(pair)));
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(weights), scale));
+  }
 }
-__device__ __forceinline__ uint32_t broadcast_high(uint32_t pair) {
-  return ptx::prmt(pair, 0, 0x3232);
+template <Dtype kDtype>
+__device__ __forceinline__ uint32_t scale_row_g8(uint32_t weights, uint32_t pair) {
+  if constexpr (kDtype == Dtype::kFp16) {
+    const __half2 scale = __half2half2(__high2half(bit_cast<__half2>(pair)));
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(weights), scale));
+  } else {
+    const __nv_bfloat162 scale =
+        __bfloat162bfloat162(__high2bfloat16(bit_cast<__nv_bfloat162>(pair)));
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(weights), scale));
+  }
 }
 
 // --- E2M1 to e4m3 --------------------------------------------------------------------------------

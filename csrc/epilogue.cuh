@@ -30,8 +30,7 @@ __device__ __forceinline__ void store_accumulators(uint32_t smem,
     for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row =
-            place.n * Config::WARP_N + row_tile * 16 + fragments::accumulator_row(i);
+        const int row = place.n * Config::WARP_N + row_tile * 16 + fragments::accumulator_row(i);
         const int token =
             place.m * Config::WARP_M + token_tile * 8 + fragments::accumulator_token(i);
         ptx::st_shared_u32(slab + token * Tile<Config>::kPitch + row * 4,
@@ -115,10 +114,10 @@ class Output {
   __device__ __forceinline__ void store(int token, float4 sum) const {
     const int64_t m = first_token_ + token;
     const float a_scale = p_.a_scale != nullptr ? p_.a_scale[m] : 1.0f;
-    const uint32_t low = round_pair<Config::kDtype>(finish(sum.x, a_scale, 0),
-                                                    finish(sum.y, a_scale, 1));
-    const uint32_t high = round_pair<Config::kDtype>(finish(sum.z, a_scale, 2),
-                                                     finish(sum.w, a_scale, 3));
+    const uint32_t low =
+        round_pair<Config::kDtype>(finish(sum.x, a_scale, 0), finish(sum.y, a_scale, 1));
+    const uint32_t high =
+        round_pair<Config::kDtype>(finish(sum.z, a_scale, 2), finish(sum.w, a_scale, 3));
     uint16_t* y = static_cast<uint16_t*>(p_.y) + m * p_.y_stride + row_;
     if (is_wide_) {
       ptx::st_global_v2(y, make_uint2(low, high));
@@ -146,8 +145,8 @@ class Output {
 
 // Where a split's sum of a quad waits for the others.
 template <class Config>
-__device__ __forceinline__ float* partial(const GemmParams& p, int split, int tile_index,
-                                          int token, int row) {
+__device__ __forceinline__ float* partial(const GemmParams& p, int split, int tile_index, int token,
+                                          int row) {
   const int64_t tile = static_cast<int64_t>(split) * gridDim.x + tile_index;
   return p.partials + (tile * Config::BLOCK_M + token) * Config::BLOCK_N + row;
 }

@@ -35,7 +35,7 @@ constexpr int kTileScaleBytes = kTileN * kTileK / (kFormat == Format::kNvfp4 ? 1
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
-__device__ __forceinline__ int group_of_lane() { return lane() / 4; }   // g
+__device__ __forceinline__ int group_of_lane() { return lane() / 4; }    // g
 __device__ __forceinline__ int thread_in_group() { return lane() % 4; }  // t
 
 // Where a lane's share of a tile starts, in bytes.

@@ -12,15 +12,15 @@ enum class Partial { kF32, kF16 };
 
 // y[m, n] = a_scale[m] * global_scale[n] * sum_k a[m, k] * code[n, k] * block_scale[n, k] + bias[n]
 struct GemmParams {
-  const void* a;              // [M, K]; rows a_stride elements apart, 16-byte aligned
-  const float* a_scale;       // [M], w4a8 only
-  const uint8_t* codes;       // fragment order, see fragments.cuh
-  const uint8_t* block_scale; // fragment order
-  const float* global_scale;  // [N]
-  const void* bias;           // [N] or null
-  void* y;                    // [M, N]; rows y_stride elements apart
-  float* partials;            // [split][tile][BLOCK_M][BLOCK_N] where num_splits > 1
-  int* semaphores;            // [tile], zero before and after a launch
+  const void* a;               // [M, K]; rows a_stride elements apart, 16-byte aligned
+  const float* a_scale;        // [M], w4a8 only
+  const uint8_t* codes;        // fragment order, see fragments.cuh
+  const uint8_t* block_scale;  // fragment order
+  const float* global_scale;   // [N]
+  const void* bias;            // [N] or null
+  void* y;                     // [M, N]; rows y_stride elements apart
+  float* partials;             // [split][tile][BLOCK_M][BLOCK_N] where num_splits > 1
+  int* semaphores;             // [tile], zero before and after a launch
   int m, n, k;
   int a_stride, y_stride;
   int num_splits;

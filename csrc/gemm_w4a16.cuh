@@ -24,9 +24,9 @@ struct Smem {
 
 // What remains to be multiplied to a sum in the epilogue.
 template <class Config>
-constexpr float kUndo = Config::kFormat == Format::kNvfp4
-                            ? dequant::ScaledHalf<Config::kDtype>::kUndo
-                            : (Config::kDtype == Dtype::kFp16 ? 16384.0f : 1.0f);
+constexpr float kUndo =
+    Config::kFormat == Format::kNvfp4 ? dequant::ScaledHalf<Config::kDtype>::kUndo
+                                      : (Config::kDtype == Dtype::kFp16 ? 16384.0f : 1.0f);
 
 template <class Config>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint2 b_words) {
@@ -78,12 +78,10 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
       for (int r = 0; r < Config::kRowTiles; ++r) {
         uint32_t a[4];
         dequant::e2m1_fragment<kDtype>(word(codes[r], block), a);
-        const uint32_t row_g = dequant::broadcast_low(scale[r][half]);
-        const uint32_t row_g8 = dequant::broadcast_high(scale[r][half]);
-        a[0] = dequant::multiply_pairs<kDtype>(a[0], row_g);
-        a[1] = dequant::multiply_pairs<kDtype>(a[1], row_g8);
-        a[2] = dequant::multiply_pairs<kDtype>(a[2], row_g);
-        a[3] = dequant::multiply_pairs<kDtype>(a[3], row_g8);
+        a[0] = dequant::scale_row_g<kDtype>(a[0], scale[r][half]);
+        a[1] = dequant::scale_row_g8<kDtype>(a[1], scale[r][half]);
+        a[2] = dequant::scale_row_g<kDtype>(a[2], scale[r][half]);
+        a[3] = dequant::scale_row_g8<kDtype>(a[3], scale[r][half]);
 #pragma unroll
         for (int i = 0; i < Config::kTokenTiles; ++i) mma<Config>(c[r][i], a, b[i]);
       }
@@ -138,8 +136,7 @@ template <class Config>
 __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
   using S = Stage<Config>;
   const fragments::WarpPlace<Config> place;
-  const uint32_t activations =
-      stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
+  const uint32_t activations = stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
 #pragma unroll
   for (int i = 0; i < S::kTilesK / Config::kWarpsK; ++i) {
     const int tile_k = i * Config::kWarpsK + place.k;

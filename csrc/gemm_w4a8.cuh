@@ -52,9 +52,9 @@ __device__ __forceinline__ void unpack_halves(float (&sum)[4], const uint32_t (&
   sum[3] = row_g8.y;
 }
 
-// f16 sums: twice the MMA rate on GeForce cards, for four conversions more and a rounding to 11 bits
-// of each block's sum. With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at most
-// 32 * 6 * 448 / 64 = 1,344: neither end of f16's range is near.
+// f16 sums: twice the MMA rate on GeForce cards, for four conversions more and a rounding to 11
+// bits of each block's sum. With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at
+// most 32 * 6 * 448 / 64 = 1,344: neither end of f16's range is near.
 template <>
 struct BlockSum<Partial::kF16> {
   __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[2],
@@ -176,8 +176,7 @@ template <class Config>
 __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
   using S = Stage<Config>;
   const fragments::WarpPlace<Config> place;
-  const uint32_t activations =
-      stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
+  const uint32_t activations = stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
   // Not unrolled: a second tile's loads in flight would not fit the registers.
 #pragma unroll 1
   for (int i = 0; i < S::kTilesK / Config::kWarpsK; ++i) {

@@ -34,7 +34,7 @@ struct Stage {
 // The output tile and the K steps of a thread block.
 template <class Config>
 struct Work {
-  int tile_index;          // of the output tile, tokens fastest: neighbours share weights in L2
+  int tile_index;  // of the output tile, tokens fastest: neighbours share weights in L2
   int first_token, first_row;
   int first_step, end_step;  // K steps of BLOCK_K
 
@@ -69,32 +69,43 @@ struct Column {
   __device__ __forceinline__ static bool exists(int i) { return kIsWhole || row(i) < kRows; }
 };
 
-// One thread's share of the copies of one array, stage after stage. What lies beyond the matrix
-// becomes zeros, without being read.
-template <class Column, int kSharedPitch, int kStepBytes>
-struct Copier {
-  const uint8_t* from;              // the thread's column of pieces, at the next step
-  uint32_t offsets[Column::kCount];  // of its rows
-  bool is_row[Column::kCount];       // whether the matrix has them
-  int bytes_left;                   // of a row, from this thread's piece on
-  uint32_t to;                      // of its first piece in a stage
+// What a thread block reads of one array: from `base` on, num_rows rows, row_bytes apart.
+struct Source {
+  const uint8_t* base;
+  int64_t row_bytes;
+  int num_rows;
+};
 
-  // base: the array at its first row and first step; row_bytes: from one row to the next;
-  // num_rows, num_bytes: what there is from base on.
-  __device__ __forceinline__ Copier(const uint8_t* base, int64_t row_bytes, int num_rows,
-                                    int num_bytes, int stage_offset)
-      : from(base + Column::offset()),
-        bytes_left(num_bytes - Column::offset()),
+// What becomes of rows beyond the matrix. Nothing computed from them is ever stored, so for the
+// weights the last row is simply read again; of the activations, where a single token may stand for
+// a tile of eight, they are zeros and cost no traffic.
+enum class RowsBeyond { kRepeatLast, kZero };
+
+// One thread's share of the copies of one array, stage after stage. Columns beyond the matrix
+// become zeros, without being read, so that no stray NaN meets a zero there.
+template <class Column, int kSharedPitch, int kStepBytes, RowsBeyond kRowsBeyond>
+struct Copier {
+  static constexpr bool kRepeats = kRowsBeyond == RowsBeyond::kRepeatLast;
+  const uint8_t* from;               // the thread's pieces at the next step, without the rows'
+  uint32_t offsets[Column::kCount];  // offsets: 32 bits span the rows of a tile
+  bool is_row[Column::kCount];
+  int column;   // of the matrix, counted from the step's first, that tells if there are pieces
+  uint32_t to;  // of the first piece, in a stage
+
+  __device__ __forceinline__ Copier(const Source& source, int first_column, int stage_offset)
+      : from(source.base + Column::offset()),
+        column(first_column),
         to(stage_offset + Column::row(0) * kSharedPitch + Column::offset()) {
 #pragma unroll
     for (int i = 0; i < Column::kCount; ++i) {
-      is_row[i] = Column::row(i) < num_rows;
-      offsets[i] = static_cast<uint32_t>(Column::row(i) * row_bytes);
+      const int row = kRepeats ? min(Column::row(i), source.num_rows - 1) : Column::row(i);
+      is_row[i] = kRepeats || row < source.num_rows;
+      offsets[i] = static_cast<uint32_t>(row * source.row_bytes);
     }
   }
 
-  __device__ __forceinline__ void copy_step(uint32_t stage) {
-    const bool is_column = bytes_left > 0;
+  __device__ __forceinline__ void copy_step(uint32_t stage, int columns_left) {
+    const bool is_column = column < columns_left;
 #pragma unroll
     for (int i = 0; i < Column::kCount; ++i) {
       if (!Column::exists(i)) continue;
@@ -102,7 +113,6 @@ struct Copier {
                        is_column && is_row[i]);
     }
     from += kStepBytes;
-    bytes_left -= kStepBytes;
   }
 };
 
@@ -111,48 +121,45 @@ template <class Config, class Stage>
 class Loader {
   static constexpr int kCodeRow = Stage::kTilesK * fragments::kTileCodeBytes;
   static constexpr int kScaleRow = Stage::kTilesK * Stage::kScaleTileBytes;
-  Copier<Column<Config, Stage::kTilesN, kCodeRow / 16>, kCodeRow, kCodeRow> codes_;
-  Copier<Column<Config, Stage::kTilesN, kScaleRow / 16>, kScaleRow, kScaleRow> scales_;
-  Copier<Column<Config, Config::BLOCK_M, Stage::kRowBytes / 16>, Stage::kRowPitch,
-         Stage::kRowBytes>
-      activations_;
+  using CodePieces = Column<Config, Stage::kTilesN, kCodeRow / 16>;
+  using ScalePieces = Column<Config, Stage::kTilesN, kScaleRow / 16>;
+  using TokenPieces = Column<Config, Config::BLOCK_M, Stage::kRowBytes / 16>;
+  Copier<CodePieces, kCodeRow, kCodeRow, RowsBeyond::kRepeatLast> codes_;
+  Copier<ScalePieces, kScaleRow, kScaleRow, RowsBeyond::kRepeatLast> scales_;
+  Copier<TokenPieces, Stage::kRowPitch, Stage::kRowBytes, RowsBeyond::kZero> activations_;
+  int columns_left_;  // of the matrix, from the next step on
 
-  __device__ __forceinline__ static int tiles_k(const GemmParams& p) {
-    return (p.k + fragments::kTileK - 1) / fragments::kTileK;
+  template <int kTileBytes>
+  __device__ __forceinline__ static Source packed(const uint8_t* array, const GemmParams& p,
+                                                  const Work<Config>& work) {
+    const int64_t tiles_k = (p.k + fragments::kTileK - 1) / fragments::kTileK;
+    const int64_t first =
+        work.first_row / fragments::kTileN * tiles_k + work.first_step * Stage::kTilesK;
+    const int rows = (p.n - work.first_row + fragments::kTileN - 1) / fragments::kTileN;
+    return {array + first * kTileBytes, tiles_k * kTileBytes, rows};
   }
-  __device__ __forceinline__ static int64_t first_tile(const GemmParams& p,
-                                                       const Work<Config>& work) {
-    return static_cast<int64_t>(work.first_row / fragments::kTileN) * tiles_k(p) +
-           work.first_step * Stage::kTilesK;
-  }
-  __device__ __forceinline__ static int tile_rows_left(const GemmParams& p,
-                                                       const Work<Config>& work) {
-    return (p.n - work.first_row + fragments::kTileN - 1) / fragments::kTileN;
-  }
-  __device__ __forceinline__ static int tiles_left(const GemmParams& p, const Work<Config>& work) {
-    return tiles_k(p) - work.first_step * Stage::kTilesK;
+  __device__ __forceinline__ static Source tokens(const GemmParams& p, const Work<Config>& work) {
+    const int64_t row_bytes = int64_t{p.a_stride} * Stage::kElementBytes;
+    return {static_cast<const uint8_t*>(p.a) + work.first_token * row_bytes +
+                int64_t{work.first_step} * Stage::kRowBytes,
+            row_bytes, p.m - work.first_token};
   }
 
  public:
   __device__ __forceinline__ Loader(const GemmParams& p, const Work<Config>& work)
-      : codes_(p.codes + first_tile(p, work) * fragments::kTileCodeBytes,
-               int64_t{tiles_k(p)} * fragments::kTileCodeBytes, tile_rows_left(p, work),
-               tiles_left(p, work) * fragments::kTileCodeBytes, Stage::kCodes),
-        scales_(p.block_scale + first_tile(p, work) * Stage::kScaleTileBytes,
-                int64_t{tiles_k(p)} * Stage::kScaleTileBytes, tile_rows_left(p, work),
-                tiles_left(p, work) * Stage::kScaleTileBytes, Stage::kScales),
-        activations_(static_cast<const uint8_t*>(p.a) +
-                         (static_cast<int64_t>(work.first_token) * p.a_stride +
-                          work.first_step * Config::BLOCK_K) *
-                             Stage::kElementBytes,
-                     int64_t{p.a_stride} * Stage::kElementBytes, p.m - work.first_token,
-                     (p.k - work.first_step * Config::BLOCK_K) * Stage::kElementBytes,
-                     Stage::kActivations) {}
+      : codes_(packed<fragments::kTileCodeBytes>(p.codes, p, work),
+               CodePieces::offset() / fragments::kTileCodeBytes * fragments::kTileK, Stage::kCodes),
+        scales_(packed<Stage::kScaleTileBytes>(p.block_scale, p, work),
+                ScalePieces::offset() / Stage::kScaleTileBytes * fragments::kTileK, Stage::kScales),
+        activations_(tokens(p, work), TokenPieces::offset() / Stage::kElementBytes,
+                     Stage::kActivations),
+        columns_left_(p.k - work.first_step * Config::BLOCK_K) {}
 
   __device__ __forceinline__ void load_next(uint32_t stage) {
-    codes_.copy_step(stage);
-    scales_.copy_step(stage);
-    activations_.copy_step(stage);
+    codes_.copy_step(stage, columns_left_);
+    scales_.copy_step(stage, columns_left_);
+    activations_.copy_step(stage, columns_left_);
+    columns_left_ -= Config::BLOCK_K;
   }
 };
 

@@ -136,13 +136,18 @@ FAULTS = [
         "  // every thread's partial",
     ),
     ("semaphore left as it is", "if (is_last) ptx::st_release_gpu(semaphore, 0);", ""),
-    ("rows read past the last one", "= Column::row(i) < num_rows;", "= true;"),
-    ("columns read past the last one", "bytes_left > 0", "true"),
+    ("tokens read past the last one", "kRepeats || row < source.num_rows", "true"),
+    (
+        "weights read past the last row",
+        "min(Column::row(i), source.num_rows - 1)",
+        "Column::row(i)",
+    ),
+    ("columns read past the last one", "= column < columns_left;", "= true;"),
     ("lane map of the groups", "return lane() / 4; }", "return lane() % 8; }"),
     ("fragment registers swapped", "a[2] = e2m1_pair<kDtype>(q);", "a[1] = e2m1_pair<kDtype>(q);"),
     ("bytes of a word in memory order", "0x3120", "0x3210"),
     ("scale of the wrong block", "(word & kOddBytes) >> 4", "(word & kEvenBytes) << 4"),
-    ("scale of the wrong row", "broadcast_high(scale[r][half])", "broadcast_low(scale[r][half])"),
+    ("scale of the wrong row", "a[3] = dequant::scale_row_g8", "a[3] = dequant::scale_row_g"),
     ("every block takes itself for the last", "ptx::atom_acq_rel_gpu_add(semaphore, 1) ==", "0 !="),
 ]
 

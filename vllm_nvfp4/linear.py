@@ -67,6 +67,16 @@ class ShardVectorParameter(BasevLLMParameter):
         self._store(self._shard_id_as_int(kwargs["shard_id"]), loaded_weight)
 
 
+class UnusedParameter(BasevLLMParameter):
+    """Takes a tensor that the tool stores and that has no use here, and keeps nothing of it."""
+
+    def _drop(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    load_column_parallel_weight = load_row_parallel_weight = _drop
+    load_merged_column_weight = load_qkv_weight = _drop
+
+
 def linear_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> LinearMethodBase:
     """The method for a layer that is stored, or to be quantised, as ``spec`` says."""
     if spec.kind is LayerKind.FP8:
@@ -372,6 +382,8 @@ def _parameter(
     if tensor.role is Role.ROW_SCALE:
         data = torch.full((n, 1), torch.nan, dtype=torch.float32)
         return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    if tensor.role is Role.UNUSED:
+        return UnusedParameter(data=torch.empty(0), weight_loader=loader)
     if tensor.role is Role.PRE_SCALE:
         data = torch.ones(num_shards, k, dtype=torch.float32)
         return ShardVectorParameter(data=data, input_dim=0, weight_loader=loader)

@@ -26,7 +26,8 @@ uint32_t shared_address(const void* pointer);
 uint8_t* shared_pointer(uint32_t address);
 
 // One load or store instruction. `size` is also the alignment it needs.
-enum Space : int { kGlobal, kShared };
+// kReadOnly is global memory that the launch does not write (ld.global.nc).
+enum Space : int { kGlobal, kShared, kReadOnly };
 void load(Space space, const void* from, void* to, size_t size);
 void store(Space space, void* to, const void* from, size_t size);
 

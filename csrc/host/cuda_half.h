@@ -15,43 +15,43 @@ struct __nv_bfloat16_raw {
   unsigned short x;
 };
 
-#define VNVFP4_DEFINE_16_BIT_TYPE(Type, Type2, Raw, to_float, from_float)                    \
-  struct __attribute__((aligned(2))) Type {                                                  \
-    unsigned short bits;                                                                     \
-    Type() = default;                                                                        \
-    Type(float value) : bits(vnvfp4_host::from_float(value)) {}                              \
-    Type(double value) : Type(static_cast<float>(value)) {}                                  \
-    Type(int value) : Type(static_cast<float>(value)) {}                                     \
-    Type(Raw raw) : bits(raw.x) {}                                                           \
-    operator float() const { return vnvfp4_host::to_float(bits); }                           \
-    operator Raw() const { return Raw{bits}; }                                               \
-  };                                                                                         \
-  struct __attribute__((aligned(4))) Type2 {                                                 \
-    Type x, y;                                                                               \
-    Type2() = default;                                                                       \
-    Type2(Type low, Type high) : x(low), y(high) {}                                          \
-  };                                                                                         \
-  inline Type operator+(Type a, Type b) { return Type(float(a) + float(b)); }                \
-  inline Type operator-(Type a, Type b) { return Type(float(a) - float(b)); }                \
-  inline Type operator*(Type a, Type b) { return Type(float(a) * float(b)); }                \
-  inline Type operator-(Type a) { return Type(-float(a)); }                                  \
-  inline Type __hadd(Type a, Type b) { return a + b; }                                       \
-  inline Type __hsub(Type a, Type b) { return a - b; }                                       \
-  inline Type __hmul(Type a, Type b) { return a * b; }                                       \
-  inline Type __hneg(Type a) { return -a; }                                                  \
-  inline Type __habs(Type a) { return Type(fabsf(float(a))); }                               \
-  inline Type __hmax(Type a, Type b) { return Type(fmaxf(float(a), float(b))); }             \
-  inline Type __hmin(Type a, Type b) { return Type(fminf(float(a), float(b))); }             \
-  inline bool __hisnan(Type a) { return isnan(float(a)); }                                   \
-  inline Type2 __hadd2(Type2 a, Type2 b) { return {a.x + b.x, a.y + b.y}; }                  \
-  inline Type2 __hsub2(Type2 a, Type2 b) { return {a.x - b.x, a.y - b.y}; }                  \
-  inline Type2 __hmul2(Type2 a, Type2 b) { return {a.x * b.x, a.y * b.y}; }                  \
-  inline Type2 __hneg2(Type2 a) { return {-a.x, -a.y}; }                                     \
-  inline Type2 __habs2(Type2 a) { return {__habs(a.x), __habs(a.y)}; }                       \
-  inline Type2 __hmax2(Type2 a, Type2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }    \
-  inline Type2 __hmin2(Type2 a, Type2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }    \
-  inline Type2 __hfma2(Type2 a, Type2 b, Type2 c) {                                          \
-    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};                                   \
+#define VNVFP4_DEFINE_16_BIT_TYPE(Type, Type2, Raw, to_float, from_float)                 \
+  struct __attribute__((aligned(2))) Type {                                               \
+    unsigned short bits;                                                                  \
+    Type() = default;                                                                     \
+    Type(float value) : bits(vnvfp4_host::from_float(value)) {}                           \
+    Type(double value) : Type(static_cast<float>(value)) {}                               \
+    Type(int value) : Type(static_cast<float>(value)) {}                                  \
+    Type(Raw raw) : bits(raw.x) {}                                                        \
+    operator float() const { return vnvfp4_host::to_float(bits); }                        \
+    operator Raw() const { return Raw{bits}; }                                            \
+  };                                                                                      \
+  struct __attribute__((aligned(4))) Type2 {                                              \
+    Type x, y;                                                                            \
+    Type2() = default;                                                                    \
+    Type2(Type low, Type high) : x(low), y(high) {}                                       \
+  };                                                                                      \
+  inline Type operator+(Type a, Type b) { return Type(float(a) + float(b)); }             \
+  inline Type operator-(Type a, Type b) { return Type(float(a) - float(b)); }             \
+  inline Type operator*(Type a, Type b) { return Type(float(a) * float(b)); }             \
+  inline Type operator-(Type a) { return Type(-float(a)); }                               \
+  inline Type __hadd(Type a, Type b) { return a + b; }                                    \
+  inline Type __hsub(Type a, Type b) { return a - b; }                                    \
+  inline Type __hmul(Type a, Type b) { return a * b; }                                    \
+  inline Type __hneg(Type a) { return -a; }                                               \
+  inline Type __habs(Type a) { return Type(fabsf(float(a))); }                            \
+  inline Type __hmax(Type a, Type b) { return Type(fmaxf(float(a), float(b))); }          \
+  inline Type __hmin(Type a, Type b) { return Type(fminf(float(a), float(b))); }          \
+  inline bool __hisnan(Type a) { return isnan(float(a)); }                                \
+  inline Type2 __hadd2(Type2 a, Type2 b) { return {a.x + b.x, a.y + b.y}; }               \
+  inline Type2 __hsub2(Type2 a, Type2 b) { return {a.x - b.x, a.y - b.y}; }               \
+  inline Type2 __hmul2(Type2 a, Type2 b) { return {a.x * b.x, a.y * b.y}; }               \
+  inline Type2 __hneg2(Type2 a) { return {-a.x, -a.y}; }                                  \
+  inline Type2 __habs2(Type2 a) { return {__habs(a.x), __habs(a.y)}; }                    \
+  inline Type2 __hmax2(Type2 a, Type2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; } \
+  inline Type2 __hmin2(Type2 a, Type2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; } \
+  inline Type2 __hfma2(Type2 a, Type2 b, Type2 c) {                                       \
+    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};                                \
   }
 
 // fma: the product of two 11-bit significands and the sum are formed in double. The sum of a half
@@ -69,7 +69,7 @@ inline double add_round_to_odd(double a, double b) {
 inline uint16_t double_to_bfloat16_bits(double value) {
   if (value != value) return 0x7FFF;
   const uint16_t sign = static_cast<uint16_t>(bit_cast<uint64_t>(value) >> 48 & 0x8000);
-  const double magnitude = value < 0 ? -value : value;
+  const double magnitude = __builtin_fabs(value);
   if (magnitude >= 0x1.FFp127) return static_cast<uint16_t>(sign | 0x7F80);
   return static_cast<uint16_t>(sign | round_to_format(magnitude, 7, -126));
 }

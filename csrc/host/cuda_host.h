@@ -27,20 +27,20 @@
 
 // --- vector types --------------------------------------------------------------------------------
 
-#define VNVFP4_VECTOR_2(name, T, alignment)       \
+#define VNVFP4_VECTOR_2(name, T, alignment)         \
   struct __attribute__((aligned(alignment))) name { \
-    T x, y;                                       \
-  };                                              \
+    T x, y;                                         \
+  };                                                \
   inline name make_##name(T x, T y) { return {x, y}; }
 #define VNVFP4_VECTOR_3(name, T) \
   struct name {                  \
     T x, y, z;                   \
   };                             \
   inline name make_##name(T x, T y, T z) { return {x, y, z}; }
-#define VNVFP4_VECTOR_4(name, T, alignment)       \
+#define VNVFP4_VECTOR_4(name, T, alignment)         \
   struct __attribute__((aligned(alignment))) name { \
-    T x, y, z, w;                                 \
-  };                                              \
+    T x, y, z, w;                                   \
+  };                                                \
   inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
 VNVFP4_VECTOR_2(char2, signed char, 2)
 VNVFP4_VECTOR_4(char4, signed char, 4)
@@ -106,9 +106,7 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
-inline int __mulhi(int a, int b) {
-  return static_cast<int>(static_cast<int64_t>(a) * b >> 32);
-}
+inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<int64_t>(a) * b >> 32); }
 
 template <typename T, typename U>
 inline std::common_type_t<T, U> min(T a, U b) {
@@ -195,12 +193,12 @@ inline int __any_sync(unsigned mask, int predicate, VNVFP4_SITE) {
 inline int __all_sync(unsigned mask, int predicate, VNVFP4_SITE) {
   return vnvfp4_host::ballot(mask, predicate == 0, file, line) == 0;
 }
-#define VNVFP4_REDUCE(name, kind)                                                             \
-  inline unsigned name(unsigned mask, unsigned value, VNVFP4_SITE) {                          \
-    return vnvfp4_host::warp_reduce(vnvfp4_host::Reduce::kind, false, mask, value, file, line); \
-  }                                                                                           \
-  inline int name(unsigned mask, int value, VNVFP4_SITE) {                                    \
-    return static_cast<int>(vnvfp4_host::warp_reduce(vnvfp4_host::Reduce::kind, true, mask,   \
+#define VNVFP4_REDUCE(name, kind)                                                                \
+  inline unsigned name(unsigned mask, unsigned value, VNVFP4_SITE) {                             \
+    return vnvfp4_host::warp_reduce(vnvfp4_host::Reduce::kind, false, mask, value, file, line);  \
+  }                                                                                              \
+  inline int name(unsigned mask, int value, VNVFP4_SITE) {                                       \
+    return static_cast<int>(vnvfp4_host::warp_reduce(vnvfp4_host::Reduce::kind, true, mask,      \
                                                      static_cast<unsigned>(value), file, line)); \
   }
 VNVFP4_REDUCE(__reduce_add_sync, kAdd)
@@ -216,23 +214,41 @@ VNVFP4_REDUCE(__reduce_xor_sync, kXor)
 
 template <typename T>
 inline T __ldg(const T* pointer) {
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kReadOnly, pointer, &value, sizeof(T));
+  return value;
+}
+template <typename T>
+inline T __ldcg(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+inline T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+template <typename T>
+inline void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
+inline void __nanosleep(unsigned) {}  // the load of a polling loop already gives way
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return vnvfp4_host::shared_address(pointer);
 }
 
-#define VNVFP4_ATOMIC(name, op, T, type)                                                         \
-  inline T name(T* at, T value) {                                                                \
-    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;                         \
-    return vnvfp4_host::bit_cast<T>(static_cast<Bits>(                                           \
-        vnvfp4_host::atomic(vnvfp4_host::AtomicOp::op, vnvfp4_host::AtomicType::type,            \
-                            vnvfp4_host::MemoryOrder::kRelaxed, at,                              \
-                            vnvfp4_host::bit_cast<Bits>(value), 0)));                            \
+#define VNVFP4_ATOMIC(name, op, T, type)                                                  \
+  inline T name(T* at, T value) {                                                         \
+    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;                  \
+    return vnvfp4_host::bit_cast<T>(static_cast<Bits>(vnvfp4_host::atomic(                \
+        vnvfp4_host::AtomicOp::op, vnvfp4_host::AtomicType::type,                         \
+        vnvfp4_host::MemoryOrder::kRelaxed, at, vnvfp4_host::bit_cast<Bits>(value), 0))); \
   }
-#define VNVFP4_INTEGER_ATOMIC(name, op)            \
-  VNVFP4_ATOMIC(name, op, int, kI32)               \
-  VNVFP4_ATOMIC(name, op, unsigned, kU32)          \
+#define VNVFP4_INTEGER_ATOMIC(name, op)   \
+  VNVFP4_ATOMIC(name, op, int, kI32)      \
+  VNVFP4_ATOMIC(name, op, unsigned, kU32) \
   VNVFP4_ATOMIC(name, op, unsigned long long, kU64)
 VNVFP4_INTEGER_ATOMIC(atomicAdd, kAdd)
 VNVFP4_INTEGER_ATOMIC(atomicMin, kMin)
@@ -247,10 +263,10 @@ VNVFP4_ATOMIC(atomicExch, kExchange, float, kF32)
 #undef VNVFP4_ATOMIC
 
 inline int atomicCAS(int* at, int compare, int value) {
-  return static_cast<int>(vnvfp4_host::atomic(
-      vnvfp4_host::AtomicOp::kCas, vnvfp4_host::AtomicType::kI32,
-      vnvfp4_host::MemoryOrder::kRelaxed, at, static_cast<uint32_t>(value),
-      static_cast<uint32_t>(compare)));
+  return static_cast<int>(
+      vnvfp4_host::atomic(vnvfp4_host::AtomicOp::kCas, vnvfp4_host::AtomicType::kI32,
+                          vnvfp4_host::MemoryOrder::kRelaxed, at, static_cast<uint32_t>(value),
+                          static_cast<uint32_t>(compare)));
 }
 inline unsigned atomicCAS(unsigned* at, unsigned compare, unsigned value) {
   return static_cast<unsigned>(

@@ -32,7 +32,7 @@ struct KernelCaller<kKernel> {
 
 }  // namespace vnvfp4_host
 
-#define VNVFP4_HOST_KERNEL(symbol, ...)                                              \
-  static ::vnvfp4_host::KernelEntry vnvfp4_host_entry_##symbol(                      \
-      #symbol, ::vnvfp4_host::KernelCaller<(__VA_ARGS__)>::kParamsSize,              \
+#define VNVFP4_HOST_KERNEL(symbol, ...)                                 \
+  static ::vnvfp4_host::KernelEntry vnvfp4_host_entry_##symbol(         \
+      #symbol, ::vnvfp4_host::KernelCaller<(__VA_ARGS__)>::kParamsSize, \
       ::vnvfp4_host::KernelCaller<(__VA_ARGS__)>::call)

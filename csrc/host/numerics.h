@@ -50,7 +50,7 @@ inline uint32_t round_to_format(double magnitude, int mantissa_bits, int min_exp
 
 inline uint16_t double_to_half_bits(double value) {
   const uint16_t sign = static_cast<uint16_t>(bit_cast<uint64_t>(value) >> 48 & 0x8000);
-  const double magnitude = __builtin_fabs(value);  // not value < 0: that keeps -0.0
+  const double magnitude = __builtin_fabs(value);
   if (value != value) return 0x7FFF;
   if (magnitude >= 65520.0) return static_cast<uint16_t>(sign | 0x7C00);
   return static_cast<uint16_t>(sign | round_to_format(magnitude, 10, -14));
@@ -87,7 +87,7 @@ inline uint16_t e4m3_to_half_bits(uint32_t code) {
 inline uint8_t float_to_e4m3(float value) {
   if (value != value) return 0x7F;
   const uint8_t sign = static_cast<uint8_t>(bit_cast<uint32_t>(value) >> 24 & 0x80);
-  const double magnitude = __builtin_fabs(value);  // not value < 0: that keeps -0.0
+  const double magnitude = __builtin_fabs(value);
   if (magnitude >= 448.0) return sign | 0x7E;
   const uint32_t bits = round_to_format(magnitude, 3, -6);
   return static_cast<uint8_t>(sign | (bits > 0x7E ? 0x7E : bits));

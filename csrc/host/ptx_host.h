@@ -29,6 +29,12 @@ inline T load_global(const void* from) {
   return value;
 }
 template <typename T>
+inline T load_read_only(const void* from) {
+  T value;
+  vnvfp4_host::load(vnvfp4_host::kReadOnly, from, &value, sizeof(T));
+  return value;
+}
+template <typename T>
 inline void store_global(void* to, T value) {
   vnvfp4_host::store(vnvfp4_host::kGlobal, to, &value, sizeof(T));
 }
@@ -45,11 +51,15 @@ inline void store_shared(uint32_t to, T value) {
 
 }  // namespace detail
 
-inline uint4 ld_global_nc_v4(const void* from) { return detail::load_global<uint4>(from); }
-inline uint2 ld_global_nc_v2(const void* from) { return detail::load_global<uint2>(from); }
-inline uint32_t ld_global_nc_u32(const void* from) { return detail::load_global<uint32_t>(from); }
-inline uint16_t ld_global_nc_u16(const void* from) { return detail::load_global<uint16_t>(from); }
-inline uint8_t ld_global_nc_u8(const void* from) { return detail::load_global<uint8_t>(from); }
+inline uint4 ld_global_nc_v4(const void* from) { return detail::load_read_only<uint4>(from); }
+inline uint2 ld_global_nc_v2(const void* from) { return detail::load_read_only<uint2>(from); }
+inline uint32_t ld_global_nc_u32(const void* from) {
+  return detail::load_read_only<uint32_t>(from);
+}
+inline uint16_t ld_global_nc_u16(const void* from) {
+  return detail::load_read_only<uint16_t>(from);
+}
+inline uint8_t ld_global_nc_u8(const void* from) { return detail::load_read_only<uint8_t>(from); }
 
 inline uint4 ld_global_v4(const void* from) { return detail::load_global<uint4>(from); }
 inline void st_global_v4(void* to, uint4 value) { detail::store_global(to, value); }
@@ -70,9 +80,9 @@ inline void st_shared_u8(uint32_t to, uint8_t value) { detail::store_shared(to, 
 
 // --- ldmatrix ------------------------------------------------------------------------------------
 
-#define VNVFP4_LDMATRIX(name, count, is_transposed)                                    \
-  inline void name(uint32_t(&d)[count], uint32_t row_address, VNVFP4_SITE) {           \
-    vnvfp4_host::load_matrix(count, is_transposed, d, row_address, file, line);        \
+#define VNVFP4_LDMATRIX(name, count, is_transposed)                             \
+  inline void name(uint32_t (&d)[count], uint32_t row_address, VNVFP4_SITE) {   \
+    vnvfp4_host::load_matrix(count, is_transposed, d, row_address, file, line); \
   }
 VNVFP4_LDMATRIX(ldmatrix_x1, 1, false)
 VNVFP4_LDMATRIX(ldmatrix_x2, 2, false)
@@ -106,10 +116,10 @@ inline void cp_async_wait() {
 
 // --- mma.sync: d = a * b + c ---------------------------------------------------------------------
 
-#define VNVFP4_MMA(name, kind, type_cd, num_cd, num_a, num_b)                                      \
-  inline void name(type_cd(&d)[num_cd], const uint32_t(&a)[num_a], const uint32_t(&b)[num_b],      \
-                   const type_cd(&c)[num_cd], VNVFP4_SITE) {                                       \
-    vnvfp4_host::mma(vnvfp4_host::Mma::kind, d, a, b, c, file, line);                              \
+#define VNVFP4_MMA(name, kind, type_cd, num_cd, num_a, num_b)                                   \
+  inline void name(type_cd(&d)[num_cd], const uint32_t (&a)[num_a], const uint32_t (&b)[num_b], \
+                   const type_cd(&c)[num_cd], VNVFP4_SITE) {                                    \
+    vnvfp4_host::mma(vnvfp4_host::Mma::kind, d, a, b, c, file, line);                           \
   }
 VNVFP4_MMA(mma_m16n8k16_bf16_f32, kBf16K16F32, float, 4, 4, 2)
 VNVFP4_MMA(mma_m16n8k16_f16_f32, kF16K16F32, float, 4, 4, 2)
@@ -147,13 +157,13 @@ inline uint32_t cvt_e4m3x2_to_f16x2(uint16_t codes) {
 // Two f32 to e4m3x2, `low` in the low byte: nearest even, saturating to 448.
 // cvt.rn.satfinite.e4m3x2.f32 (which takes the high operand first; this function does not)
 inline uint16_t cvt_f32x2_to_e4m3x2(float low, float high) {
-  return static_cast<uint16_t>(vnvfp4_host::float_to_e4m3(low) |
-                               vnvfp4_host::float_to_e4m3(high) << 8);
+  return static_cast<uint16_t>(vnvfp4_host::float_to_e4m3(low) | vnvfp4_host::float_to_e4m3(high)
+                                                                     << 8);
 }
 // Two f32 to f16x2 / bf16x2, `low` in the low half: nearest even. cvt.rn.{f16x2,bf16x2}.f32
 inline uint32_t cvt_f32x2_to_f16x2(float low, float high) {
-  return vnvfp4_host::float_to_half_bits(low) |
-         uint32_t{vnvfp4_host::float_to_half_bits(high)} << 16;
+  return vnvfp4_host::float_to_half_bits(low) | uint32_t{vnvfp4_host::float_to_half_bits(high)}
+                                                    << 16;
 }
 inline uint32_t cvt_f32x2_to_bf16x2(float low, float high) {
   return vnvfp4_host::float_to_bfloat16_bits(low) |

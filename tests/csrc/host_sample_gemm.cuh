@@ -4,8 +4,8 @@
 //
 //   y[m, n] = sum_k a[m, k] * b[n, k]      a: [M, K] bf16, b: [N, K] bf16, y: [M, N] f32
 //
-// Block: 64 rows x 32 columns, four warps of 16 rows each; K split over blockIdx.z, whose blocks add
-// to y in turn.
+// Block: 64 rows x 32 columns, four warps of 16 rows each; K split over blockIdx.z, whose blocks
+// add to y in turn.
 #pragma once
 
 #include "host/ptx_host.h"
@@ -21,6 +21,7 @@ enum Fault {
   kMisalignedCopy,
   kReadsUninitialised,
   kWritesInput,
+  kNonCoherentLoad,
   kDivergentBarrier,
   kBarrierInOneBranch,
   kForgottenWarp,
@@ -30,6 +31,12 @@ enum Fault {
   kNeverReleased,
   kEndlessLoop,
   kNullPointer,
+  kMisalignedVector,
+  kArrayIndex,
+  kUndefinedShift,
+  kDivisionByZero,
+  kStackOverflow,
+  kUninitialisedLocal,
 };
 
 struct SampleParams {
@@ -72,7 +79,8 @@ __device__ inline void multiply_stage(uint32_t stage, float (&c)[4][4]) {
     }
     for (int n = 0; n < 4; ++n) {
       uint32_t b[2];
-      ptx::ldmatrix_x2(b, stage + (kTileM + n * 8 + lane % 8) * kPitch + (k + lane / 8 % 2 * 8) * 2);
+      ptx::ldmatrix_x2(b,
+                       stage + (kTileM + n * 8 + lane % 8) * kPitch + (k + lane / 8 % 2 * 8) * 2);
       ptx::mma_m16n8k16_bf16_f32(c[n], a, b, c[n]);
     }
   }
@@ -85,11 +93,34 @@ __device__ inline void plant_memory_fault(const SampleParams& p, uint32_t stage)
   if (kFault == kMisalignedCopy) ptx::cp_async_16(stage, p.a + 1);
   if (kFault == kReadsUninitialised) p.y[threadIdx.x] = ptx::ld_shared_u32(stage + kTileK * 2);
   if (kFault == kWritesInput) const_cast<uint16_t*>(p.a)[threadIdx.x] = 0;
+  if (kFault == kNonCoherentLoad) {
+    p.y[threadIdx.x] = 0.0f;
+    p.y[threadIdx.x] = ptx::ld_global_nc_u32(p.y + threadIdx.x);
+  }
   if (kFault == kNullPointer) p.y[0] = *reinterpret_cast<volatile float*>(p.turns - p.turns);
   if (kFault == kEndlessLoop) {
     for (volatile int i = 1; i;) {
     }
   }
+}
+
+__device__ inline int recurse(volatile int depth) {
+  volatile int frame[256];
+  frame[depth % 256] = depth;
+  return depth < 1 << 20 ? recurse(depth + 1) + frame[depth % 256] : 0;
+}
+
+template <int kFault>
+__device__ inline void plant_arithmetic_fault(const SampleParams& p) {
+  volatile int one = 1;
+  if (kFault == kMisalignedVector) p.turns[0] = reinterpret_cast<const uint4*>(p.a + 2 * one)->x;
+  if (kFault == kArrayIndex) {
+    int values[4] = {1, 2, 3, 4};
+    p.turns[0] = values[one + p.depth];
+  }
+  if (kFault == kUndefinedShift) p.turns[0] = one << (p.depth + 31);
+  if (kFault == kDivisionByZero) p.turns[0] = p.depth / (one - 1);
+  if (kFault == kStackOverflow) p.turns[0] = recurse(0);
 }
 
 template <int kFault>
@@ -144,6 +175,7 @@ template <int kFault>
 __global__ void __launch_bounds__(128) sample_gemm(const __grid_constant__ SampleParams p) {
   const uint32_t shared = ptx::smem_address(ptx::dynamic_smem());
   plant_memory_fault<kFault>(p, shared);
+  plant_arithmetic_fault<kFault>(p);
   plant_control_fault<kFault>();
   if (kFault == kExitedLane) {
     if (threadIdx.x == 7) return;
@@ -151,7 +183,8 @@ __global__ void __launch_bounds__(128) sample_gemm(const __grid_constant__ Sampl
   }
   const int num_steps = p.depth / kTileK / gridDim.z;
   const int first = blockIdx.z * num_steps * kTileK;
-  float c[4][4] = {};
+  float c[4][4];
+  for (int i = 0; i < 16 && kFault != kUninitialisedLocal; ++i) c[i / 4][i % 4] = 0.0f;
   copy_stage(shared, p, first);
   ptx::cp_async_commit();
   for (int step = 0; step < num_steps; ++step) {

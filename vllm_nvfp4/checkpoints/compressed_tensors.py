@@ -80,6 +80,9 @@ class CompressedTensorsDialect:
         self._targets = _parse_groups(config)
         self.kv_cache = _kv_cache(config.get("kv_cache_scheme"))
 
+    def has_microscaled_layers(self) -> bool:
+        return any(target.spec.kind is LayerKind.MICROSCALED for target in self._targets)
+
     def layer_spec(self, name: str) -> LayerSpec:
         if self.excludes(name):
             return UNQUANTIZED

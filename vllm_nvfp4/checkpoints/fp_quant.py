@@ -75,6 +75,9 @@ class FpQuantDialect:
             algo=f"FP-Quant {fmt.name}",
         )
 
+    def has_microscaled_layers(self) -> bool:
+        return True
+
     def layer_spec(self, name: str) -> LayerSpec:
         return UNQUANTIZED if self.excludes(name) else self._spec
 

@@ -121,6 +121,10 @@ class ModelOptDialect:
         self._is_settled = bool(group_size) or self._spec.fmt is None
         self.kv_cache = _kv_cache(body)
 
+    def has_microscaled_layers(self) -> bool:
+        specs = [self._spec, *self._layers.values()]
+        return any(spec.kind is LayerKind.MICROSCALED for spec in specs)
+
     def layer_spec(self, name: str) -> LayerSpec:
         if self.excludes(name):
             return UNQUANTIZED

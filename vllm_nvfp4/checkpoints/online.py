@@ -46,6 +46,9 @@ class OnlineDialect:
         weight = TensorSpec("weight", Role.WEIGHT, ("BF16", "F16", "F32"))
         self._spec = LayerSpec(LayerKind.ONLINE, fmt, (weight,), algo=f"online {fmt.name}")
 
+    def has_microscaled_layers(self) -> bool:
+        return False
+
     def layer_spec(self, name: str) -> LayerSpec:
         if name.rpartition(".")[2] == "lm_head" or self.excludes(name):
             return UNQUANTIZED

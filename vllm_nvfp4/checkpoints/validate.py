@@ -196,9 +196,9 @@ def _check_shapes(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpe
         Role.ROW_SCALE: prod(rows),
     }
     for tensor in spec.tensors:
-        header = tensors.get(tensor.name)
-        if header is None:
+        if tensor.name not in tensors:
             continue
+        header = tensors[tensor.name]
         shape, count = needed.get(tensor.role), counts.get(tensor.role)
         if (shape and header.shape != shape) or (count and prod(header.shape) != count):
             raise CheckpointError(
@@ -321,8 +321,9 @@ def _is_beside_the_model(name: str, config: Mapping[str, Any]) -> bool:
     layers numbered past the last one."""
     match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     num_layers = config.get("num_hidden_layers")
-    is_past = bool(match) and isinstance(num_layers, int) and int(match.group(1)) >= num_layers
-    return is_past or "mtp" in name.split(".")
+    if match and isinstance(num_layers, int) and int(match.group(1)) >= num_layers:
+        return True
+    return "mtp" in name.split(".")
 
 
 def _fold(name: str) -> str:

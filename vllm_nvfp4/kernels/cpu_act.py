@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations rounded to E4M3, one scale per token, as numbers again: numerics' rule, vectorised."""
+"""Activations rounded to E4M3, one scale per token, as numbers again: numerics' rule in vectors."""
 
 from __future__ import annotations
 
@@ -50,10 +50,7 @@ class _RoundKernel(GroupKernel):
     def write(self) -> str:
         ir, arg, k = self.ir, self.arg, self.arg["num_cols"]
         zero, steps = ir.const("i64", 0), k // _LANES
-        threads = ir.call_pointer("i32", arg["get_num_threads"]).convert("zext", "i64")
-        first = arg["num_tokens"] * self.thread // threads
-        last = arg["num_tokens"] * (self.thread + 1) // threads
-        with ir.loop(first, last) as token:
+        with self.tokens_of_thread() as token:
             row = arg["a"].at(token.index * k * OUT_BYTES[self.source])
             target = arg["y"].at(token.index * k * OUT_BYTES[self.out])
             with ir.loop(zero, steps, [ir.const(I32, 0)]) as step:

@@ -7,7 +7,7 @@ Values are ``<16 x float>`` on every machine: LLVM splits them where registers a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from vllm_nvfp4.kernels.llvm_ir import IrWriter, Loop, Value
 from vllm_nvfp4.layout_cpu import ROWS
@@ -96,14 +96,21 @@ class GroupKernel:
         raise NotImplementedError
 
     @contextmanager
-    def groups(self) -> Iterator[Loop]:
+    def _share(self, count: Value) -> Iterator[Loop]:
+        """The loop over this thread's run of ``range(count)``."""
+        ir = self.ir
+        threads = ir.call_pointer("i32", self.arg["get_num_threads"]).convert("zext", "i64")
+        first, last = count * self.thread // threads, count * (self.thread + 1) // threads
+        with ir.loop(first, last) as loop:
+            yield loop
+
+    def groups(self) -> AbstractContextManager[Loop]:
         """The loop over the groups of this thread."""
-        ir, arg = self.ir, self.arg
-        groups = (arg["num_rows"] + (ROWS - 1)) // ROWS
-        threads = ir.call_pointer("i32", arg["get_num_threads"]).convert("zext", "i64")
-        first, last = groups * self.thread // threads, groups * (self.thread + 1) // threads
-        with ir.loop(first, last) as group:
-            yield group
+        return self._share((self.arg["num_rows"] + (ROWS - 1)) // ROWS)
+
+    def tokens_of_thread(self) -> AbstractContextManager[Loop]:
+        """The loop over the tokens of this thread, for kernels that share those out instead."""
+        return self._share(self.arg["num_tokens"])
 
     def write(self) -> str:
         """The module's IR."""

@@ -33,8 +33,8 @@ _PREFETCH_BYTES = 2048
 class Fp4Spec:
     """One compiled kernel.
 
-    kind:       "fused": decode, multiply and forget, for few tokens; "panel": decode sixteen rows once
-                for many tokens (needs bf16_dot); "dequantize": only decode
+    kind:       "fused": decode, multiply and forget, for few tokens; "panel": decode sixteen rows
+                once for many tokens (needs bf16_dot); "dequantize" and "gather": only decode
     scale_type: "e4m3" or "e8m0"
     block_size: columns that share a scale
     tokens:     rows of ``a`` that go through the weight together; a call needs at least so many
@@ -61,16 +61,18 @@ def scale_correction(scale_type: str) -> float:
     return E4M3_CORRECTION if scale_type == "e4m3" else 1.0
 
 
-def decode_scales(ir: IrWriter, pointer: Value, scale_type: str) -> Value:
-    """Sixteen scale bytes as f32, short of :func:`scale_correction`.
+def decode_scales(ir: IrWriter, pointer: Value, scale_type: str, lanes: int = ROWS) -> Value:
+    """Scale bytes as f32, short of :func:`scale_correction`.
 
     e8m0 byte e is the exponent field of an f32, but 0 means 2^-127, an f32 subnormal.
     """
-    raw = pointer.load("<16 x i8>")
+    raw = pointer.load(f"<{lanes} x i8>")
     if scale_type == "e4m3":
-        return decode_e4m3(raw)
-    bits = raw.convert("zext", I32) << 23
-    return ir.call(I32, "llvm.umax.v16i32", bits, ir.const(I32, 1 << 22)).bitcast(F32)
+        return decode_e4m3(raw, lanes)
+    words = f"<{lanes} x i32>"
+    bits = raw.convert("zext", words) << 23
+    smallest = ir.const(words, 1 << 22)
+    return ir.call(words, f"llvm.umax.v{lanes}i32", bits, smallest).bitcast(f"<{lanes} x float>")
 
 
 def lookup_f32(ir: IrWriter, cpu: Cpu, codes: Value) -> Value:
@@ -249,7 +251,51 @@ class _DequantizeKernel(GroupKernel):
         return ir.text()
 
 
-_KERNELS = {"fused": _FusedKernel, "panel": _PanelKernel, "dequantize": _DequantizeKernel}
+class _GatherKernel(GroupKernel):
+    """y[i, k] = code[n, k] * block_scale[n, k] * global_scale[n], n = a[i]: an embedding's rows.
+
+    Here ``a`` is int64 row numbers; they are dealt out to the threads.
+    """
+
+    def __init__(self, spec: Fp4Spec, cpu: Cpu) -> None:
+        super().__init__(spec.name, spec.tokens, spec.out, scale_correction(spec.scale_type))
+        self.spec, self.cpu = spec, cpu
+
+    def write(self) -> str:
+        ir, arg, spec = self.ir, self.arg, self.spec
+        k, block_size = arg["num_cols"], spec.block_size
+        blocks = k // block_size
+        with self.tokens_of_thread() as token:
+            row = arg["a"].at(token.index * 8).load("i64", align=8)
+            group, lane = row // ROWS, row & (ROWS - 1)
+            codes = arg["codes"].at(group * k * (ROWS // 2) + lane * 4)
+            scales = arg["block_scale"].at(group * blocks * ROWS + lane)
+            global_scale = arg["global_scale"].at(row * 4).load("float").splat(ROWS)
+            target = arg["y"].at(token.index * k * OUT_BYTES[spec.out])
+            with ir.loop(ir.const("i64", 0), blocks) as block:
+                one = decode_scales(ir, scales.at(block.index * ROWS), spec.scale_type, lanes=1)
+                scale = one.shuffle(one, [0] * ROWS) * self.correction
+                for part in range(0, block_size, 16):
+                    column = block.index * block_size + part
+                    value = self._decode_16(codes.at(column * (ROWS // 2))) * scale * global_scale
+                    ir.store(to_out(ir, value, spec.out), target.at(column * OUT_BYTES[spec.out]))
+        return ir.text()
+
+    def _decode_16(self, codes: Value) -> Value:
+        """Sixteen columns of one row: two words, a row group's width apart."""
+        ir = self.ir
+        words = [codes.at(4 * ROWS * i).load("i32", align=4).splat(8) for i in range(2)]
+        shifts = [4 * COLUMN_OF_NIBBLE.index(column) for column in range(8)] * 2
+        both = words[0].shuffle(words[1], range(16))
+        return lookup_f32(ir, self.cpu, both >> ir.const(I32, shifts))
+
+
+_KERNELS = {
+    "fused": _FusedKernel,
+    "panel": _PanelKernel,
+    "dequantize": _DequantizeKernel,
+    "gather": _GatherKernel,
+}
 
 
 def write_fp4(spec: Fp4Spec, cpu: Cpu) -> str:

@@ -73,7 +73,7 @@ def split_into_shards(folder: Path, num_shards: int = 2) -> Path:
 
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(num_shards):
         file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
         names = sorted(tensors)[i::num_shards]

@@ -50,10 +50,14 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "seed": 0,
     }
-    llm = LLM(str(folder), **(defaults | options))
+    llm = None
     try:
+        llm = LLM(str(folder), **(defaults | options))
         yield llm
     finally:
+        # A failed test's traceback keeps the engine alive: end it now, not when that is collected.
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels of csrc/ with g++ and run them on the CPU, with every access checked.
 
-The emulator and its limits are described in csrc/host/README.md. Needs g++ and addr2line (binutils).
+csrc/host/README.md describes the emulator and its limits. Needs GCC 12 or later
+and addr2line (binutils).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,16 +30,34 @@ _CHECKS = (
     "--param=tsan-instrument-func-entry-exit=0",
     "--param=tsan-distinguish-volatile=1",
 )
-_COMMON = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-gnu-unique")
-_WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-unused-but-set-variable")
-# -ffp-contract=off: a*b+c rounds twice unless the source says fma, on every CPU alike.
-_KERNEL_FLAGS = (*_COMMON, "-O2", "-ffp-contract=off", "-DVNVFP4_HOST=1", *_WARNINGS, *_CHECKS)
+# a*b+c rounds twice unless the source says fma, on every CPU alike. Loops stay loops: a memcpy
+# that the compiler makes of one would go unchecked.
+_UNCHANGED = ("-ffp-contract=off", "-fno-tree-loop-distribute-patterns")
+# Uninitialised locals hold 0xFE bytes, large negative numbers, rather than by chance zeros.
+_LOCALS = ("-ftrivial-auto-var-init=pattern",)
+_COMMON = (
+    "-std=c++17",
+    "-g1",
+    "-gdwarf-4",  # addr2line misreads the file table that g++ writes as version 5
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-gnu-unique",
+)
+_KERNEL_FLAGS = (*_COMMON, "-O2", *_UNCHANGED, *_LOCALS, "-DVNVFP4_HOST=1", *_CHECKS)
 _RUNTIME_FLAGS = (*_COMMON, "-O2", "-ftree-vectorize", "-ffp-contract=off")
+
+_MIN_GCC = 12
 
 _EMULATOR_HEADERS = ("ptx_host.h", "cuda_host.h", "cuda_half.h", "kernel_entry.h")
 
 _FP8_ACCUMULATORS = ("ada", "exact")
 _HALF_ACCUMULATORS = ("exact", "ada")
+
+_MAX_CACHE_AGE = 14 * 24 * 3600  # seconds since the last use
+
+# A launch owns the process's crash handlers while it runs.
+_launch_lock = threading.Lock()
 
 
 class HostKernelError(RuntimeError):
@@ -54,6 +75,7 @@ class HostMachine:
     seed:             order of blocks, warps and lanes
     accumulator:      FP8 mma.sync: "ada" (13 fractional bits, truncating, per 16 of k) or "exact"
     half_accumulator: bf16/f16 mma.sync: "exact" (one rounding) or "ada" (24 bits, per 8 of k)
+    smem_limit:       bytes of shared memory a block may have; sm_89's by default
     max_resident:     blocks on the machine at once; 0: as many as have to wait for each other
     time_limit:       seconds of CPU time
     """
@@ -61,6 +83,7 @@ class HostMachine:
     seed: int = 0
     accumulator: str = "ada"
     half_accumulator: str = "exact"
+    smem_limit: int = 99 * 1024
     max_resident: int = 0
     time_limit: float = 120.0
 
@@ -70,6 +93,7 @@ class _LaunchConfig(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
+        ("shared_limit", ctypes.c_uint32),
         ("max_resident", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("fp8_accumulator", ctypes.c_uint32),
@@ -103,7 +127,6 @@ class HostModule:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        self._lock = threading.Lock()  # the emulated machine is one per library
 
     def launch(
         self,
@@ -119,8 +142,8 @@ class HostModule:
     ) -> None:
         """Run kernel<<<grid, block, smem_bytes>>>(params) to its end.
 
-        params:  the kernel's params struct as the GPU launch takes it; its 8-byte words that hold an
-                 address inside one of `buffers` reach that tensor.
+        params:  the kernel's params struct as the GPU launch takes it; an 8-byte word that holds
+                 an address inside one of `buffers` reaches that tensor
         buffers: CPU tensors by the name that errors use; all that the kernel may read
         outputs: the names of those it may write
 
@@ -131,7 +154,7 @@ class HostModule:
         raw = bytes(params)
         table = _buffer_table(buffers, outputs)
         result = _Result()
-        with self._lock:
+        with _launch_lock:
             status = self._library.vnvfp4_host_launch(
                 symbol.encode(),
                 ctypes.byref(config),
@@ -168,17 +191,21 @@ def build(
     defines: Mapping[str, str | int] | None = None,
     include_dirs: Sequence[Path] = (),
     flags: Sequence[str] = (),
+    runtime_flags: Sequence[str] = (),
     cache_dir: Path | None = None,
 ) -> HostModule:
     """Compile a translation unit and return its kernels, from the cache if nothing changed.
 
     source:  C++ text (usually one #include) or the path of a file
     kernels: launch symbol -> kernel with its template arguments, e.g. {"k": "gemm<Config<16>>"}
+    flags:   more compiler flags for the kernels; runtime_flags: for the emulator
 
     The cache key is the preprocessed source, so every header counts. Raises HostCompileError.
     """
     text = source.read_text() if isinstance(source, Path) else source
-    entries = "".join(f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items())
+    entries = "".join(
+        f"VNVFP4_HOST_KERNEL({name}, {kernel});\n" for name, kernel in kernels.items()
+    )
     # Messages give the text's own lines: of the file, or of "kernel" where there is none.
     name = source if isinstance(source, Path) else "kernel"
     unit = (
@@ -189,9 +216,11 @@ def build(
     folders = [csrc, *include_dirs, *([source.parent] if isinstance(source, Path) else [])]
     options = [*_KERNEL_FLAGS, *flags]
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    options += [f"-I{folder}" for folder in folders]
-    cache = cache_dir or _default_cache()
-    runtime = _compile(csrc / "host/runtime/runtime.cpp", _RUNTIME_FLAGS, cache, ".o")
+    options += [f"-I{folder.resolve()}" for folder in folders]
+    cache = (cache_dir or _default_cache()).resolve()
+    runtime = _compile(
+        csrc / "host/runtime/runtime.cpp", [*_RUNTIME_FLAGS, *runtime_flags], cache, ".o"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unit.cpp"
         path.write_text(unit)
@@ -216,16 +245,24 @@ def _default_cache() -> Path:
 
 @lru_cache(maxsize=1)
 def _compiler() -> tuple[str, str]:
-    for name in ("g++", "c++"):
-        if path := shutil.which(name):
-            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
-            return path, version.stdout.split("\n")[0]
-    raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
+    """(path, version) of g++."""
+    path = shutil.which("g++")
+    if path is None:
+        raise HostCompileError("no g++ on PATH: host kernels need it (Debian: apt-get install g++)")
+    command = [path, "-dumpfullversion"]
+    version = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    major = version.split(".")[0]
+    if not major.isdigit() or int(major) < _MIN_GCC:
+        raise HostCompileError(
+            f"{path} has version {version or 'of another compiler'}: host kernels need GCC "
+            f"{_MIN_GCC} or later for its instrumentation options"
+        )
+    return path, version
 
 
-def _run_compiler(arguments: Sequence[str]) -> bytes:
+def _run_compiler(arguments: Sequence[str], folder: Path) -> bytes:
     compiler, _ = _compiler()
-    done = subprocess.run([compiler, *arguments], capture_output=True, check=False)
+    done = subprocess.run([compiler, *arguments], capture_output=True, check=False, cwd=folder)
     if done.returncode:
         raise HostCompileError(done.stderr.decode(errors="replace")[-8000:])
     return done.stdout
@@ -235,25 +272,35 @@ def _compile(
     path: Path, options: Sequence[str], cache: Path, suffix: str, link: Sequence[str] = ()
 ) -> Path:
     key = hashlib.sha256(repr((_compiler(), sorted(options), link)).encode())
-    # -P drops line markers: the temporary folder's name must not change the key.
-    key.update(_run_compiler([*options, "-E", "-P", str(path)]))
+    # With line markers, since messages give lines; from inside the folder, whose name may change.
+    key.update(_run_compiler([*options, "-E", "-fno-working-directory", path.name], path.parent))
     target = cache / f"{path.stem}-{key.hexdigest()[:24]}{suffix}"
     if target.exists():
+        os.utime(target)
         return target
     cache.mkdir(parents=True, exist_ok=True)
+    _remove_unused(cache)
     partial = cache / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
     try:
+        compiled = Path(f"{partial}.o") if link else partial
+        _run_compiler([*options, "-c", path.name, "-o", str(compiled)], path.parent)
         if link:
-            item = [*options, "-c", str(path), "-o", f"{partial}.o"]
-            _run_compiler(item)
-            _run_compiler(["-shared", "-Wl,-Bsymbolic,-z,defs", f"{partial}.o", *link, "-o", str(partial)])
-        else:
-            _run_compiler([*options, "-c", str(path), "-o", str(partial)])
+            command = ["-shared", "-Wl,-Bsymbolic,-z,defs", str(compiled), *link]
+            _run_compiler([*command, "-o", str(partial)], path.parent)
         partial.rename(target)
     finally:
         for leftover in (partial, Path(f"{partial}.o")):
             leftover.unlink(missing_ok=True)
     return target
+
+
+def _remove_unused(cache: Path) -> None:
+    for entry in cache.iterdir():
+        try:
+            if time.time() - entry.stat().st_mtime > _MAX_CACHE_AGE:
+                entry.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
 
 
 def _launch_config(
@@ -272,6 +319,7 @@ def _launch_config(
         for axis in range(3):
             field[axis] = sizes[axis] if axis < len(sizes) else 1
     config.shared_bytes = smem_bytes
+    config.shared_limit = machine.smem_limit
     config.max_resident = machine.max_resident
     config.seed = machine.seed
     config.fp8_accumulator = _FP8_ACCUMULATORS.index(machine.accumulator)
@@ -288,10 +336,23 @@ def _buffer_table(
     table = (_Buffer * len(buffers))()
     for entry, (name, tensor) in zip(table, buffers.items(), strict=True):
         if tensor.device.type != "cpu":
-            raise ValueError(f"buffer {name!r} is on {tensor.device}; the emulator takes CPU tensors")
+            raise ValueError(
+                f"buffer {name!r} is on {tensor.device}; the emulator takes CPU tensors"
+            )
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         entry.data = tensor.data_ptr()
         entry.bytes = (last + 1) * tensor.element_size() if tensor.numel() else 0
         entry.is_writable = name in outputs
         entry.name = name.encode()
+    _check_overlap(table)
     return table
+
+
+def _check_overlap(table: ctypes.Array[_Buffer]) -> None:
+    entries = sorted((e.data or 0, e.bytes, e.name.decode()) for e in table if e.bytes)
+    for (begin, size, name), (other_begin, _, other) in pairwise(entries):
+        if other_begin < begin + size:
+            raise ValueError(
+                f"buffers {name!r} and {other!r} share memory: each is copied to the emulated GPU, "
+                "so pass one tensor that covers both"
+            )

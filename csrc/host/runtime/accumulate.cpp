@@ -22,8 +22,8 @@ struct E4m3Table {
     for (int code = 0; code < 256; ++code) {
       value[code] = e4m3_to_float(static_cast<uint8_t>(code));
       const int field = code >> 3 & 15;
-      exponent[code] = static_cast<int16_t>((code & 0x7F) == 0 ? kZeroExponent
-                                                               : std::max(field, 1) - 7);
+      exponent[code] =
+          static_cast<int16_t>((code & 0x7F) == 0 ? kZeroExponent : std::max(field, 1) - 7);
     }
   }
 };
@@ -114,8 +114,8 @@ void add_ada_fp8(const Tile& tile, const Values& values, int m, int first, bool 
   int32_t sum[8];
   for (int n = 0; n < 8; ++n) {
     // Below -100 all products are zero: any scale does, and this one stays a normal float.
-    scale[n] = bit_cast<float>(static_cast<uint32_t>(13 - std::max<int>(largest[n], -100) + 127)
-                               << 23);
+    scale[n] =
+        bit_cast<float>(static_cast<uint32_t>(13 - std::max<int>(largest[n], -100) + 127) << 23);
     sum[n] = static_cast<int32_t>(c[n] * scale[n]);
   }
   for (int i = first; i < first + 16; ++i) {

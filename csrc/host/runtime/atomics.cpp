@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Atomic operations and acquire/release accesses. Each is a point where other fibers may run first.
 
-#include <algorithm>
 #include <string.h>
+
+#include <algorithm>
 
 #include "../numerics.h"
 #include "machine.h"
@@ -76,7 +77,8 @@ uint64_t atomic(AtomicOp op, AtomicType type, MemoryOrder order, const void* poi
   }
   const bool is_load = op == AtomicOp::kLoad;
   const bool is_store = op == AtomicOp::kStore;
-  check_access(thread, pointer, size, is_load ? kAtomic : kWrite | kAtomic, pc);
+  const int kind = is_load ? kAtomic : is_store ? kWrite | kAtomic : kWrite | kAtomic | kUpdate;
+  check_access(thread, pointer, size, kind, pc);
   uint64_t old = 0;
   memcpy(&old, pointer, size);
   if (!is_store) observe(thread, order, pointer);

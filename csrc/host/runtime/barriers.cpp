@@ -57,7 +57,6 @@ void check_arguments(const Barrier& barrier, const Thread& thread, int id, int n
   }
 }
 
-
 }  // namespace
 
 void block_barrier(int id, int num_threads, bool is_waiting, const char* file, int line) {
@@ -101,7 +100,7 @@ int block_barrier_vote(Vote vote, int predicate, const char* file, int line) {
 }
 
 const char* name_of(WarpOp op) {
-  static const char* const names[] = {"__syncwarp",      "a shuffle", "a ballot",
+  static const char* const names[] = {"__syncwarp",       "a shuffle", "a ballot",
                                       "a warp reduction", "ldmatrix",  "mma.sync"};
   return names[static_cast<int>(op)];
 }
@@ -110,8 +109,10 @@ void after_exit(Thread& thread) {
   const Warp& warp = warp_of(thread);
   for (const Gathering& gathering : warp.gatherings) {
     if (gathering.mask >> thread.lane & 1) {
-      fail(nullptr, "exits while lanes 0x%08x of its warp wait for it at %s (mask 0x%08x)",
-           gathering.arrived, name_of(gathering.op), gathering.mask);
+      const Thread& waiting = (&thread - thread.lane)[__builtin_ctz(gathering.arrived)];
+      fail_at(waiting.file, waiting.line,
+              "exits while lanes 0x%08x of its warp wait for it at %s (mask 0x%08x)",
+              gathering.arrived, name_of(gathering.op), gathering.mask);
     }
   }
   release_if_complete(*thread.block, thread.block->barriers[0]);
@@ -141,8 +142,8 @@ void check_mask(const Warp& warp, const Thread& thread) {
   }
   if (thread.mask & ~warp.exists) {
     fail_at(thread.file, thread.line,
-            "%s with mask 0x%08x, but lanes 0x%08x have exited or do not exist",
-            name_of(thread.op), thread.mask, thread.mask & ~warp.exists);
+            "%s with mask 0x%08x, but lanes 0x%08x have exited or do not exist", name_of(thread.op),
+            thread.mask, thread.mask & ~warp.exists);
   }
 }
 
@@ -192,7 +193,8 @@ void gather_warp(WarpOp op, uint32_t mask, void* args, const char* file, int lin
   warp.gatherings.pop_back();
   Thread* lanes = &thread - thread.lane;
   combine(lanes, mask);
-  for (uint32_t rest = mask; rest; rest &= rest - 1) lanes[__builtin_ctz(rest)].state = State::kRunnable;
+  for (uint32_t rest = mask; rest; rest &= rest - 1)
+    lanes[__builtin_ctz(rest)].state = State::kRunnable;
   warp.runnable |= mask;
 }
 

@@ -60,8 +60,8 @@ void on_crash(int signal_number, siginfo_t* info, void*) {
   if (signal_number == SIGFPE) {
     record("integer division by zero or overflow");
   } else if (thread && address < thread->stack && address >= thread->stack - 4096) {
-    record(text("stack overflow: the thread's local variables need more than %zu bytes",
-                kStackBytes));
+    record(
+        text("stack overflow: the thread's local variables need more than %zu bytes", kStackBytes));
   } else {
     record(text("signal %d (%s) at address %p", signal_number, strsignal(signal_number),
                 static_cast<const void*>(address)));
@@ -76,9 +76,10 @@ void on_time_limit(int, siginfo_t*, void*) {
     return;
   }
   // Second expiry: a loop that touches no memory and calls nothing.
-  record(text("still running after the time limit of %g s of CPU time: an endless loop, or raise "
-              "time_limit",
-              machine.config.time_limit));
+  record(
+      text("still running after the time limit of %g s of CPU time: an endless loop, or raise "
+           "time_limit",
+           machine.config.time_limit));
   siglongjmp(machine.crash_exit, 1);
 }
 
@@ -121,7 +122,7 @@ void install_crash_handlers(double time_limit) {
   stack.ss_sp = signal_stack;
   stack.ss_size = sizeof(signal_stack);
   sigaltstack(&stack, &previous_stack);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_crash;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (int i = 0; i < 4; ++i) sigaction(kCrashSignals[i], &action, &previous[i]);
@@ -130,13 +131,13 @@ void install_crash_handlers(double time_limit) {
   // counts; SIGVTALRM leaves SIGALRM to test runners.
   action.sa_sigaction = on_time_limit;
   sigaction(SIGVTALRM, &action, &previous_timer);
-  struct sigevent event {};
+  struct sigevent event{};
   event.sigev_notify = SIGEV_THREAD_ID;
   event.sigev_signo = SIGVTALRM;
   event._sigev_un._tid = launch_thread;
   has_timer = timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) == 0;
   if (!has_timer) return;
-  struct itimerspec spec {};
+  struct itimerspec spec{};
   spec.it_value.tv_sec = static_cast<time_t>(time_limit);
   spec.it_value.tv_nsec = static_cast<long>((time_limit - spec.it_value.tv_sec) * 1e9);
   spec.it_interval.tv_sec = 1;

@@ -5,7 +5,10 @@
 
 #include "machine.h"
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(VNVFP4_HOST_UCONTEXT)
+#define VNVFP4_HOST_UCONTEXT 1
+#endif
+#if defined(VNVFP4_HOST_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -32,7 +35,7 @@ uint8_t* acquire_stack() {
 
 void release_stack(uint8_t* stack) { free_stacks.push_back(stack); }
 
-#if defined(__x86_64__)
+#if !defined(VNVFP4_HOST_UCONTEXT)
 
 extern "C" __attribute__((visibility("hidden"))) void vnvfp4_switch_stack(void** save, void* next);
 // System V ABI: rbx, rbp, r12-r15 and the stack pointer survive a call; all else is the caller's.

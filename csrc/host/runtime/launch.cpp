@@ -44,8 +44,8 @@ struct BufferCopy {
     // Device allocations are 256-byte aligned, the host's 64: keep what the tensor has below 64.
     const size_t offset = reinterpret_cast<uintptr_t>(buffer.data) % 64;
     mapped_bytes = (buffer.bytes + offset + 4095) / 4096 * 4096 + 2 * kGap;
-    void* memory = mmap(nullptr, mapped_bytes, PROT_NONE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return false;
     mapping = static_cast<uint8_t*>(memory);
     mprotect(mapping + kGap, mapped_bytes - 2 * kGap, PROT_READ | PROT_WRITE);
@@ -75,14 +75,25 @@ void relocate(std::vector<uint8_t>& params, const VnvfpBuffer* buffers,
   }
 }
 
-const char* check_config(const LaunchConfig& config) {
-  const uint64_t num_threads = static_cast<uint64_t>(config.block[0]) * config.block[1] *
-                               config.block[2];
-  if (!num_threads || num_threads > 1024) return "a block has 1 to 1024 threads";
-  if (!config.grid[0] || !config.grid[1] || !config.grid[2]) return "a grid has at least one block";
-  if (config.grid[1] > 65535 || config.grid[2] > 65535) return "grid y and z are at most 65535";
-  if (config.shared_bytes > 227 * 1024) return "no GPU has more than 227 KiB of shared memory";
-  return nullptr;
+// What the driver would refuse. Empty if nothing.
+std::string find_problem(const LaunchConfig& config) {
+  const uint64_t num_threads =
+      static_cast<uint64_t>(config.block[0]) * config.block[1] * config.block[2];
+  if (!num_threads || num_threads > 1024) {
+    return text("%zu threads in a block: a block has 1 to 1024", static_cast<size_t>(num_threads));
+  }
+  if (!config.grid[0] || !config.grid[1] || !config.grid[2]) {
+    return "an empty grid: a launch has at least one block";
+  }
+  if (config.grid[1] > 65535 || config.grid[2] > 65535) {
+    return text("grid (%u, %u, %u): y and z are at most 65535", config.grid[0], config.grid[1],
+                config.grid[2]);
+  }
+  if (config.shared_bytes + static_shared_bytes() > config.shared_limit) {
+    return text("%u bytes of dynamic and %u of static shared memory: the GPU has %u for a block",
+                config.shared_bytes, static_shared_bytes(), config.shared_limit);
+  }
+  return "";
 }
 
 const KernelEntry* find_entry(const char* symbol) {
@@ -157,15 +168,18 @@ extern "C" __attribute__((visibility("default"))) int vnvfp4_host_launch(
     return refuse(vnvfp4_host::text("kernel %s takes a params struct of %zu bytes, got %zu", symbol,
                                     entry->params_size, static_cast<size_t>(params_size)));
   }
-  if (const char* problem = vnvfp4_host::check_config(*config)) {
-    return refuse(vnvfp4_host::text("kernel %s: %s", symbol, problem));
-  }
+  const std::string problem = vnvfp4_host::find_problem(*config);
+  if (!problem.empty()) return refuse(std::string("kernel ") + symbol + ": " + problem);
   vnvfp4_host::reset_machine();
   std::vector<vnvfp4_host::BufferCopy> copies(num_buffers);
   for (uint64_t i = 0; i < num_buffers; ++i) {
     if (!copies[i].create(buffers[i])) return refuse("out of memory for the buffers' copies");
-    machine.regions.push_back({copies[i].begin, copies[i].begin + buffers[i].bytes,
-                               buffers[i].is_writable != 0, buffers[i].name, {}, {}});
+    machine.regions.push_back({copies[i].begin,
+                               copies[i].begin + buffers[i].bytes,
+                               buffers[i].is_writable != 0,
+                               buffers[i].name,
+                               {},
+                               {}});
   }
   const uint8_t* bytes = static_cast<const uint8_t*>(params);
   std::vector<uint8_t> own_params(bytes, bytes + params_size);

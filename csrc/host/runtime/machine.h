@@ -66,17 +66,17 @@ struct Thread {
 
   // Happens-before: the thread's own step, and what it is ordered after.
   uint32_t clock = 1;
-  uint32_t arrival_step = 0;  // the step of its last bar.arrive
+  uint32_t arrival_step = 0;        // the step of its last bar.arrive
   const uint32_t* known = nullptr;  // snapshot->clock.data()
   SnapshotRef snapshot;
   ForeignRef foreign;
 
-  std::vector<AsyncCopy> copies;    // not yet landed, oldest first
-  std::vector<uint32_t> groups;     // number of copies in each committed group, oldest first
+  std::vector<AsyncCopy> copies;  // not yet landed, oldest first
+  std::vector<uint32_t> groups;   // number of copies in each committed group, oldest first
   uint32_t num_uncommitted = 0;
 
-  ForeignRef fenced;      // what a fence has made ready for the next relaxed store to publish
-  ForeignRef unfenced;    // what relaxed loads saw and the next fence will acquire
+  ForeignRef fenced;    // what a fence has made ready for the next relaxed store to publish
+  ForeignRef unfenced;  // what relaxed loads saw and the next fence will acquire
 };
 
 // Lanes that wait for the rest of their mask at one warp instruction.
@@ -119,20 +119,26 @@ struct Block {
   int num_live = 0;
 };
 
+struct History {
+  std::vector<uint64_t> cells;   // packed like a Word's
+  std::vector<uint32_t> blocks;  // linear index + 1; 0: none in this launch
+};
+
 struct Region {
   const uint8_t* begin;
   const uint8_t* end;
   bool is_writable;
   std::string name;
-  // Last write of each 4-byte word, by thread; allocated with the first write.
-  std::vector<uint64_t> writer;        // packed like a Word's cell
-  std::vector<uint32_t> writer_block;  // linear index + 1; 0: not written in this launch
+  // Of each 4-byte word the last write and one of the last reads; sized by the first one.
+  History writes;
+  History reads;
 };
 
 struct LaunchConfig {
   uint32_t grid[3];
   uint32_t block[3];
   uint32_t shared_bytes;
+  uint32_t shared_limit;  // bytes a block may have, static arrays included
   uint32_t max_resident;  // blocks that may be on the machine at once; 0: no limit
   uint64_t seed;
   uint32_t fp8_accumulator;   // 0 ada, 1 exact
@@ -210,7 +216,8 @@ void gather_warp(WarpOp op, uint32_t mask, void* args, const char* file, int lin
                  void (*combine)(Thread* warp, uint32_t mask));
 
 // --- memory.cpp ---
-enum AccessKind : int { kRead = 0, kWrite = 1, kAtomic = 2 };
+// kUpdate: a write that reads first.
+enum AccessKind : int { kRead = 0, kWrite = 1, kAtomic = 2, kUpdate = 4 };
 void check_access(Thread& thread, const void* pointer, size_t size, int kind, const void* pc);
 // --- shared.cpp ---
 void check_shared(Thread& thread, uint32_t offset, size_t size, int kind, const void* pc);

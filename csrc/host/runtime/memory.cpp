@@ -19,14 +19,16 @@ namespace vnvfp4_host {
 
 namespace {
 
-const char* verb(int kind) { return kind & kAtomic ? "updates" : kind & kWrite ? "writes" : "reads"; }
+const char* verb(int kind) {
+  return kind & kUpdate ? "updates" : kind & kWrite ? "writes" : "reads";
+}
 
 [[noreturn]] void fail_outside(const uint8_t* address, size_t size, int kind, const void* pc) {
   const Region* nearest = nullptr;
   size_t best = SIZE_MAX;
   for (const Region& region : machine.regions) {
-    const size_t distance = static_cast<size_t>(address < region.begin ? region.begin - address
-                                                                       : address - region.end);
+    const size_t distance =
+        static_cast<size_t>(address < region.begin ? region.begin - address : address - region.end);
     if (distance < best) {
       best = distance;
       nearest = &region;
@@ -60,38 +62,64 @@ Region* find_region(const uint8_t* address) {
   return nullptr;
 }
 
-// Reads of what another thread wrote, and second writes, need a barrier (same block) or a
-// release/acquire pair (another block) in between. Writes after unordered reads are not tracked.
+[[noreturn]] void fail_race(const Thread& thread, const Region& region, size_t offset, size_t size,
+                            int kind, uint64_t cell, uint32_t block, const void* pc) {
+  const bool is_same_block = block == thread.block->linear;
+  fail(pc,
+       "global memory race: %s %zu bytes at byte %zu of '%s', %s by thread %u of %s with no %s in "
+       "between",
+       verb(kind), size, offset, region.name.c_str(), cell & kCellWrite ? "written" : "read",
+       cell_thread(cell), is_same_block ? "this block" : text("block #%u", block).c_str(),
+       is_same_block ? "barrier" : "release and acquire");
+}
+
+// Whether the word's entry, if it concerns these bytes, is ordered before this access.
+bool is_ordered(const Thread& thread, const History& history, size_t word, uint32_t mask,
+                int kind) {
+  const uint32_t block = history.blocks[word];
+  const uint64_t cell = history.cells[word];
+  if (!block || !(cell_mask(cell) & mask)) return true;
+  if ((cell & kCellAtomic) && (kind & kAtomic)) return true;
+  return is_ordered_after(thread, block - 1, cell_thread(cell), cell_step(cell));
+}
+
+void remember(Thread& thread, const Region& region, History& history, size_t word, uint32_t mask,
+              int kind) {
+  if (history.cells.empty()) {
+    const size_t num_words = (static_cast<size_t>(region.end - region.begin) + 3) / 4;
+    history.cells.assign(num_words, 0);
+    history.blocks.assign(num_words, 0);
+  }
+  // Accesses to neighbouring bytes by one thread in one step are one access.
+  uint64_t& cell = history.cells[word];
+  const bool is_same = history.blocks[word] == thread.block->linear + 1 &&
+                       (cell & 0xFFFFFFFFFFFFull) == pack_cell(thread, 0, 0);
+  cell = pack_cell(thread, is_same ? mask | cell_mask(cell) : mask, kind);
+  history.blocks[word] = thread.block->linear + 1;
+}
+
+// An access to what another thread wrote, or a write of what it read, needs a barrier (same block)
+// or a release/acquire pair (another block) in between.
 void check_order(Thread& thread, Region& region, size_t offset, size_t size, int kind,
                  const void* pc) {
-  if (region.writer.empty()) {
-    if (!(kind & kWrite)) return;
-    const size_t num_words = (static_cast<size_t>(region.end - region.begin) + 3) / 4;
-    region.writer.assign(num_words, 0);
-    region.writer_block.assign(num_words, 0);
-  }
   for (size_t word = offset / 4; word * 4 < offset + size; ++word) {
     const size_t first = std::max(offset, word * 4) - word * 4;
     const size_t last = std::min(offset + size, word * 4 + 4) - word * 4;
     const uint32_t mask = ((1u << last) - 1) & ~((1u << first) - 1);
-    const uint64_t cell = region.writer[word];
-    const uint32_t block = region.writer_block[word];
-    if (block && (cell_mask(cell) & mask) && !((cell & kCellAtomic) && (kind & kAtomic)) &&
-        !is_ordered_after(thread, block - 1, cell_thread(cell), cell_step(cell))) {
-      const bool is_same_block = block - 1 == thread.block->linear;
-      fail(pc,
-           "global memory race: %s %zu bytes at byte %zu of '%s', written by thread %u of %s with no "
-           "%s in between",
-           verb(kind), size, offset, region.name.c_str(), cell_thread(cell),
-           is_same_block ? "this block" : text("block #%u", block - 1).c_str(),
-           is_same_block ? "barrier" : "release and acquire");
+    const bool is_write = kind & kWrite;
+    for (const History* history : {&region.writes, &region.reads}) {
+      if (history->cells.empty() || (history == &region.reads && !is_write)) continue;
+      if (is_ordered(thread, *history, word, mask, kind)) continue;
+      fail_race(thread, region, offset, size, kind, history->cells[word], history->blocks[word] - 1,
+                pc);
     }
-    if (!(kind & kWrite)) continue;
-    // Writes of neighbouring bytes by one thread in one step are one write.
-    const bool is_same = block == thread.block->linear + 1 &&
-                         (cell & 0xFFFFFFFFFFFFull) == (pack_cell(thread, 0, 0));
-    region.writer[word] = pack_cell(thread, is_same ? mask | cell_mask(cell) : mask, kind);
-    region.writer_block[word] = thread.block->linear + 1;
+    if (is_write) {
+      remember(thread, region, region.writes, word, mask, kind);
+    } else if (region.reads.cells.empty() || is_ordered(thread, region.reads, word, 0xF, kRead) ||
+               machine.random() % 2) {
+      // Of several unordered reads one is kept, by chance.
+      remember(thread, region, region.reads, word, mask, kind);
+    }
   }
 }
 
@@ -109,8 +137,8 @@ void check_global(Thread& thread, const uint8_t* address, size_t size, int kind,
     fail_outside(address, size, kind, pc);
   }
   if (size > static_cast<size_t>(region->end - address)) {
-    fail(pc, "out of bounds: %s %zu bytes at byte %td of '%s', which has %td bytes", verb(kind), size,
-         address - region->begin, region->name.c_str(), region->end - region->begin);
+    fail(pc, "out of bounds: %s %zu bytes at byte %td of '%s', which has %td bytes", verb(kind),
+         size, address - region->begin, region->name.c_str(), region->end - region->begin);
   }
   if ((kind & kWrite) && !region->is_writable) {
     fail(pc, "writes %zu bytes at byte %td of '%s', which is an input", size,
@@ -140,6 +168,20 @@ void check_access(Thread& thread, const void* pointer, size_t size, int kind, co
 
 namespace {
 
+// The read-only path is not coherent: it may return what was there before the launch.
+void check_unwritten(const uint8_t* address, size_t size, const void* pc) {
+  const Region* region = find_region(address);
+  if (!region || region->writes.cells.empty()) return;
+  const size_t offset = static_cast<size_t>(address - region->begin);
+  for (size_t word = offset / 4; word * 4 < offset + size; ++word) {
+    if (!region->writes.blocks[word]) continue;
+    fail(pc,
+         "non-coherent: ld.global.nc of %zu bytes at byte %zu of '%s', which this launch has "
+         "written: use ld.global",
+         size, offset, region->name.c_str());
+  }
+}
+
 void check_instruction(Space space, const void* pointer, size_t size, int kind, const void* pc) {
   Thread& thread = *machine.current;
   uint32_t offset = 0;
@@ -154,6 +196,7 @@ void check_instruction(Space space, const void* pointer, size_t size, int kind, 
          is_shared ? "shared memory address" : "address", pointer);
   }
   check_access(thread, pointer, size, kind, pc);
+  if (space == kReadOnly) check_unwritten(static_cast<const uint8_t*>(pointer), size, pc);
 }
 
 }  // namespace
@@ -203,30 +246,30 @@ inline void on_volatile(const void* address, size_t size, int kind, const void* 
 }  // namespace
 
 #define VNVFP4_HOOK __attribute__((visibility("hidden"))) void
-#define VNVFP4_SIZED_HOOKS(size)                                                              \
-  VNVFP4_HOOK __tsan_read##size(void* p) {                                                    \
-    on_access(p, size, kRead, __builtin_return_address(0));                                   \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_write##size(void* p) {                                                   \
-    on_access(p, size, kWrite, __builtin_return_address(0));                                  \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_read##size(void* p) {                                          \
-    on_access(p, size, kRead, __builtin_return_address(0));                                   \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_write##size(void* p) {                                         \
-    on_access(p, size, kWrite, __builtin_return_address(0));                                  \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_volatile_read##size(void* p) {                                           \
-    on_volatile(p, size, kRead, __builtin_return_address(0));                                 \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_volatile_write##size(void* p) {                                          \
-    on_volatile(p, size, kWrite, __builtin_return_address(0));                                \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_volatile_read##size(void* p) {                                 \
-    on_volatile(p, size, kRead, __builtin_return_address(0));                                 \
-  }                                                                                           \
-  VNVFP4_HOOK __tsan_unaligned_volatile_write##size(void* p) {                                \
-    on_volatile(p, size, kWrite, __builtin_return_address(0));                                \
+#define VNVFP4_SIZED_HOOKS(size)                               \
+  VNVFP4_HOOK __tsan_read##size(void* p) {                     \
+    on_access(p, size, kRead, __builtin_return_address(0));    \
+  }                                                            \
+  VNVFP4_HOOK __tsan_write##size(void* p) {                    \
+    on_access(p, size, kWrite, __builtin_return_address(0));   \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_read##size(void* p) {           \
+    on_access(p, size, kRead, __builtin_return_address(0));    \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_write##size(void* p) {          \
+    on_access(p, size, kWrite, __builtin_return_address(0));   \
+  }                                                            \
+  VNVFP4_HOOK __tsan_volatile_read##size(void* p) {            \
+    on_volatile(p, size, kRead, __builtin_return_address(0));  \
+  }                                                            \
+  VNVFP4_HOOK __tsan_volatile_write##size(void* p) {           \
+    on_volatile(p, size, kWrite, __builtin_return_address(0)); \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_volatile_read##size(void* p) {  \
+    on_volatile(p, size, kRead, __builtin_return_address(0));  \
+  }                                                            \
+  VNVFP4_HOOK __tsan_unaligned_volatile_write##size(void* p) { \
+    on_volatile(p, size, kWrite, __builtin_return_address(0)); \
   }
 
 extern "C" {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// mma.sync.m16n8k{16,32}.row.col: gathers the lanes' registers into tiles by the PTX ISA's lane maps,
-// multiplies once per warp, and scatters. With g = lane / 4, t = lane % 4 and E elements per 32-bit
-// register:
+// mma.sync.m16n8k{16,32}.row.col: gathers the lanes' registers into tiles by the PTX ISA's lane
+// maps, multiplies once per warp, and scatters. With g = lane / 4, t = lane % 4 and E elements per
+// 32-bit register:
 //   A register r, element i: row g + 8 (r % 2), k = E t + i + 4 E (r / 2)
 //   B register r, element i: k = E t + i + 4 E r, column g
 //   C, D, 32-bit element i:  row g + 8 (i / 2), column 2 t + i % 2

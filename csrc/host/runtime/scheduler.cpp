@@ -19,8 +19,8 @@ constexpr int kMaxIdleRounds = 1000;  // rounds of polling in which no memory ch
 
 int first_lane(const Warp& warp) {
   const int r = warp.rotation;
-  const uint32_t rotated = r ? (warp.runnable >> r | warp.runnable << (kWarpSize - r))
-                             : warp.runnable;
+  const uint32_t rotated =
+      r ? (warp.runnable >> r | warp.runnable << (kWarpSize - r)) : warp.runnable;
   return (__builtin_ctz(rotated) + r) % kWarpSize;
 }
 
@@ -49,9 +49,11 @@ void run_thread() {
   __builtin_unreachable();
 }
 
-void start_thread(Block& block, uint32_t id) {
+// False if the process can map no more stacks.
+bool start_thread(Block& block, uint32_t id) {
   Thread& thread = block.threads[id];
   uint8_t* stack = thread.stack ? thread.stack : acquire_stack();
+  if (!stack) return false;
   thread = Thread();
   thread.stack = stack;
   thread.block = &block;
@@ -62,6 +64,7 @@ void start_thread(Block& block, uint32_t id) {
   thread.snapshot = machine.origin;
   thread.known = machine.origin->clock.data();
   prepare_fiber(thread, run_thread);
+  return true;
 }
 
 void admit_block() {
@@ -85,7 +88,13 @@ void admit_block() {
   for (Barrier& barrier : block->barriers) barrier = Barrier();
   reset_shared(*block);
   for (uint32_t id = 0; id < num_threads; ++id) {
-    start_thread(*block, id);
+    if (!start_thread(*block, id)) {
+      machine.has_failed = true;
+      machine.error =
+          text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
+               machine.kernel, machine.resident.size() + 1);
+      return;
+    }
     block->warps[id / kWarpSize].exists |= 1u << id % kWarpSize;
   }
   for (Warp& warp : block->warps) warp.runnable = warp.exists;
@@ -151,11 +160,11 @@ std::string describe_waiters() {
         what = text("at %s with mask 0x%08x (%s:%d)", name_of(thread.op), thread.mask, thread.file,
                     thread.line);
       } else if (thread.state == State::kAtBarrier) {
-        what = text("at barrier %d (%s:%d), which waits for %d threads", thread.barrier,
-                    thread.file, thread.line,
-                    block->barriers[thread.barrier].expected
-                        ? block->barriers[thread.barrier].expected
-                        : block->num_live);
+        what =
+            text("at barrier %d (%s:%d), which waits for %d threads", thread.barrier, thread.file,
+                 thread.line,
+                 block->barriers[thread.barrier].expected ? block->barriers[thread.barrier].expected
+                                                          : block->num_live);
       } else {
         what = text("polling address %p", thread.polled);
       }

