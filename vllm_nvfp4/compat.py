@@ -59,20 +59,29 @@ def initialize_online_processing(layer: Any) -> None:
     initialize_online_processing(layer)
 
 
-def native_config_class(quant_config: dict[str, Any]) -> type | None:
-    """vLLM's own config class for an NVFP4 checkpoint, or None where it has none."""
+def native_config_class(quant_config: dict[str, Any]) -> Any:
+    """vLLM's own config class for a W4A4 NVFP4 checkpoint, or None where it has none.
+
+    Only 4-bit activations run on FP4 tensor cores; weight-only checkpoints do not gain by them.
+    """
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    method = quant_config.get("quant_method", "")
-    algo = str(
-        quant_config.get("quant_algo") or quant_config.get("quantization", {}).get("quant_algo")
-    )
-    if method.startswith("modelopt"):
-        names = {"MIXED_PRECISION": "modelopt_mixed", "NVFP4": "modelopt_fp4"}
-        return get_quantization_config(names[algo]) if algo in names else None
-    if method == "compressed-tensors":
-        return get_quantization_config("compressed-tensors")
-    return None
+    method = str(quant_config.get("quant_method") or "modelopt")
+    body = quant_config.get("quantization", quant_config)
+    algo = body.get("quant_algo")
+    groups = list((quant_config.get("config_groups") or {}).values())
+    is_weight_only = bool(groups) and not any(_has_4_bit_activations(g) for g in groups)
+    if method.startswith("modelopt") and algo in ("NVFP4", "MIXED_PRECISION"):
+        native = "modelopt_mixed" if algo == "MIXED_PRECISION" else "modelopt_fp4"
+    elif method == "compressed-tensors":
+        native = "compressed-tensors"
+    else:
+        return None
+    return None if is_weight_only else get_quantization_config(native)
+
+
+def _has_4_bit_activations(group: dict[str, Any]) -> bool:
+    return (group.get("input_activations") or {}).get("num_bits") == 4
 
 
 def device_capability() -> tuple[int, int] | None:

@@ -48,7 +48,7 @@ class NvFp4Config(QuantizationConfig):
         self._options: Options | None = None
         self._head_size: int | None = None
 
-    def get_name(self) -> str:
+    def get_name(self) -> Any:
         return METHOD_NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -89,7 +89,8 @@ class NvFp4Config(QuantizationConfig):
         """The options of this engine; read once vLLM's own config is at hand."""
         if self._options is None:
             vllm_config = get_current_vllm_config_or_none()
-            self._options = Options.resolve(vllm_config.additional_config if vllm_config else None)
+            given: Any = vllm_config.additional_config if vllm_config else None
+            self._options = Options.resolve(given)
         return self._options
 
     @property
@@ -139,9 +140,9 @@ def _blackwell_config(config: dict[str, Any]) -> QuantizationConfig | None:
     if native is None:
         return None
     logger.info(
-        "nvfp4: compute capability %d.%d has FP4 tensor cores, so vLLM's own %s serves this "
+        "nvfp4: compute capability %s has FP4 tensor cores, so vLLM's own %s serves this "
         "checkpoint (option native_blackwell)",
-        *capability,
+        capability,
         native.__name__,
     )
     return native.from_config(config)

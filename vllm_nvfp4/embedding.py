@@ -68,7 +68,7 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -80,22 +80,22 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
             check_block_cut(self.prefix, input_size, input_size_per_partition, NVFP4.block_size)
         shape = (sum(output_partition_sizes), input_size_per_partition)
         data = torch.empty(shape, dtype=params_dtype, device="meta")
-        weight = torch.nn.Parameter(data, requires_grad=False)
+        weight: Any = torch.nn.Parameter(data, requires_grad=False)
         weight.nvfp4_role = Role.WEIGHT
         set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
         layer.nvfp4_dtype = params_dtype
         compat.initialize_online_processing(layer)
 
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Make lm_head use the embedding's one copy."""
         del layer.weight
         # In a list, so that torch does not take the embedding for a child of lm_head.
         layer.nvfp4_tied_to = [embed_tokens]
         return layer
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        weight = getattr(layer, "weight", None)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
             return
         del layer.weight
@@ -112,15 +112,13 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
             self.fmt,
         )
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         source = getattr(layer, "nvfp4_tied_to", [layer])[0]
         if self.fmt == NVFP4.name:
             return apply_weight(source, x, bias, self.config.options.activation)
         return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias)
 
-    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         dtype = layer.nvfp4_dtype
         if self.fmt == NVFP4.name:
             return torch.ops.vllm_nvfp4.gather_rows(

@@ -94,7 +94,7 @@ class _CheckpointLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -111,11 +111,13 @@ class _CheckpointLinearMethod(LinearMethodBase):
         shape = (sum(output_partition_sizes), input_size_per_partition)
         loader = extra_weight_attrs.get("weight_loader")
         for tensor in self.spec.tensors:
-            parameter = _parameter(tensor, self.spec, shape, len(output_partition_sizes), loader)
+            parameter: Any = _parameter(
+                tensor, self.spec, shape, len(output_partition_sizes), loader
+            )
             parameter.nvfp4_role = tensor.role
             layer.register_parameter(tensor.name, parameter)
 
-    def take_tensors(self, layer: torch.nn.Module) -> dict[Role, torch.Tensor] | None:
+    def take_tensors(self, layer: Any) -> dict[Role, torch.Tensor] | None:
         """Take the loaded tensors off the layer; None if they were taken before."""
         tensors = {}
         for name, parameter in list(layer.named_parameters(recurse=False)):
@@ -129,7 +131,7 @@ class _CheckpointLinearMethod(LinearMethodBase):
 class NvFp4LinearMethod(_CheckpointLinearMethod):
     """NVFP4 and MXFP4 weights from a checkpoint."""
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if (tensors := self.take_tensors(layer)) is None:
             return
         weight = to_weight(self.spec, tensors, layer.logical_widths, self.prefix)
@@ -140,16 +142,14 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
             layer.hadamard = _frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
         log_path(self.spec, layer.weight_packed.device, self.config.options.activation)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.spec.tensor(Role.PRE_SCALE) is not None:
             x = x * layer.pre_scale.to(x.dtype)
         if self.spec.hadamard_size:
             x = rotate_blocks(x, layer.hadamard)
         return apply_weight(layer, x, bias, self.config.options.activation)
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
         return unpack_weight(layer).dequantize(torch.get_default_dtype())
 
 
@@ -157,16 +157,14 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
 class NvFp4Fp8LinearMethod(_CheckpointLinearMethod):
     """The FP8 layers of a mixed-precision checkpoint."""
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if (tensors := self.take_tensors(layer)) is None:
             return
         weight, row_scale = fp8_to_rows(self.spec, tensors, layer.logical_widths, self.prefix)
         attach_fp8_weight(layer, weight, row_scale)
         log_path(self.spec, weight.device, self.config.options.activation)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.vllm_nvfp4.fp8_linear(x, layer.weight, layer.row_scale, bias)
 
 
@@ -185,7 +183,7 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -196,7 +194,7 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         fmt = FORMATS[self.config.options.online_format]
         check_block_cut(self.prefix, input_size, input_size_per_partition, fmt.block_size)
         layer.logical_widths = output_partition_sizes
-        weight = ModelWeightParameter(
+        weight: Any = ModelWeightParameter(
             data=torch.empty(
                 sum(output_partition_sizes),
                 input_size_per_partition,
@@ -211,8 +209,8 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         compat.initialize_online_processing(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        weight = getattr(layer, "weight", None)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
             return
         del layer.weight
@@ -223,12 +221,10 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         attach_weight(layer, quantized)
         log_path(self.spec, layer.weight_packed.device, options.activation, quantized.fmt.name)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return apply_weight(layer, x, bias, self.config.options.activation)
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
         return unpack_weight(layer).dequantize(torch.get_default_dtype())
 
 
@@ -279,7 +275,7 @@ def check_block_cut(prefix: str, k: int, k_per_rank: int, block_size: int) -> No
     )
 
 
-def attach_weight(layer: torch.nn.Module, weight: BlockScaledWeight) -> None:
+def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     """Register the weight on the layer in kernel order.
 
     The parameter is called ``weight_packed`` because vLLM's LoRA finds a layer's device by it.
@@ -292,14 +288,14 @@ def attach_weight(layer: torch.nn.Module, weight: BlockScaledWeight) -> None:
     layer.nvfp4_format = packed.fmt.name
 
 
-def attach_fp8_weight(layer: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
+def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
     layer.weight = _frozen(weight)
     layer.row_scale = _frozen(scale)
 
 
 def apply_weight(
-    layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None, activation: str
+    layer: Any, x: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """y = x W^T + bias with the weight that :func:`attach_weight` registered."""
     return torch.ops.vllm_nvfp4.linear(
@@ -314,13 +310,15 @@ def apply_weight(
     )
 
 
-def unpack_weight(layer: torch.nn.Module) -> BlockScaledWeight:
+def unpack_weight(layer: Any) -> BlockScaledWeight:
     """The inverse of :func:`attach_weight`."""
+    num_rows, num_cols = layer.nvfp4_shape
     packed = PackedWeight(
         layer.weight_packed.data,
         layer.weight_block_scale.data,
         layer.weight_global_scale.data,
-        *layer.nvfp4_shape,
+        num_rows,
+        num_cols,
         FORMATS[layer.nvfp4_format],
     )
     return ops.backend(packed.codes.device.type).unpack_weight(packed)

@@ -63,7 +63,7 @@ def _lazy_config_class() -> type:
         @classmethod
         def override_quantization_method(
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-        ) -> str | None:
+        ) -> Any:
             asked = user_quant == METHOD_NAME or (
                 user_quant is None and _claims_without_flag(hf_quant_cfg)
             )
@@ -104,16 +104,17 @@ def _patch_engine_args() -> None:
     Environment variables of a plugin are not in that hash, ``additional_config`` is, and there is
     no hook between the command line and the engine.
     """
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine import arg_utils
 
-    create_engine_config = EngineArgs.create_engine_config
-    create_model_config = EngineArgs.create_model_config
+    engine_args: Any = arg_utils.EngineArgs
+    create_engine_config = engine_args.create_engine_config
+    create_model_config = engine_args.create_model_config
 
     @functools.wraps(create_engine_config)
     def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.quantization == METHOD_NAME:
             Options.resolve(self.additional_config)
-        config = create_engine_config(self, *args, **kwargs)
+        config: Any = create_engine_config(self, *args, **kwargs)
         if getattr(config.model_config, "quantization", None) == METHOD_NAME:
             options = Options.resolve(config.additional_config).non_default()
             config.additional_config[METHOD_NAME] = options
@@ -130,8 +131,8 @@ def _patch_engine_args() -> None:
         finally:
             _asked.reset(token)
 
-    EngineArgs.create_engine_config = create_engine_config_with_options
-    EngineArgs.create_model_config = create_model_config_that_asked
+    engine_args.create_engine_config = create_engine_config_with_options
+    engine_args.create_model_config = create_model_config_that_asked
 
 
 def _patch_legacy_modelopt() -> None:
@@ -140,9 +141,10 @@ def _patch_legacy_modelopt() -> None:
     vLLM raises on MIXED_PRECISION, W4A16_NVFP4 and others in this old form before any quantization
     config is asked. The new form, flat and with ``quant_method``, passes.
     """
-    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+    from vllm.transformers_utils import model_arch_config_convertor
 
-    normalize = ModelArchConfigConvertorBase._normalize_quantization_config
+    convertor: Any = model_arch_config_convertor.ModelArchConfigConvertorBase
+    normalize = convertor._normalize_quantization_config
 
     @functools.wraps(normalize)
     def normalize_legacy(self: Any, config: Any) -> Any:
@@ -151,7 +153,7 @@ def _patch_legacy_modelopt() -> None:
             _flatten_legacy_modelopt(quant_config)
         return normalize(self, config)
 
-    ModelArchConfigConvertorBase._normalize_quantization_config = normalize_legacy
+    convertor._normalize_quantization_config = normalize_legacy
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

@@ -49,6 +49,8 @@ def to_weight(
         )
     check_block_scale(block_scale, spec.fmt, f"{layer}.{_name(spec, Role.BLOCK_SCALE)}")
     block_scale = block_scale.view(torch.uint8)
+    if spec.fmt.scale_type == "e4m3":
+        block_scale = torch.where(block_scale == 0x80, 0, block_scale)  # kernels take no sign
     block_scale = block_scale.repeat_interleave(spec.scale_block // spec.fmt.block_size, dim=1)
     if spec.fmt.scale_type == "e4m3":
         block_scale = block_scale.view(torch.float8_e4m3fn)

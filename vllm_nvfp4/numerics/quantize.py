@@ -49,8 +49,8 @@ def _block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.
 _MSE_FACTORS = (1.0, 1.5, 1.25, 1.125, 1.0625, 0.9375, 0.875, 0.8125, 0.75, 1.375, 1.625)
 
 
-# Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch does
-# not split an operation that small over threads, which costs more than the operation.
+# Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch
+# does not split an operation that small over threads, which costs more than the operation.
 _SWEEP_ELEMENTS = 1 << 14
 
 

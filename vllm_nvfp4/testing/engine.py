@@ -42,7 +42,7 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = {
+    defaults: dict[str, Any] = {
         "enforce_eager": True,
         "max_model_len": 128,
         "max_num_seqs": 4,
@@ -50,7 +50,7 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "seed": 0,
     }
-    llm = None
+    llm: Any = None
     try:
         llm = LLM(str(folder), **(defaults | options))
         yield llm

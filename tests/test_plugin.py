@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration with a real vLLM: opt-in, idempotent, lazy, and what it does for each device."""
+
+import subprocess
+import sys
+import textwrap
+from typing import get_args
+
+import pytest
+import torch
+
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, make_legacy
+
+pytestmark = pytest.mark.vllm
+
+
+def run_python(code, **environment):
+    """Run code in a fresh interpreter; its standard output."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    output = run_python(
+        """
+        import sys, vllm_nvfp4
+        print([m for m in ("torch", "vllm", "triton", "cuda", "llvmlite") if m in sys.modules])
+        """
+    )
+    assert output.strip() == "[]"
+
+
+def test_registering_twice_patches_once_and_imports_no_layers():
+    output = run_python(
+        """
+        import sys
+        from vllm.engine.arg_utils import EngineArgs
+        import vllm_nvfp4
+        vllm_nvfp4.register()
+        first = EngineArgs.create_engine_config
+        vllm_nvfp4.register()
+        print("RESULT", EngineArgs.create_engine_config is first,
+              "vllm_nvfp4.config" in sys.modules, "vllm_nvfp4.linear" in sys.modules)
+        """
+    )
+    assert "RESULT True False False" in output
+
+
+def test_builtin_method_of_the_same_name_gives_way():
+    output = run_python(
+        """
+        from typing import Literal, get_args
+        from vllm.model_executor.layers import quantization as q
+        from vllm.config import quantization as online
+        q.QuantizationMethods = Literal[(*get_args(q.QuantizationMethods), "nvfp4")]
+        q.QUANTIZATION_METHODS.append("nvfp4")
+        online._ONLINE_SHORTHANDS["nvfp4"] = None
+        import vllm_nvfp4
+        vllm_nvfp4.register()
+        config = q.get_quantization_config("nvfp4")
+        print("RESULT", config.__name__, "nvfp4" in get_args(q.QuantizationMethods),
+              "nvfp4" in online._ONLINE_SHORTHANDS)
+        """
+    )
+    assert "RESULT LazyNvFp4Config False False" in output
+
+
+@pytest.fixture(scope="module")
+def registered():
+    import vllm_nvfp4
+
+    vllm_nvfp4.register()
+    from vllm.model_executor.layers import quantization
+
+    return quantization.get_quantization_config("nvfp4")
+
+
+def engine_args(folder, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(folder), enforce_eager=True, max_model_len=64, **options)
+
+
+def test_nothing_changes_for_a_model_that_did_not_ask(registered, tmp_path):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    config = engine_args(folder).create_model_config()
+    assert config.quantization == "modelopt_fp4" or config.quantization == "modelopt"
+
+
+def test_auto_takes_an_nvfp4_checkpoint_without_the_flag(registered, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_NVFP4_AUTO", "1")
+    folder = extract_fixture("compressed_tensors/nvfp4a16-llama", tmp_path)
+    assert engine_args(folder).create_model_config().quantization == "nvfp4"
+
+
+def test_auto_leaves_a_foreign_checkpoint_alone(registered, monkeypatch):
+    monkeypatch.setenv("VLLM_NVFP4_AUTO", "1")
+    for foreign in ({"quant_method": "awq"}, {"quant_method": "fp8"}):
+        assert registered.override_quantization_method(foreign, None) is None
+    assert registered.override_quantization_method({"quant_method": "awq"}, "awq") is None
+
+
+def test_environment_options_reach_the_compile_hash(registered, tmp_path, monkeypatch):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    plain = engine_args(folder, quantization="nvfp4").create_engine_config()
+    monkeypatch.setenv("VLLM_NVFP4_LM_HEAD", "fp8")
+    changed = engine_args(folder, quantization="nvfp4").create_engine_config()
+    assert changed.additional_config["nvfp4"] == {"lm_head": "fp8"}
+    assert plain.compute_hash() != changed.compute_hash()
+
+
+def test_wrong_option_is_refused_before_anything_is_read(registered, tmp_path):
+    args = engine_args(
+        tmp_path / "nothing-here",
+        quantization="nvfp4",
+        additional_config={"nvfp4": {"lm_head": "int3"}},
+    )
+    with pytest.raises(ValueError, match="lm_head is 'int3'; needs one of keep, fp8, nvfp4"):
+        args.create_engine_config()
+
+
+def test_legacy_algorithms_pass_with_the_flag_alone(registered, tmp_path):
+    folder = make_legacy(extract_fixture("modelopt/mixed-llama", tmp_path))
+    assert engine_args(folder, quantization="nvfp4").create_model_config().quantization == "nvfp4"
+    with pytest.raises(ValueError, match="Unknown ModelOpt quant algo"):
+        engine_args(folder).create_model_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "native"),
+    [
+        ("modelopt/nvfp4-kv8-llama", "ModelOptNvFp4Config"),
+        ("compressed_tensors/nvfp4-kv8-llama", "CompressedTensorsConfig"),
+        ("modelopt/w4a16-llama", "NvFp4Config"),
+        ("compressed_tensors/nvfp4a16-llama", "NvFp4Config"),
+        ("fp_quant/nvfp4-llama", "NvFp4Config"),
+    ],
+)
+def test_blackwell_gets_vllms_own_kernels(registered, name, native, tmp_path, monkeypatch):
+    from vllm_nvfp4 import compat
+
+    monkeypatch.setattr(compat, "device_capability", lambda: (10, 0))
+    folder = extract_fixture(name, tmp_path)
+    args = engine_args(folder, quantization="nvfp4")
+    config = args.create_model_config().hf_config.quantization_config
+    assert type(registered.from_config(config)).__name__ == native
+    monkeypatch.setenv("VLLM_NVFP4_NATIVE_BLACKWELL", "0")
+    assert type(registered.from_config(config)).__name__ == "NvFp4Config"
+    monkeypatch.delenv("VLLM_NVFP4_NATIVE_BLACKWELL")
+    monkeypatch.setattr(compat, "device_capability", lambda: (8, 9))
+    assert type(registered.from_config(config)).__name__ == "NvFp4Config"
+
+
+def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
+    from vllm_nvfp4 import compat, kv_cache
+
+    for capability, head, expected in (
+        ((8, 9), 128, True),
+        ((8, 6), 128, False),
+        ((9, 0), 80, True),
+    ):
+        monkeypatch.setattr(compat, "device_capability", lambda c=capability: c)
+        assert (kv_cache.default_scheme("auto", head) is not None) is expected
+        assert kv_cache.default_scheme("keep", head) is None
+        assert kv_cache.default_scheme("fp8", head) is not None
+    monkeypatch.setattr(compat, "device_capability", lambda: None)
+    assert kv_cache.default_scheme("auto", 80) is None
+
+
+def test_tensor_parallel_cut_through_a_block_is_refused():
+    from vllm_nvfp4.linear import check_block_cut
+
+    check_block_cut("layer", 96, 48, 16)
+    with pytest.raises(CheckpointError, match=r"K=96 cut over 4 ranks, 24 each.*divides 6"):
+        check_block_cut("layer", 96, 24, 16)
+    with pytest.raises(CheckpointError, match=r"found K=90; needed a multiple of the block of 16"):
+        check_block_cut("layer", 90, 90, 16)
+
+
+def test_mixture_of_experts_is_refused_by_name(registered):
+    from vllm_nvfp4.config import NvFp4Config
+
+    class RoutedExperts(torch.nn.Module):
+        pass
+
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.*no NVFP4 kernel"):
+        NvFp4Config().get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+
+
+def test_tied_options_must_agree():
+    from vllm_nvfp4.config import NvFp4Config
+    from vllm_nvfp4.embedding import tied_format
+    from vllm_nvfp4.options import Options
+
+    config = NvFp4Config()
+    config._options = Options(lm_head="fp8")
+    assert tied_format(config) == "fp8"
+    config._options = Options(lm_head="fp8", embedding="nvfp4")
+    with pytest.raises(ValueError, match="are one tensor"):
+        tied_format(config)
+
+
+def test_a_damaged_checkpoint_ends_before_loading(registered, tmp_path):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    edit_json(folder / "config.json", lambda c: c["quantization_config"].update(quant_algo="NVFP5"))
+    with pytest.raises(ValueError, match=r"NVFP5"):
+        engine_args(folder, quantization="nvfp4").create_engine_config()
+
+
+def test_register_is_in_the_table_of_methods(registered):
+    from vllm.model_executor.layers import quantization
+
+    assert "nvfp4" in quantization.QUANTIZATION_METHODS
+    assert "nvfp4" not in get_args(quantization.QuantizationMethods)
