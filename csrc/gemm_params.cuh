@@ -9,6 +9,8 @@ enum class Dtype { kBf16, kFp16 };
 enum class Format { kNvfp4, kMxfp4 };
 // The type in which FP8 MMA delivers the sum of one block (gemm_w4a8.cuh).
 enum class Partial { kF32, kF16 };
+// Whether the weights pass through shared memory (pipeline.cuh) or not (weight_stream.cuh).
+enum class Weights { kShared, kStreamed };
 
 // y[m, n] = a_scale[m] * global_scale[n] * sum_k a[m, k] * code[n, k] * block_scale[n, k] + bias[n]
 struct GemmParams {
@@ -30,11 +32,12 @@ struct GemmParams {
 // depth. WARPS_K > 1 deals the packed tiles of a K step out among groups of warps.
 template <Dtype kDtypeValue, Format kFormatValue, int kBlockM, int kBlockN, int kBlockK,
           int kStagesValue, int kWarpsMValue, int kWarpsNValue, int kWarpsKValue,
-          Partial kPartialValue = Partial::kF32>
+          Partial kPartialValue = Partial::kF32, Weights kWeightsValue = Weights::kShared>
 struct GemmConfig {
   static constexpr Dtype kDtype = kDtypeValue;
   static constexpr Format kFormat = kFormatValue;
   static constexpr Partial kPartial = kPartialValue;
+  static constexpr bool kStreamsWeights = kWeightsValue == Weights::kStreamed;
   static constexpr int BLOCK_M = kBlockM, BLOCK_N = kBlockN, BLOCK_K = kBlockK;
   static constexpr int kStages = kStagesValue;
   static constexpr int kWarpsM = kWarpsMValue, kWarpsN = kWarpsNValue, kWarpsK = kWarpsKValue;

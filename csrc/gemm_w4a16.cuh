@@ -8,6 +8,7 @@
 
 #include "dequant.cuh"
 #include "epilogue.cuh"
+#include "weight_stream.cuh"
 
 namespace w4a16 {
 
@@ -105,7 +106,7 @@ __device__ __forceinline__ void unscaled_fragment(uint32_t codes, uint32_t (&a)[
 template <class Config>
 __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c,
                                                const uint4 (&codes)[Config::kRowTiles],
-                                               const uint32_t (&scales)[Config::kRowTiles],
+                                               const uint2 (&scales)[Config::kRowTiles],
                                                uint32_t activations, int first_column) {
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
       unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block), a[0]);
       unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block + 1), a[1]);
       float scale[2][2];
-      dequant::e8m0_scales_f32(scales[r], scale);
+      dequant::e8m0_scales_f32(scales[r].x, scale);
 #pragma unroll
       for (int i = 0; i < Config::kTokenTiles; ++i) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -131,39 +132,66 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
   }
 }
 
-// The packed tiles of one K step that fall to this warp.
+// One packed tile of K for this warp.
+template <class Config>
+__device__ __forceinline__ void multiply_tile(epilogue::Accumulators<Config>& c,
+                                              const uint4 (&codes)[Config::kRowTiles],
+                                              const uint2 (&scales)[Config::kRowTiles],
+                                              uint32_t activations, int tile_k) {
+  const int first_column = tile_k * fragments::kTileK;
+  if constexpr (Config::kFormat == Format::kNvfp4) {
+    multiply_nvfp4<Config>(c, codes, scales, activations, first_column);
+  } else {
+    multiply_mxfp4<Config>(c, codes, scales, activations, first_column);
+  }
+}
+
+// The warp's tokens in a stage.
+template <class Config>
+__device__ __forceinline__ uint32_t warp_activations(uint32_t stage) {
+  const fragments::WarpPlace<Config> place;
+  return stage + Stage<Config>::kActivations + place.m * Config::WARP_M * Stage<Config>::kRowPitch;
+}
+
+// The packed tiles of one K step that fall to this warp, from shared memory.
 template <class Config>
 __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
   using S = Stage<Config>;
   const fragments::WarpPlace<Config> place;
-  const uint32_t activations = stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
 #pragma unroll
   for (int i = 0; i < S::kTilesK / Config::kWarpsK; ++i) {
     const int tile_k = i * Config::kWarpsK + place.k;
     uint4 codes[Config::kRowTiles];
+    uint2 scales[Config::kRowTiles];
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
       const int tile_n = place.n * Config::kRowTiles + r;
       codes[r] = ptx::ld_shared_v4(stage + S::codes(tile_n, tile_k) + fragments::code_offset());
-    }
-    if constexpr (Config::kFormat == Format::kNvfp4) {
-      uint2 scales[Config::kRowTiles];
-#pragma unroll
-      for (int r = 0; r < Config::kRowTiles; ++r) {
-        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k);
-        scales[r] = ptx::ld_shared_v2(stage + at + fragments::scale_offset<Config::kFormat>());
+      const uint32_t scale =
+          stage + S::scales(tile_n, tile_k) + fragments::scale_offset<Config::kFormat>();
+      if constexpr (Config::kFormat == Format::kNvfp4) {
+        scales[r] = ptx::ld_shared_v2(scale);
+      } else {
+        scales[r] = make_uint2(ptx::ld_shared_u32(scale), 0);
       }
-      multiply_nvfp4<Config>(c, codes, scales, activations, tile_k * fragments::kTileK);
-    } else {
-      uint32_t scales[Config::kRowTiles];
-#pragma unroll
-      for (int r = 0; r < Config::kRowTiles; ++r) {
-        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k);
-        scales[r] = ptx::ld_shared_u32(stage + at + fragments::scale_offset<Config::kFormat>());
-      }
-      multiply_mxfp4<Config>(c, codes, scales, activations, tile_k * fragments::kTileK);
     }
+    multiply_tile<Config>(c, codes, scales, warp_activations<Config>(stage), tile_k);
   }
+}
+
+// The same from registers, where every tile's place is taken by the next step's.
+template <class Config>
+__device__ __forceinline__ void compute_step(uint32_t stage,
+                                             pipeline::WeightStream<Config>& weights,
+                                             epilogue::Accumulators<Config>& c) {
+  const fragments::WarpPlace<Config> place;
+#pragma unroll
+  for (int i = 0; i < pipeline::WeightStream<Config>::kDepth; ++i) {
+    multiply_tile<Config>(c, weights.codes[i], weights.scales[i], warp_activations<Config>(stage),
+                          i * Config::kWarpsK + place.k);
+    weights.load_next(i);
+  }
+  weights.advance();
 }
 
 template <class Config>
@@ -171,8 +199,14 @@ __device__ __forceinline__ void run(const GemmParams& p) {
   const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
   const pipeline::Work<Config> work(p);
   epilogue::Accumulators<Config> accumulators = {};
-  pipeline::run<Config, Stage<Config>>(
-      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  if constexpr (Config::kStreamsWeights) {
+    pipeline::WeightStream<Config> weights(p, work);
+    pipeline::run<Config, Stage<Config>>(
+        smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, weights, accumulators); });
+  } else {
+    pipeline::run<Config, Stage<Config>>(
+        smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  }
   epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
 }
 

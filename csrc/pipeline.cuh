@@ -7,8 +7,9 @@
 
 namespace pipeline {
 
-// Shared memory of one stage: codes, block scales, activation rows. Rows are padded by kRowPad
-// bytes so that the rows a warp reads together fall into different banks.
+// Shared memory of one stage: codes and block scales (unless they are streamed), activation rows.
+// Rows are padded by kRowPad bytes so that the rows a warp reads together fall into different
+// banks.
 template <class Config, int kElementBytesValue, int kRowPad>
 struct Stage {
   static constexpr int kElementBytes = kElementBytesValue;
@@ -18,8 +19,9 @@ struct Stage {
   static constexpr int kRowBytes = Config::BLOCK_K * kElementBytes;
   static constexpr int kRowPitch = kRowBytes + kRowPad;
   static constexpr int kCodes = 0;
-  static constexpr int kScales = kCodes + kTilesN * kTilesK * fragments::kTileCodeBytes;
-  static constexpr int kActivations = kScales + kTilesN * kTilesK * kScaleTileBytes;
+  static constexpr int kTiles = Config::kStreamsWeights ? 0 : kTilesN * kTilesK;
+  static constexpr int kScales = kCodes + kTiles * fragments::kTileCodeBytes;
+  static constexpr int kActivations = kScales + kTiles * kScaleTileBytes;
   static constexpr int kBytes = kActivations + Config::BLOCK_M * kRowPitch;
 
   // Where a packed tile starts in a stage.
@@ -156,8 +158,10 @@ class Loader {
         columns_left_(p.k - work.first_step * Config::BLOCK_K) {}
 
   __device__ __forceinline__ void load_next(uint32_t stage) {
-    codes_.copy_step(stage, columns_left_);
-    scales_.copy_step(stage, columns_left_);
+    if constexpr (!Config::kStreamsWeights) {
+      codes_.copy_step(stage, columns_left_);
+      scales_.copy_step(stage, columns_left_);
+    }
     activations_.copy_step(stage, columns_left_);
     columns_left_ -= Config::BLOCK_K;
   }

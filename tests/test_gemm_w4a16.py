@@ -137,11 +137,9 @@ FAULTS = [
     ),
     ("semaphore left as it is", "if (is_last) ptx::st_release_gpu(semaphore, 0);", ""),
     ("tokens read past the last one", "kRepeats || row < source.num_rows", "true"),
-    (
-        "weights read past the last row",
-        "min(Column::row(i), source.num_rows - 1)",
-        "Column::row(i)",
-    ),
+    ("weights read past the last row", "min(first_tile_n + r, tiles_n - 1)", "(first_tile_n + r)"),
+    ("weights read past the last tile", "if (i * Config::kWarpsK >= tiles_left_) return;", ""),
+    ("weights of the step before", "    weights.load_next(i);\n", ""),
     ("columns read past the last one", "= column < columns_left;", "= true;"),
     ("lane map of the groups", "return lane() / 4; }", "return lane() % 8; }"),
     ("fragment registers swapped", "a[2] = e2m1_pair<kDtype>(q);", "a[1] = e2m1_pair<kDtype>(q);"),
@@ -152,9 +150,32 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("what", "text", "replacement"), FAULTS, ids=[f[0] for f in FAULTS])
+# Only where the weights pass through shared memory.
+SHARED_FAULTS = [
+    (
+        "shared weights read past the last row",
+        "min(Column::row(i), source.num_rows - 1)",
+        "Column::row(i)",
+    ),
+    ("weights used before they land", "cp_async_wait<kStages - 2>()", "cp_async_wait<3>()"),
+    (
+        "tile of the wrong row",
+        "return kCodes + (tile_n * kTilesK + tile_k)",
+        "return kCodes + (tile_k)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "replacement"),
+    FAULTS + SHARED_FAULTS,
+    ids=[f[0] for f in FAULTS + SHARED_FAULTS],
+)
 def test_planted_faults_are_noticed(what: str, text: str, replacement: str) -> None:
-    config = smallest("gemm_w4a16", "nvfp4", "bf16")
+    streams = (what, text, replacement) in FAULTS
+    config = next(
+        c for c in CONFIGS if (c.fmt_name, c.dtype, c.streams_weights) == ("nvfp4", "bf16", streams)
+    )
     module = build_host([config], edits=[(text, replacement)])
     # Four K steps a split: the last one lies where the epilogue puts its tile.
     weight = make_weight(config, 72, 7 * config.block_k + 16)

@@ -18,6 +18,10 @@ from vllm_nvfp4.numerics.formats import FORMATS, BlockFormat
 TILE_N = 16
 TILE_K = 64
 
+# Up to this many tokens the weights are streamed: then no two warps unpack the same ones, and
+# shared memory would only cost instructions.
+STREAMING_BLOCK_M = 16
+
 # One block may use 99 KB of shared memory on sm_86, sm_89 and sm_120 (more elsewhere).
 MAX_SMEM_BYTES = 99 * 1024
 
@@ -106,6 +110,8 @@ class GemmConfig:
                 GeForce cards; opt-in, about 2e-4 relative
                 "imma": the exact variant's schedule with integer MMA, for timing on GPUs without
                 native FP8 mma.sync; its results mean nothing and it is not shipped
+    streams_weights: the weights go from global memory straight to registers, not through the
+                pipeline's shared memory
     """
 
     stem: str
@@ -120,6 +126,7 @@ class GemmConfig:
     warps_k: int
     blocks_per_sm: int
     variant: str = "exact"
+    streams_weights: bool = False
 
     @property
     def fmt(self) -> BlockFormat:
@@ -128,7 +135,8 @@ class GemmConfig:
     @property
     def symbol(self) -> str:
         """The C name: sm89_<format>_<stem>_<dtype>_m<tokens>n<rows>k<step>s<stages>_w<m>x<n>x<k>"""
-        variant = "" if self.variant == "exact" else f"_{self.variant}"
+        variant = "_streamed" if self.streams_weights else ""
+        variant += "" if self.variant == "exact" else f"_{self.variant}"
         return (
             f"sm89_{self.fmt_name}_{self.stem}_{self.dtype}"
             f"_m{self.block_m}n{self.block_n}k{self.block_k}s{self.stages}"
@@ -149,7 +157,7 @@ class GemmConfig:
             f"using {config} = GemmConfig<"
             f"Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
             f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
-            f" {self.warps_m}, {self.warps_n}, {self.warps_k}, Partial::{self._partial}>;\n"
+            f" {self.warps_m}, {self.warps_n}, {self.warps_k}, {self._options}>;\n"
             f"static_assert(sizeof(GemmParams) == {ctypes.sizeof(GemmParams)},\n"
             '              "configs.py and gemm_params.cuh disagree about the parameters");\n'
             f"static_assert({space}::Smem<{config}>::kBytes == {self.smem_bytes},\n"
@@ -161,8 +169,10 @@ class GemmConfig:
         )
 
     @property
-    def _partial(self) -> str:
-        return "kF16" if self.variant == "f16_partials" else "kF32"
+    def _options(self) -> str:
+        partial = "kF16" if self.variant == "f16_partials" else "kF32"
+        weights = "kStreamed" if self.streams_weights else "kShared"
+        return f"Partial::{partial}, Weights::{weights}"
 
     @property
     def num_warps(self) -> int:
@@ -184,8 +194,8 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         """Shared memory of one pipeline stage: codes, block scales, activations."""
-        codes = self.block_n * self.block_k // 2
-        scales = self.block_n * self.block_k // self.fmt.block_size
+        weights = 0 if self.streams_weights else self.block_n * self.block_k
+        codes, scales = weights // 2, weights // self.fmt.block_size
         row = self.block_k * self.activation_bytes + _ROW_PAD_BYTES[self.stem]
         return codes + scales + self.block_m * row
 
@@ -237,25 +247,33 @@ class QuantizeConfig:
 
 def _gemm_configs() -> tuple[GemmConfig, ...]:
     # (block_m, block_n, block_k, stages, warps_m, warps_n, warps_k, blocks_per_sm)
-    w4a16 = (
-        (8, 64, 256, 3, 1, 2, 2, 2),
-        (8, 128, 128, 4, 1, 4, 2, 2),
-        (16, 64, 128, 4, 1, 2, 2, 2),
-        (16, 128, 128, 3, 1, 4, 2, 2),
+    w4a16 = [
+        (8, 64, 256, 3, 1, 2, 2, 4),
+        (8, 128, 256, 3, 1, 4, 2, 2),
+        (16, 64, 256, 3, 1, 2, 2, 3),
+        (16, 128, 256, 3, 1, 4, 2, 2),
         (32, 128, 128, 4, 1, 4, 2, 1),
-        (64, 128, 128, 3, 2, 4, 1, 1),
+        (64, 128, 128, 3, 1, 4, 2, 1),
         (128, 128, 64, 3, 2, 4, 1, 1),
-    )
-    w4a8 = (
+    ]
+    w4a8 = [
         (64, 128, 64, 4, 1, 4, 1, 2),
         (128, 128, 128, 3, 2, 4, 1, 1),
+    ]
+    # MXFP4 keeps the sums of a block beside the accumulators: here a shorter step makes room.
+    w4a16_mxfp4 = [t if t[:2] != (16, 128) else (16, 128, 128, 4, 1, 4, 2, 2) for t in w4a16]
+    families = (
+        ("gemm_w4a16", "nvfp4", "exact", w4a16),
+        ("gemm_w4a16", "mxfp4", "exact", w4a16_mxfp4),
+        ("gemm_w4a8", "nvfp4", "exact", w4a8),
+        ("gemm_w4a8", "mxfp4", "exact", w4a8),
+        ("gemm_w4a8", "nvfp4", "f16_partials", w4a8),
+        ("gemm_w4a8", "mxfp4", "f16_partials", w4a8),
     )
     return tuple(
-        GemmConfig(stem, dtype, fmt, *tile, variant)
-        for stem, tiles in (("gemm_w4a16", w4a16), ("gemm_w4a8", w4a8))
+        GemmConfig(stem, dtype, fmt, *tile, variant, tile[0] <= STREAMING_BLOCK_M)
+        for stem, fmt, variant, tiles in families
         for tile in tiles
-        for variant in (("exact", "f16_partials") if stem == "gemm_w4a8" else ("exact",))
-        for fmt in ("nvfp4", "mxfp4")
         for dtype in ("bf16", "fp16")
     )
 

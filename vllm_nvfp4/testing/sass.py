@@ -224,6 +224,8 @@ def problems(
     if any(not name.startswith(opcode) for name in strangers):
         found.append(f"MMAs other than {opcode}: {dict(strangers)}")
     copies = Counter(i.opcode for i in machine.instructions if i.opcode.startswith("LDGSTS"))
+    if config.streams_weights and not machine.count("LDG.E.128"):
+        found.append("no 16-byte loads of weights")
     if not copies or any(not name.endswith(".128") for name in copies):
         found.append(f"copies to shared memory other than 16 bytes: {dict(copies)}")
     if config.stem == "gemm_w4a8" and config.variant == "exact":
