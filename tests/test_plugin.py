@@ -178,7 +178,7 @@ def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
 
 
 def test_tensor_parallel_cut_through_a_block_is_refused():
-    from vllm_nvfp4.linear import check_block_cut
+    from vllm_nvfp4.weights import check_block_cut
 
     check_block_cut("layer", 96, 48, 16)
     with pytest.raises(CheckpointError, match=r"K=96 cut over 4 ranks, 24 each.*divides 6"):
