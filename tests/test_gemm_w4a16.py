@@ -23,9 +23,9 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
 from vllm_nvfp4.testing.host_gemm import (
     DTYPES,
     SemaphoreError,
-    all_kernels,
     build_host,
     run_gemm,
+    shipped,
 )
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine
 from vllm_nvfp4.testing.metrics import compare_linear
@@ -46,7 +46,7 @@ def test_odd_shapes_match_float64(config: GemmConfig) -> None:
         weight = make_weight(config, n, k)
         a = make_activations(config, m, k)
         bias = make_activations(config, 1, n, seed=2)[0] if n % 8 else None
-        y = run_gemm(all_kernels(), config, a, pack_weight(weight), bias=bias, splits=splits)
+        y = run_gemm(shipped(config), config, a, pack_weight(weight), bias=bias, splits=splits)
         found = compare_linear(y, a, weight, bias)
         assert found.is_match, f"{config.symbol} M={m} N={n} K={k} splits={splits}: {found.report}"
 
@@ -60,7 +60,7 @@ def test_data_of_every_kind(fmt_name: str, dtype: str, distribution: str, accumu
     weight = make_weight(config, 64, 1024)
     a = make_activations(config, 5, 1024, distribution)
     machine = HostMachine(half_accumulator=accumulator)
-    y = run_gemm(all_kernels(), config, a, pack_weight(weight), splits=2, machine=machine)
+    y = run_gemm(shipped(config), config, a, pack_weight(weight), splits=2, machine=machine)
     found = compare_linear(y, a, weight)
     assert found.is_match, found.report
 
@@ -78,7 +78,7 @@ def test_every_code_times_every_block_scale(fmt_name: str, dtype: str) -> None:
     scale = scale.view(torch.float8_e4m3fn) if fmt.scale_type == "e4m3" else scale
     weight = BlockScaledWeight(pack_codes(codes), scale, torch.ones(rows), fmt)
     a = torch.eye(fmt.block_size, dtype=DTYPES[dtype])
-    y = run_gemm(all_kernels(), config, a, pack_weight(weight))
+    y = run_gemm(shipped(config), config, a, pack_weight(weight))
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64)
     table = torch.cat([values, -values])
     expected = table[codes[0].long()][:, None] * decode_block_scale(scale, fmt, torch.float64).T
@@ -94,7 +94,7 @@ def test_mxfp4_scales_at_both_ends_keep_their_sums() -> None:
     a = torch.ones(2, 96, dtype=torch.bfloat16)
     a[:, :64] = 2.0**-40
     a[:, 64:] = 2.0**100
-    y = run_gemm(all_kernels(), config, a, pack_weight(weight))
+    y = run_gemm(shipped(config), config, a, pack_weight(weight))
     assert torch.equal(y.double(), reference_linear(a, weight))
 
 
@@ -105,7 +105,7 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     packed = pack_weight(make_weight(config, 40, k))
     a = make_activations(config, 9, k)
     results = [
-        run_gemm(all_kernels(), config, a, packed, splits=4, machine=HostMachine(seed=seed))
+        run_gemm(shipped(config), config, a, packed, splits=4, machine=HostMachine(seed=seed))
         for seed in range(3)
     ]
     assert torch.equal(results[0], results[1])

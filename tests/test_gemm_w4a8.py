@@ -23,7 +23,7 @@ from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
-from vllm_nvfp4.testing.host_gemm import DTYPES, all_kernels, build_host, run_gemm
+from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, shipped
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
 from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance
 
@@ -69,7 +69,7 @@ def test_odd_shapes_match_float64(config: GemmConfig) -> None:
         weight = make_weight(config, n, k)
         a = make_activations(config, m, k)
         bias = make_activations(config, 1, n, seed=2)[0] if n % 8 else None
-        _, loss = run_and_compare(all_kernels(), config, a, weight, bias, splits)
+        _, loss = run_and_compare(shipped(config), config, a, weight, bias, splits)
         limit = MAX_LOSS if config.variant == "exact" else MAX_LOSS_F16
         assert loss <= limit, f"{config.symbol} M={m} N={n} K={k} splits={splits}: {loss}"
 
@@ -86,7 +86,7 @@ def test_data_of_every_kind(
     config = smallest("gemm_w4a8", fmt_name, dtype, variant)
     weight = make_weight(config, 64, 2048)
     a = make_activations(config, 5, 2048, distribution)
-    _, loss = run_and_compare(all_kernels(), config, a, weight, splits=2)
+    _, loss = run_and_compare(shipped(config), config, a, weight, splits=2)
     assert loss <= limit
 
 
@@ -103,7 +103,7 @@ def test_positive_data_has_no_bias_and_a_chain_would_be_caught() -> None:
     config = smallest("gemm_w4a8", "nvfp4", "fp16")
     weight = positive_weight(32, 4096)
     a = make_activations(config, 4, 4096, "all_positive")
-    y, loss = run_and_compare(all_kernels(), config, a, weight)
+    y, loss = run_and_compare(shipped(config), config, a, weight)
     assert loss <= MAX_LOSS
     reference = reference_linear(a, weight, activation_bits=8)
     assert abs(float((y.double() / reference - 1).mean())) < MAX_LOSS
@@ -135,7 +135,7 @@ def test_every_code_times_every_block_scale(fmt_name: str) -> None:
     weight = BlockScaledWeight(pack_codes(codes), scale, torch.ones(rows), fmt)
     one_hot = torch.eye(fmt.block_size).to(torch.float8_e4m3fn)
     a_scale = torch.ones(fmt.block_size)
-    y = run_gemm(all_kernels(), config, one_hot, pack_weight(weight), a_scale=a_scale)
+    y = run_gemm(shipped(config), config, one_hot, pack_weight(weight), a_scale=a_scale)
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64)
     table = torch.cat([values, -values])
     expected = table[codes[0].long()][:, None] * decode_block_scale(scale, fmt, torch.float64).T
@@ -148,9 +148,9 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     weight = make_weight(config, 40, k)
     a = make_activations(config, 9, k)
     results = [
-        run_and_compare(all_kernels(), config, a, weight, splits=4, machine=HostMachine(seed=seed))[
-            0
-        ]
+        run_and_compare(
+            shipped(config), config, a, weight, splits=4, machine=HostMachine(seed=seed)
+        )[0]
         for seed in range(3)
     ]
     assert torch.equal(results[0], results[1])

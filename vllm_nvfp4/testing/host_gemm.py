@@ -150,7 +150,14 @@ def run_quantize(
     return q.view(torch.float8_e4m3fn), a_scale
 
 
-@lru_cache(maxsize=1)
-def all_kernels() -> HostModule:
-    """Every shipped configuration in one module."""
-    return build_host(configs.ALL_CONFIGS)
+def shipped(config: configs.KernelConfig) -> HostModule:
+    """The module that holds ``config`` and its family: compiled at its first use."""
+    if isinstance(config, QuantizeConfig):
+        return _family(config.stem, "")
+    return _family(config.stem, config.fmt_name)
+
+
+@lru_cache
+def _family(stem: str, fmt_name: str) -> HostModule:
+    kernels = [c for c in configs.ALL_CONFIGS if c.stem == stem]
+    return build_host([c for c in kernels if getattr(c, "fmt_name", "") == fmt_name])
