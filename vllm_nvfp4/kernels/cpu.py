@@ -11,21 +11,20 @@ import torch
 
 from vllm_nvfp4.kernels.cpu_dispatch import (
     OUT_NAME,
-    compile_kernel,
+    decode_kernel,
     fp4_bf16_dot,
     fp4_kernel,
     fp8_bf16_dot,
+    fp8_dequantize_kernel,
     fp8_kernel,
-    gather_kernel,
     has_fast_bf16_matmul,
     round_kernel,
     warm_up,
     warm_up_fp8,
 )
 from vllm_nvfp4.kernels.cpu_emit import ARGS
-from vllm_nvfp4.kernels.cpu_fp4 import Fp4Spec
-from vllm_nvfp4.kernels.cpu_fp8 import STEP, Fp8Spec
-from vllm_nvfp4.kernels.cpu_jit import host_cpu, thread_pool
+from vllm_nvfp4.kernels.cpu_fp8 import STEP
+from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
 
@@ -223,9 +222,9 @@ def _dequantize_rows(
     fmt, k = packed.fmt, packed.num_cols
     group, end = first // ROWS, -(-last // ROWS)
     y = torch.empty(k, (end - group) * ROWS, dtype=dtype)
-    spec = Fp4Spec("dequantize", fmt.scale_type, fmt.block_size, 1, OUT_NAME[dtype], False)
+    function = decode_kernel("dequantize", fmt, OUT_NAME[dtype])
     weight = (packed.codes[group:end], packed.block_scale[group:end], packed.global_scale)
-    _run(compile_kernel(spec, host_cpu()), _product_shape(1, y.shape[1], k), weight, _ONE, y)
+    _run(function, _product_shape(1, y.shape[1], k), weight, _ONE, y)
     return y[:, : last - first]
 
 
@@ -233,7 +232,7 @@ def _dequantize_fp8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """e4m3 bytes [R, K] as numbers, exactly. torch's own cast goes element by element."""
     n, k = weight.shape
     y = torch.empty(n, k, dtype=dtype)
-    function = compile_kernel(Fp8Spec("dequantize", 1, OUT_NAME[dtype], False), host_cpu())
+    function = fp8_dequantize_kernel(OUT_NAME[dtype])
     _run(function, _product_shape(1, n, k), (weight, weight, _ONE), _ONE, y)
     return y
 
@@ -274,7 +273,7 @@ def gather_rows(packed: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> 
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < n:
         raise ValueError(f"gather_rows: ids run {int(rows.min())}..{int(rows.max())} of 0..{n - 1}")
     y = torch.empty(rows.numel(), k, dtype=dtype)
-    kernel = gather_kernel(fmt, OUT_NAME[dtype])
+    kernel = decode_kernel("gather", fmt, OUT_NAME[dtype])
     weight = (packed.codes, packed.block_scale, packed.global_scale)
     m = rows.numel()
     _run(kernel, _Shape(m, n, k, m), weight, rows, y)
