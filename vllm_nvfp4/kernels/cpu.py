@@ -23,7 +23,7 @@ from vllm_nvfp4.kernels.cpu_dispatch import (
     warm_up_fp8,
 )
 from vllm_nvfp4.kernels.cpu_emit import ARGS
-from vllm_nvfp4.kernels.cpu_fp8 import STEP
+from vllm_nvfp4.kernels.cpu_fp8 import panel_bytes
 from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
@@ -49,6 +49,7 @@ _MATMUL_TOKENS = 48
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
+_SPREAD_TOKENS = 6
 
 
 def linear(
@@ -88,8 +89,9 @@ def linear(
 
         return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
     function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[out_dtype], bf16_dot)
-    scratch = torch.get_num_threads() * k * ROWS if is_panel else 0
+    scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
     weight = (packed.codes, packed.block_scale, packed.global_scale)
+    a = _spread_rows(a)
     _run(function, _product_shape(m, n, k), weight, a, y, a_scale, bias, scratch)
     return y
 
@@ -136,8 +138,9 @@ def fp8_linear(
 
         return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
     function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot)
-    scratch = torch.get_num_threads() * ROWS * (-(-k // STEP) * STEP) if is_panel else 0
+    scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
     weights = (weight, weight, row_scale)
+    a = _spread_rows(a)
     _run(function, _product_shape(m, n, k), weights, a, y, None, bias, scratch)
     return y
 
@@ -165,6 +168,20 @@ def _product_shape(m: int, n: int, k: int) -> _Shape:
     return _Shape(m, n, k, -(-n // ROWS))
 
 
+def _spread_rows(a: torch.Tensor) -> torch.Tensor:
+    """The same rows, with a cache line between them where they would share cache sets.
+
+    A first-level cache keeps eight lines that are a multiple of 4096 bytes apart, and a tile of
+    tokens reads more rows than that side by side.
+    """
+    m, k = a.shape
+    if m < _SPREAD_TOKENS or k * a.element_size() % 2048:
+        return a
+    wide = a.new_empty(m, k + 64 // a.element_size())
+    wide[:, :k] = a
+    return wide[:, :k]
+
+
 def _run(
     function: int,
     shape: _Shape,
@@ -173,13 +190,13 @@ def _run(
     y: torch.Tensor,
     a_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    scratch_words: int = 0,
+    scratch_bytes: int = 0,
 ) -> None:
     """Run a kernel. weight: (codes, block_scale, multiplier of each row)."""
     m, n, k, parts = shape
     if bias is not None:
         bias = bias.to(y.dtype).contiguous()
-    scratch = torch.empty(scratch_words, dtype=torch.bfloat16) if scratch_words else None
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     threads = min(torch.get_num_threads(), parts) if m * n * k > _SERIAL_CODES else 1
     pool = thread_pool()
     codes, block_scale, global_scale = weight
@@ -190,6 +207,7 @@ def _run(
         block_scale.data_ptr(),
         global_scale.data_ptr(),
         a.data_ptr(),
+        a.stride(0) * a.element_size(),
         _ONE.data_ptr() if a_scale is None else a_scale.data_ptr(),
         0 if a_scale is None else 4,
         0 if bias is None else bias.data_ptr(),
