@@ -210,6 +210,14 @@ def test_tied_options_must_agree():
         tied_format(config)
 
 
+def test_a_truncated_file_ends_with_one_plain_error(registered, tmp_path):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"^model.safetensors: .*: the file is truncated"):
+        engine_args(folder, quantization="nvfp4").create_engine_config()
+
+
 def test_a_damaged_checkpoint_ends_before_loading(registered, tmp_path):
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
     edit_json(folder / "config.json", lambda c: c["quantization_config"].update(quant_algo="NVFP5"))
