@@ -11,12 +11,13 @@ setup:
 else
 PYTHON := .venv/bin/python
 setup:
-	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND)
+	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND) $(SETUP_FLAGS)
 endif
 
 demo: setup
 	@$(PYTHON) scripts/demo.py
 
+test: SETUP_FLAGS = --with-compiler
 test: setup
 	@$(PYTHON) -m pytest $(ARGS)
 
