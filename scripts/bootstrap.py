@@ -104,7 +104,10 @@ def stamp_of(backend: str) -> str:
 
 
 def explain_pip_failure(output: str) -> str:
-    missing = re.search(r"No matching distribution found for (\S+)", output)
+    # Where constraints are configured, pip words the same failure as a conflict with them.
+    missing = re.search(r"No matching distribution found for (\S+)", output) or re.search(
+        r"The user requested (\S+\+cpu)[\s\S]*ResolutionImpossible", output
+    )
     if missing and "+cpu" in missing[1]:
         return (
             f"pip cannot find {missing[1]}, torch's CPU build, in the configured package index. "

@@ -174,6 +174,11 @@ def test_an_old_python_hands_over_to_a_newer_one(bootstrap, monkeypatch, tmp_pat
     ("output", "words"),
     [
         ("ERROR: No matching distribution found for torch==2.13.0+cpu\n", "PIP_EXTRA_INDEX_URL"),
+        (
+            "The conflict is caused by:\n    The user requested torch==2.13.0+cpu\n"
+            "    The user requested (constraint) torch<=2.14.1\nERROR: ResolutionImpossible: for",
+            "cannot find torch==2.13.0+cpu",
+        ),
         ("ERROR: No matching distribution found for rich==15.0.0\n", "cannot find rich==15.0.0"),
         ("OSError: [Errno 28] No space left on device\n", "disk is full"),
         ("a\nERROR: something else\n", "ERROR: something else"),
