@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,9 @@ def missing_system_parts(with_compiler: bool) -> list[str]:
         missing.append("libnuma1")
     if with_compiler and not (shutil.which("g++") and shutil.which("gcc")):
         missing.append("g++")
+    # torch.compile includes it in what it writes.
+    if with_compiler and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        missing.append("python3-dev")
     return missing
 
 
@@ -227,7 +231,7 @@ def main() -> int:
     parser.add_argument(
         "--with-compiler",
         action="store_true",
-        help="also ask for g++, with which the tests run the CUDA kernels on the CPU",
+        help="also ask for g++ and Python.h: the tests compile the CUDA kernels for the CPU",
     )
     args = parser.parse_args()
     try:
