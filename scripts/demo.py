@@ -138,11 +138,11 @@ def run() -> None:
 
 
 def plugin_lines(log: Path) -> Iterator[str]:
-    """What the plugin and vLLM's KV cache said while the model was loaded, each once."""
+    """What the plugin said while the model was loaded, and the size of the KV cache, each once."""
     seen = set()
     for line in log.read_text(errors="replace").splitlines():
         text = line.partition("] ")[2]
-        if ("nvfp4:" in text or "kv cache" in text.lower()) and text not in seen:
+        if ("nvfp4:" in text or "KV cache size" in text) and text not in seen:
             seen.add(text)
             yield text
 

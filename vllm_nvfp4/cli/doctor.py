@@ -236,11 +236,12 @@ def run(args: argparse.Namespace) -> int:
         report = {"can_serve": can_serve, "checks": [dataclasses.asdict(c) for c in checks]}
         print(json.dumps({**report, "paths": paths}, indent=2))
         return 0 if can_serve else 1
+    width = max(len(name) for name in [*(check.name for check in checks), *paths])
     for check in checks:
-        print(f"{check.status:4}  {check.name:18} {check.found}")
+        print(f"{check.status:4}  {check.name:{width}}  {check.found}")
         if check.todo:
-            print(f"      {'':18} -> {check.todo}")
+            print(f"      {'':{width}}  -> {check.todo}")
     for kind, path in paths.items():
-        print(f"path  {kind:18} {path}")
+        print(f"path  {kind:{width}}  {path}")
     print("This machine can serve." if can_serve else "This machine cannot serve yet.")
     return 0 if can_serve else 1
