@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,21 +17,29 @@ from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, 
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
+EXPERT_TENSORS = ("weight_packed", "weight_block_scale", "weight_global_scale")
 
 
 def quantize_online(
-    weight: torch.Tensor, shard_rows: list[int], fmt: str, method: str
+    weight: torch.Tensor,
+    shard_rows: list[int],
+    fmt: str,
+    method: str,
+    amax: torch.Tensor | None = None,
 ) -> BlockScaledWeight:
     """Quantise [N, K]; each shard of a fused layer gets a global scale of its own.
 
     Under tensor parallelism the global scale is that of the whole weight, the maximum over the
     ranks, so that the result does not depend on how the weight is cut.
+
+    amax: largest magnitude of each shard over the ranks, float32; None to find it here
     """
     if fmt == MXFP4.name:
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
-    amax = torch.stack([shard.abs().amax().float() for shard in shards])
-    scales = nvfp4_scale_from_amax(_maximum_over_ranks(amax))
+    if amax is None:
+        amax = _maximum_over_ranks(torch.stack([shard.abs().amax().float() for shard in shards]))
+    scales = nvfp4_scale_from_amax(amax)
     parts = [quantize_nvfp4(s, method, g) for s, g in zip(shards, scales, strict=True)]
     return BlockScaledWeight(
         torch.cat([p.codes for p in parts]),
@@ -76,6 +85,30 @@ def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     layer.weight_global_scale = frozen(packed.global_scale)
     layer.nvfp4_shape = (packed.num_rows, packed.num_cols)
     layer.nvfp4_format = packed.fmt.name
+
+
+def attach_experts(
+    layer: Any, stem: str, num_experts: int, weights: Iterable[BlockScaledWeight]
+) -> None:
+    """Register the experts' weights of one product, stacked in kernel order.
+
+    stem:    "w13" or "w2"
+    weights: one for each local expert, taken and packed one by one
+    """
+    stacked: list[torch.Tensor] = []
+    for e, weight in enumerate(weights):
+        packed = ops.backend(weight.codes.device.type).pack_weight(weight)
+        tensors = (packed.codes, packed.block_scale, packed.global_scale)
+        stacked = stacked or [t.new_empty(num_experts, *t.shape) for t in tensors]
+        for stack, tensor in zip(stacked, tensors, strict=True):
+            stack[e] = tensor
+    for name, stack in zip(EXPERT_TENSORS, stacked, strict=True):
+        setattr(layer, f"{stem}_{name}", frozen(stack))
+
+
+def experts_of(layer: Any, stem: str) -> list[torch.Tensor]:
+    """What :func:`attach_experts` registered, in the order that the op takes."""
+    return [getattr(layer, f"{stem}_{name}") for name in EXPERT_TENSORS]
 
 
 def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
 
@@ -26,6 +27,11 @@ _LIBRARY.define("fp8_linear(Tensor a, Tensor weight, Tensor row_scale, Tensor? b
 _LIBRARY.define(
     "gather_rows(Tensor ids, Tensor codes, Tensor block_scale, Tensor global_scale, "
     "int num_rows, int num_cols, str fmt, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "moe(Tensor a, Tensor[] w13, Tensor[] w2, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor? expert_map, int intermediate_size, str fmt, str activation, float[] swiglu, "
+    "bool is_weight_on_input, int activation_bits) -> Tensor"
 )
 
 
@@ -117,6 +123,52 @@ def gather_rows(
     return rows.view(*ids.shape, num_cols)
 
 
+def moe(
+    a: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    intermediate_size: int,
+    fmt: str,
+    activation: str,
+    swiglu: list[float],
+    is_weight_on_input: bool,
+    activation_bits: int,
+) -> torch.Tensor:
+    """y[m] = sum_j topk_weights[m, j] * w2[e] act(w13[e] a[m]),  e = topk_ids[m, j]
+
+    a:            [M, H] bf16 or fp16 (float32 on the CPU)
+    w13, w2:      codes, block_scale and global_scale of PackedWeight, each with a leading dimension
+                  of local experts: [2 I, H] per expert (gate rows before up rows; [I, H] for an
+                  activation without a gate), and [H, I]
+    topk_weights: [M, k] float; topk_ids: [M, k] integer, numbers of all ranks' experts
+    expert_map:   [all experts] integer, number on this rank or -1; None where all are here
+    intermediate_size: I on this rank
+    activation, swiglu: name and (limit, alpha, beta), see numerics.activation
+    is_weight_on_input: topk_weights multiply a instead of the expert's output
+    activation_bits: as in :func:`linear`
+    Returns [M, H] of a's dtype; sums are formed in float32.
+    """
+    if a.device.type != "cpu":
+        raise ValueError("vllm_nvfp4.moe: there is no NVFP4 kernel for routed experts on CUDA yet")
+    from vllm_nvfp4.kernels import cpu_moe
+
+    act = ExpertActivation(activation, *swiglu)
+    rows, hidden_size = intermediate_size * (2 if act.is_gated else 1), a.shape[1]
+    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+    return cpu_moe.moe(
+        a,
+        PackedWeight(*w13, rows, hidden_size, FORMATS[fmt]),
+        PackedWeight(*w2, hidden_size, intermediate_size, FORMATS[fmt]),
+        (topk_weights, ids),
+        act,
+        is_weight_on_input,
+        activation_bits or 16,
+    )
+
+
 def _fake_linear(a, codes, block_scale, global_scale, bias, num_rows, num_cols, fmt, bits):
     return a.new_empty(*a.shape[:-1], num_rows)
 
@@ -129,10 +181,15 @@ def _fake_gather_rows(ids, codes, block_scale, global_scale, num_rows, num_cols,
     return torch.empty(*ids.shape, num_cols, dtype=dtype, device=ids.device)
 
 
+def _fake_moe(a, w13, w2, weights, ids, expert_map, size, fmt, activation, swiglu, on_input, bits):
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
 for _name, _implementation, _fake in (
     ("linear", linear, _fake_linear),
     ("fp8_linear", fp8_linear, _fake_fp8_linear),
     ("gather_rows", gather_rows, _fake_gather_rows),
+    ("moe", moe, _fake_moe),
 ):
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(_name, _implementation, _key)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 288
-FAMILIES = ("llama", "qwen3", "gemma3")
+FAMILIES = ("llama", "qwen3", "gemma3", "qwen3_moe", "qwen2_moe", "mixtral")
 
 # Two key-value heads and an inner size of 128 let two tensor-parallel ranks share a layer without
 # cutting a block of 32; a head of 32 is the least that an FP8 KV cache takes on a CPU.
@@ -29,12 +29,21 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# Four experts, two a token; an expert's inner size of 64 is two blocks of 32 for two ranks.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
 
 def build_model(family: str, seed: int = 0) -> Any:
     """A transformers causal language model of the family, BF16, on the CPU.
 
-    family: "llama" (untied), "qwen3" (query and key norms, untied) or "gemma3" (tied embedding,
-            sliding window). Raises ValueError for another.
+    family: "llama" (untied), "qwen3" (query and key norms, untied), "gemma3" (tied embedding,
+            sliding window), "qwen3_moe" (four experts, two a token), "qwen2_moe" (the same with a
+            shared expert) or "mixtral" (experts named w1, w2, w3). Raises ValueError for another.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -51,12 +60,19 @@ def build_model(family: str, seed: int = 0) -> Any:
             elif "embed_tokens" in name and family != "gemma3":
                 parameter.copy_(noise)
             else:  # gemma3 multiplies its embedding by sqrt(hidden_size) itself
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model
 
 
 def _config(family: str) -> Any:
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+    from transformers import (
+        Gemma3TextConfig,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     if family == "llama":
         return LlamaConfig(**_COMMON, tie_word_embeddings=False)
@@ -70,6 +86,14 @@ def _config(family: str) -> Any:
             query_pre_attn_scalar=32,
             layer_types=["sliding_attention", "full_attention"],
         )
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**_COMMON, **_EXPERTS, tie_word_embeddings=False)
+    if family == "qwen2_moe":
+        sizes = {"shared_expert_intermediate_size": 128}
+        return Qwen2MoeConfig(**_COMMON, **_EXPERTS, **sizes, tie_word_embeddings=False)
+    if family == "mixtral":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False)
     raise ValueError(f"family: found {family!r}; needed one of {', '.join(FAMILIES)}")
 
 
