@@ -52,6 +52,18 @@ def is_moe_layer(layer: object) -> bool:
     return any(cls.__name__ in ("FusedMoE", "RoutedExperts") for cls in type(layer).__mro__)
 
 
+def maximum_over_expert_ranks(amax: Any, num_ranks: int) -> None:
+    """Maximum, in place, over the ranks that share each expert: the tensor-parallel ones, of all
+    data-parallel replicas where vLLM cuts the experts over these too."""
+    import torch
+    from vllm.distributed import get_ep_group, get_tp_group
+
+    group = get_tp_group()
+    if group.world_size != num_ranks:
+        group = get_ep_group()
+    torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing

@@ -23,7 +23,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4 import compat, kv_cache
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.spec import (
-    CheckpointError,
     Dialect,
     LayerKind,
     LayerSpec,
@@ -33,6 +32,7 @@ from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.embedding import embedding_method, lm_head_method
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.linear import linear_method
+from vllm_nvfp4.moe import experts_spec, moe_method
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -112,20 +112,19 @@ class NvFp4Config(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return embedding_method(self, prefix or "embed_tokens")
         if compat.is_moe_layer(layer):
-            raise CheckpointError(
-                prefix,
-                "mixture-of-experts layer",
-                "routed experts",
-                "a dense layer",
-                "This version has no NVFP4 kernel for routed experts; leave out "
-                "--quantization nvfp4 to use vLLM's own.",
-            )
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         spec = self.layer_spec(prefix)
         if spec.kind is LayerKind.UNQUANTIZED or self._ignored_online(spec, prefix):
             return UnquantizedLinearMethod()
         return linear_method(self, spec, prefix)
+
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        spec = experts_spec(self, layer, prefix)
+        if spec.kind is LayerKind.UNQUANTIZED or self._ignored_online(spec, prefix):
+            return None  # vLLM's own experts
+        return moe_method(self, spec, layer, prefix)
 
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.parameter import (
@@ -13,7 +14,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from vllm_nvfp4.checkpoints.spec import LayerSpec, Role, TensorSpec
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role, TensorSpec
 
 
 class ShardVectorParameter(BasevLLMParameter):
@@ -111,3 +112,97 @@ def make_parameter(
         return ShardVectorParameter(data=data, weight_loader=loader)
     data = torch.full((num_shards,), torch.nan, dtype=torch.float32)
     return PerTensorScaleParameter(data=data, weight_loader=loader)
+
+
+class ExpertCut(NamedTuple):
+    """Which part of the experts a rank holds.
+
+    layer:       vLLM's layer, which knows the slot of an expert on this rank
+    tp_rank:     position among the ranks that share each expert
+    num_experts: on this rank
+    """
+
+    layer: Any
+    tp_rank: int
+    num_experts: int
+
+
+def make_expert_parameter(
+    tensor: TensorSpec,
+    spec: LayerSpec,
+    shape: tuple[int, int, int],
+    cut: ExpertCut,
+    params_dtype: torch.dtype,
+    prefix: str,
+) -> torch.nn.Parameter:
+    """[E, shards * N, ...] for a tensor of each expert's w13, or [E, N, ...] of its w2.
+
+    shape: (shards, N of one shard, K) on this rank. Scalars become [E, shards]. A tensor without
+    use here becomes empty, and its loader keeps nothing.
+    Raises CheckpointError, when it is loaded, for an AWQ scale: experts have no kernel for it.
+    """
+    shards, n, k = shape
+    divisor = {Role.CODES: 2, Role.BLOCK_SCALE: spec.scale_block, Role.WEIGHT: 1}
+    if tensor.role in divisor:
+        dtype = params_dtype if tensor.role is Role.WEIGHT else _TORCH_DTYPES[tensor.dtypes[0]]
+        size = (cut.num_experts, shards * n, k // divisor[tensor.role])
+        data = torch.empty(size, dtype=dtype)
+        if tensor.role is Role.BLOCK_SCALE:
+            data.view(torch.uint8).fill_(255)  # NaN in E4M3 and E8M0: unloaded scales show
+    elif tensor.role in (Role.GLOBAL_SCALE, Role.GLOBAL_DIVISOR):
+        data = torch.full((cut.num_experts, shards), torch.nan, dtype=torch.float32)
+    else:
+        data = torch.empty(0)
+    parameter: Any = torch.nn.Parameter(data, requires_grad=False)
+    parameter.nvfp4_role = tensor.role
+    parameter.weight_loader = _expert_loader(tensor, cut, shards, prefix)
+    return parameter
+
+
+def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str) -> Any:
+    """vLLM calls it for each expert's tensor. True where this rank holds the expert."""
+    # Not the layer itself: vLLM keeps loaders for reloading, in a table with weak keys.
+    find_layer = weakref.ref(cut.layer)
+
+    def load_expert(
+        param: Any,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        slot = find_layer()._map_global_expert_id_to_local_expert_id(expert_id)
+        is_here = slot != -1
+        if is_here and tensor.role is Role.PRE_SCALE:
+            raise CheckpointError(
+                "checkpoint",
+                f"{prefix}.{expert_id}.{tensor.name}",
+                "an AWQ scale of an expert",
+                "experts without",
+                "Quantise again with NVFP4 or W4A16_NVFP4 for the experts.",
+            )
+        if is_here and param.numel():
+            shard = 1 if shard_id == "w3" else 0
+            _store_expert(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
+        return is_here if return_success else None
+
+    return load_expert
+
+
+def _store_expert(
+    data: torch.Tensor,
+    loaded: torch.Tensor,
+    shard_id: str,
+    shard: int,
+    shards: int,
+    tp_rank: int,
+) -> None:
+    """Store this rank's part of one tensor. data: of the expert, all shards."""
+    if data.dim() == 1:
+        data[shard : shard + 1].copy_(loaded.reshape(1))
+        return
+    size = len(data) // shards
+    data = data[shard * size : (shard + 1) * size]
+    dim = 1 if shard_id == "w2" else 0  # the intermediate size is what ranks share
+    data.copy_(loaded.narrow(dim, tp_rank * data.shape[dim], data.shape[dim]))

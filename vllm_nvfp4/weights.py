@@ -96,6 +96,7 @@ def attach_experts(
     weights: one for each local expert, taken and packed one by one
     """
     stacked: list[torch.Tensor] = []
+    packed: PackedWeight | None = None
     for e, weight in enumerate(weights):
         packed = ops.backend(weight.codes.device.type).pack_weight(weight)
         tensors = (packed.codes, packed.block_scale, packed.global_scale)
@@ -104,6 +105,7 @@ def attach_experts(
             stack[e] = tensor
     for name, stack in zip(EXPERT_TENSORS, stacked, strict=True):
         setattr(layer, f"{stem}_{name}", frozen(stack))
+    layer.nvfp4_format = packed.fmt.name if packed else ""
 
 
 def experts_of(layer: Any, stem: str) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,25 +91,27 @@ def ask_reference(model: Any, prompt: list[int], num_tokens: int) -> Answer:
 
 def reference_model(folder: Path, dtype: torch.dtype) -> Any:
     """A transformers model that holds the checkpoint's dequantised weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from vllm_nvfp4.testing.checkpoints import write_dequantized
 
-    from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
-
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    )
-    missing, unexpected = model.load_state_dict(dequantized_state_dict(folder), strict=False)
-    if unexpected or any("lm_head" not in name for name in missing):
+    with tempfile.TemporaryDirectory() as twin:
+        # Loaded as a file, so that transformers stacks the experts in its own way.
+        model, report = _load(write_dequantized(folder, Path(twin)), dtype)
+    missing = [name for name in report["missing_keys"] if "lm_head" not in name]
+    if missing or report["unexpected_keys"]:
+        unexpected = report["unexpected_keys"]
         raise ValueError(f"{folder}: tensors missing {missing}, unexpected {unexpected}")
-    return model.to(dtype).eval()
+    return model
 
 
 def plain_model(folder: Path, dtype: torch.dtype) -> Any:
     """A transformers model of a checkpoint without quantization."""
+    return _load(folder, dtype)[0]
+
+
+def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    return model.eval()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    return model.eval(), report

@@ -89,8 +89,9 @@ def _config(family: str) -> Any:
     if family == "qwen3_moe":
         return Qwen3MoeConfig(**_COMMON, **_EXPERTS, tie_word_embeddings=False)
     if family == "qwen2_moe":
-        sizes = {"shared_expert_intermediate_size": 128}
-        return Qwen2MoeConfig(**_COMMON, **_EXPERTS, **sizes, tie_word_embeddings=False)
+        # This family's head dimension is hidden_size / num_attention_heads.
+        sizes = {"num_attention_heads": 2, "shared_expert_intermediate_size": 128}
+        return Qwen2MoeConfig(**(_COMMON | _EXPERTS | sizes), tie_word_embeddings=False)
     if family == "mixtral":
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
         return MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: the op against float64, and real engines against transformers.
+
+The checkpoints are those of ModelOpt and llm-compressor for tiny Qwen3-MoE and Qwen2-MoE models
+(the latter with a shared expert); see tests/fixtures/make_fixtures.py.
+"""
+
+import pytest
+import torch
+from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, layer_of, rounded
+
+from vllm_nvfp4.testing.checkpoints import (
+    edit_tensors,
+    extract_fixture,
+    give_shards_their_own_scale,
+)
+from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, plain_model
+from vllm_nvfp4.testing.tiny_models import write_model
+
+FIXTURES = [
+    "moe_modelopt/nvfp4-qwen3",
+    "moe_modelopt/w4a16-qwen2",
+    "moe_compressed_tensors/nvfp4a16-qwen3",
+    "moe_compressed_tensors/mxfp4a16-qwen2",
+]
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+EXPERTS = {"enable_expert_parallel": True}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_dialect_gives_the_tokens_of_its_dequantised_experts(name, tmp_path):
+    compare(extract_fixture(name, tmp_path), atol=1e-4)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", [FIXTURES[0], FIXTURES[2]])
+def test_w1_and_w3_keep_their_own_global_scale(name, tmp_path):
+    compare(give_shards_their_own_scale(extract_fixture(name, tmp_path)), atol=1e-4)
+
+
+@pytest.fixture
+def one_core_per_rank(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("one_core_per_rank")
+@pytest.mark.parametrize("options", [{}, EXPERTS], ids=["tensor", "expert"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_two_ranks_give_the_same_tokens(name, options, tmp_path):
+    folder = extract_fixture(name, tmp_path)
+    if "mxfp4" not in name:
+        give_shards_their_own_scale(folder)
+    compare(folder, atol=1e-4, **TWO_RANKS, **options)
+
+
+def quantise_like_online(model, fmt):
+    """Round every layer but lm_head and the routers, each half of a stacked w13 on its own."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_up_proj" in name and parameter.dim() == 3:
+                for expert in parameter:
+                    for half in expert.chunk(2):
+                        half.copy_(rounded(half, fmt))
+            elif parameter.dim() == 3:
+                for expert in parameter:
+                    expert.copy_(rounded(expert, fmt))
+            elif name.endswith("_proj.weight"):
+                parameter.copy_(rounded(parameter, fmt))
+    return model
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("one_core_per_rank")
+@pytest.mark.parametrize(
+    ("family", "fmt", "options"),
+    [
+        ("qwen3_moe", "nvfp4", {}),
+        ("qwen2_moe", "mxfp4", {}),
+        ("mixtral", "nvfp4", {}),
+        ("qwen3_moe", "nvfp4", TWO_RANKS),
+        ("qwen3_moe", "nvfp4", TWO_RANKS | EXPERTS),
+    ],
+)
+def test_16_bit_experts_are_quantised_while_they_load(family, fmt, options, tmp_path):
+    folder = write_model(tmp_path / family, family)
+    reference = quantise_like_online(plain_model(folder, torch.float32), fmt)
+    expected = ask_reference(reference, PROMPT, NUM_TOKENS)
+    extra = {"nvfp4": {"kv_cache": "keep", "online_format": fmt}}
+    with engine(folder, dtype="float32", additional_config=extra, **options) as llm:
+        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
+    assert answer.tokens == expected.tokens
+    assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts on the CPU: the tokens of one expert after another through the dense kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_nvfp4.kernels.cpu import linear
+from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.layout_cpu import ROWS
+from vllm_nvfp4.numerics.activation import ExpertActivation
+
+
+def moe(
+    a: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    routing: tuple[torch.Tensor, torch.Tensor],
+    activation: ExpertActivation,
+    is_weight_on_input: bool,
+    activation_bits: int,
+) -> torch.Tensor:
+    """y[m] = sum_j weight[m, j] * w2[e] act(w13[e] a[m]),  e = expert[m, j]
+
+    a:       [M, H] bf16, fp16 or f32
+    w13, w2: the packed weights of all local experts, stacked: a leading dimension E on each tensor;
+             num_rows and num_cols are those of one expert
+    routing: weight [M, k] float; expert [M, k] integer, -1 where another rank has the expert
+    is_weight_on_input: the weight multiplies a instead
+    Only experts that a token chose are read. Raises ValueError for shapes that do not fit. The sum over j is formed in float32, in the order of
+    the experts' numbers, so that it does not depend on threads. Returns [M, H] of a's dtype.
+    """
+    for name, stack in (("w13", w13), ("w2", w2)):
+        _check(name, stack)
+    weight, expert = routing
+    num_experts, num_choices = len(w13.codes), expert.shape[1]
+    expert = expert.flatten().long()
+    order = expert.argsort(stable=True)  # the choices, sorted by expert; -1 comes first
+    counts = torch.bincount(expert + 1, minlength=num_experts + 1).tolist()
+    if len(counts) > num_experts + 1:
+        raise ValueError(
+            f"vllm_nvfp4.moe: expert {len(counts) - 2} was chosen of {num_experts} experts"
+        )
+    y = torch.zeros(a.shape[0], w2.num_rows, dtype=torch.float32)
+    first = counts[0]
+    for e, count in enumerate(counts[1:]):
+        if not count:
+            continue
+        choice = order[first : first + count]
+        first += count
+        token = choice // num_choices
+        factor = weight.flatten()[choice].float()[:, None]
+        x = a[token]
+        if is_weight_on_input:
+            x = (x.float() * factor).to(a.dtype)
+        h = linear(x, _expert(w13, e), None, activation_bits)
+        h = activation(h.float()).to(a.dtype)
+        out = linear(h, _expert(w2, e), None, activation_bits).float()
+        # A token chooses an expert once, so each row of y is added to once.
+        y.index_add_(0, token, out if is_weight_on_input else out * factor)
+    return y.to(a.dtype)
+
+
+def _check(name: str, stack: PackedWeight) -> None:
+    rows, found = -(-stack.num_rows // ROWS) * ROWS, 2 * stack.codes[0].numel()
+    if found != rows * stack.num_cols:
+        raise ValueError(
+            f"vllm_nvfp4.moe: {name} holds {found} codes an expert; needed {rows * stack.num_cols} "
+            f"for [{stack.num_rows}, {stack.num_cols}]"
+        )
+
+
+def _expert(stack: PackedWeight, e: int) -> PackedWeight:
+    return PackedWeight(
+        stack.codes[e],
+        stack.block_scale[e],
+        stack.global_scale[e],
+        stack.num_rows,
+        stack.num_cols,
+        stack.fmt,
+    )

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts: create what the checkpoint stores, stack it in kernel order, route and multiply.
+
+An expert has two weights: w13, the gate rows (w1) before the up rows (w3), and w2, the down
+projection. Each tensor of the checkpoint is one slot of a parameter "w13_<name>" or "w2_<name>".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+from vllm_nvfp4 import compat
+from vllm_nvfp4.checkpoints.convert import to_weight
+from vllm_nvfp4.checkpoints.spec import (
+    CheckpointError,
+    LayerKind,
+    LayerSpec,
+    Role,
+    TensorSpec,
+    describe,
+)
+from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.numerics.activation import ExpertActivation
+from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.parameters import ExpertCut, make_expert_parameter
+from vllm_nvfp4.weights import (
+    ACTIVATION_BITS,
+    attach_experts,
+    check_block_cut,
+    experts_of,
+    quantize_online,
+)
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.config import NvFp4Config
+
+logger = init_logger(f"vllm.{__name__}")
+
+_LEAVE_OUT = "Leave the experts out of quantization, or out --quantization nvfp4."
+
+
+def expert_names(layer: Any, prefix: str) -> list[list[str]]:
+    """The checkpoint's names of the experts' linear layers: [w1, w2, w3] of each expert."""
+    leaves = [
+        getattr(layer, f"ckpt_{role}_proj_name", f"{role}_proj") for role in ("gate", "down", "up")
+    ]
+    return [
+        [f"{prefix}.{e}.{leaf}" for leaf in leaves if leaf]
+        for e in range(layer.moe_config.num_logical_experts)
+    ]
+
+
+def experts_spec(config: NvFp4Config, layer: Any, prefix: str) -> LayerSpec:
+    """How the experts are stored. Raises CheckpointError where they differ among each other."""
+    names = [name for expert in expert_names(layer, prefix) for name in expert]
+    first = config.dialect.layer_spec(names[0])
+    for name in names:
+        if (spec := config.dialect.layer_spec(name)) != first:
+            raise CheckpointError(
+                "quantization config",
+                name,
+                describe(spec),
+                f"{describe(first)}, as {names[0]}: the experts of a layer are one layer",
+                "Quantise again with one format for all experts of a layer, or ignore them all.",
+            )
+    return first
+
+
+def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) -> NvFp4MoEMethod:
+    """The method for experts stored, or to be quantised, as ``spec`` says.
+
+    Raises CheckpointError for what has no kernel: a GPU, experts in FP8 or with a rotation, biases,
+    an unknown activation.
+    """
+    moe = layer.moe_config
+    obstacle = None
+    if compat.device_capability() is not None:
+        obstacle = "a GPU", "a CPU: there is no NVFP4 kernel for routed experts on CUDA yet"
+    elif spec.kind is LayerKind.FP8 or spec.hadamard_size:
+        obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
+    elif moe.has_bias:
+        obstacle = "experts with biases", "experts without"
+    if obstacle:
+        raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
+    if spec.kind is LayerKind.ONLINE:
+        return NvFp4OnlineMoEMethod(config, spec, layer, prefix)
+    return NvFp4MoEMethod(config, spec, layer, prefix)
+
+
+class NvFp4MoEMethod(FusedMoEMethodBase):
+    """NVFP4 and MXFP4 experts from a checkpoint."""
+
+    def __init__(self, config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) -> None:
+        super().__init__(layer.moe_config)
+        self.config, self.spec, self.prefix = config, spec, prefix
+        # The name; constants that the layer sets for it are taken once it is complete.
+        self.activation = ExpertActivation(self.moe.activation.value)
+        # Of this rank's experts, as error messages are to name them.
+        self._names = expert_names(layer, prefix)
+
+    @property
+    def scale_block(self) -> int:
+        """Elements of a row that share a block scale: no rank may cut through one."""
+        return self.spec.scale_block
+
+    def stored_tensors(self) -> tuple[TensorSpec, ...]:
+        return self.spec.tensors
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register two parameters for each tensor of the spec; each loads itself."""
+        moe = self.moe
+        check_block_cut(f"{self.prefix} (w13)", hidden_size, hidden_size, self.scale_block)
+        check_block_cut(
+            f"{self.prefix} (w2)",
+            moe.intermediate_size,
+            intermediate_size_per_partition,
+            self.scale_block,
+        )
+        layer.nvfp4_intermediate_size = intermediate_size_per_partition
+        num_shards = 2 if self.activation.is_gated else 1
+        cut = ExpertCut(layer, moe.tp_rank, num_experts)
+        w13 = num_shards, intermediate_size_per_partition, hidden_size
+        w2 = 1, hidden_size, intermediate_size_per_partition
+        for tensor in self.stored_tensors():
+            for stem, shape in (("w13", w13), ("w2", w2)):
+                parameter = make_expert_parameter(
+                    tensor, self.spec, shape, cut, params_dtype, self.prefix
+                )
+                layer.register_parameter(f"{stem}_{tensor.name}", parameter)
+
+    def take_tensors(self, layer: Any, stem: str) -> dict[Role, torch.Tensor]:
+        """Take the loaded tensors [E, ...] of one product off the layer; empty if taken before."""
+        tensors = {}
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            role = getattr(parameter, "nvfp4_role", None)
+            if role and name.startswith(f"{stem}_"):
+                tensors[role] = parameter.data
+                delattr(layer, name)
+        return tensors
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        for stem in ("w13", "w2"):
+            if tensors := self.take_tensors(layer, stem):
+                num_experts = len(next(iter(tensors.values())))
+                attach_experts(layer, stem, num_experts, self.weights(layer, stem, tensors))
+        self.activation = _activation_of(layer, self.activation.name)
+        found = self.spec.algo or self.spec.kind.value
+        logger.info_once("nvfp4: %s experts: CPU kernel, one expert after another", found)
+
+    def weights(
+        self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
+    ) -> Iterator[BlockScaledWeight]:
+        """Each local expert's weight; every shard keeps its own global scale, row by row."""
+        names = self.local_names(layer, stem)
+        for e, name in enumerate(names):
+            one = {role: tensor[e] for role, tensor in tensors.items() if tensor.numel()}
+            yield to_weight(self.spec, one, self.shard_rows(stem, one[Role.CODES]), name)
+
+    def shard_rows(self, stem: str, weight: torch.Tensor) -> list[int]:
+        num_shards = 2 if stem == "w13" and self.activation.is_gated else 1
+        return [len(weight) // num_shards] * num_shards
+
+    def local_names(self, layer: Any, stem: str) -> list[str]:
+        """The checkpoint's name of each local expert's layer, in the order of their slots."""
+        here = range(len(self._names))
+        if layer.expert_map is not None:
+            slots = {int(slot): e for e, slot in enumerate(layer.expert_map) if slot >= 0}
+            here = [slots[slot] for slot in sorted(slots)]
+        return [self._names[e][1] if stem == "w2" else _gate_and_up(self._names[e]) for e in here]
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: vLLM's own kernels would need it."""
+        return None
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The routed experts' part; vLLM's runner computes the shared experts and adds them."""
+        act = self.activation
+        return torch.ops.vllm_nvfp4.moe(
+            x,
+            experts_of(layer, "w13"),
+            experts_of(layer, "w2"),
+            topk_weights,
+            topk_ids,
+            layer.expert_map,
+            layer.nvfp4_intermediate_size,
+            layer.nvfp4_format,
+            act.name,
+            [act.limit, act.alpha, act.beta],
+            layer.apply_router_weight_on_input,
+            ACTIVATION_BITS[self.config.options.activation],
+        )
+
+
+class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
+    """16-bit experts that become NVFP4 or MXFP4 as soon as the layer's last one is loaded."""
+
+    uses_meta_device = True
+
+    @property
+    def scale_block(self) -> int:
+        return FORMATS[self.config.options.online_format].block_size
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            super().create_weights(layer, *args, **kwargs)
+        compat.initialize_online_processing(layer)
+
+    def weights(
+        self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
+    ) -> Iterator[BlockScaledWeight]:
+        weights, options = tensors[Role.WEIGHT], self.config.options
+        rows = self.shard_rows(stem, weights[0])
+        amax = torch.stack([w.unflatten(0, (len(rows), -1)).abs().amax((1, 2)) for w in weights])
+        amax = amax.float()
+        if self.moe.tp_size > 1:
+            compat.maximum_over_expert_ranks(amax, self.moe.tp_size)
+        for e, weight in enumerate(weights):
+            yield quantize_online(
+                weight, rows, options.online_format, options.online_method, amax[e]
+            )
+
+
+def _gate_and_up(names: list[str]) -> str:
+    """[w1, w2, w3] -> "....gate_proj+up_proj"; without a gate there is no w3."""
+    return "+".join([names[0], *(name.rpartition(".")[2] for name in names[2:])])
+
+
+def _activation_of(layer: Any, name: str) -> ExpertActivation:
+    """With the constants that the model gives; gpt-oss's own activation has them built in."""
+    limit, alpha, beta = (getattr(layer, f"swiglu_{c}", None) for c in ("limit", "alpha", "beta"))
+    return ExpertActivation(
+        name,
+        math.inf if limit is None else float(limit),
+        1.0 if alpha is None else float(alpha),
+        0.0 if beta is None else float(beta),
+    )

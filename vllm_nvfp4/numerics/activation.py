@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands between an expert's two products: a gate times a value, or a plain function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import gelu, relu, silu
+
+# gpt-oss's constants; its gate and up rows are interleaved.
+_OAI_LIMIT, _OAI_ALPHA, _OAI_BETA = 7.0, 1.702, 1.0
+
+_PLAIN = {
+    "silu_no_mul": silu,
+    "gelu_no_mul": gelu,
+    "gelu_tanh_no_mul": lambda h: gelu(h, approximate="tanh"),
+    "relu2_no_mul": lambda h: relu(h).square(),
+}
+_GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
+SUPPORTED = (*_GATED, *_PLAIN)
+
+
+@dataclass(frozen=True)
+class ExpertActivation:
+    """y = act(gate) * up, on h [..., 2 I] = (gate, up), or y = act(h) on h [..., I].
+
+    name:        one of SUPPORTED, which are vLLM's names. "gelu" is the exact one. With g and u
+                 the gate and up halves, clamped to at most ``limit`` and to +-``limit``,
+                 silu and swigluoai_uninterleave: g * sigmoid(alpha * g) * (u + beta)
+                 swigluoai: the same with gpt-oss's own constants, g and u interleaved
+    limit, alpha, beta: of silu and swigluoai_uninterleave
+
+    Raises ValueError for another name.
+    """
+
+    name: str
+    limit: float = math.inf
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SUPPORTED:
+            raise ValueError(
+                f"activation of the experts: found {self.name!r}; needed one of "
+                f"{', '.join(SUPPORTED)}. Serve this model without --quantization nvfp4."
+            )
+
+    @property
+    def is_gated(self) -> bool:
+        return self.name in _GATED
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [..., 2 I] if gated, else [..., I]; computed in h's own type. Returns [..., I]."""
+        if not self.is_gated:
+            return _PLAIN[self.name](h)
+        if self.name == "swigluoai":
+            gate, up = h[..., ::2], h[..., 1::2]
+            return _swiglu(gate, up, _OAI_LIMIT, _OAI_ALPHA, _OAI_BETA)
+        gate, up = h.chunk(2, dim=-1)
+        if self.name.startswith("gelu"):
+            approximate = "tanh" if self.name == "gelu_tanh" else "none"
+            return gelu(gate, approximate=approximate) * up
+        return _swiglu(gate, up, self.limit, self.alpha, self.beta)
+
+
+def _swiglu(
+    gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float, beta: float
+) -> torch.Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
