@@ -228,6 +228,15 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
             super().create_weights(layer, *args, **kwargs)
         compat.initialize_online_processing(layer)
 
+    def process_weights_after_loading(self, layer: Any) -> None:
+        loaders = {stem: getattr(layer, f"{stem}_weight").weight_loader for stem in ("w13", "w2")}
+        super().process_weights_after_loading(layer)
+        for stem, loader in loaders.items():
+            # Other ranks' experts may still come: they need a parameter that turns them down.
+            nothing: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            nothing.weight_loader = loader
+            setattr(layer, f"{stem}_weight", nothing)
+
     def weights(
         self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
     ) -> Iterator[BlockScaledWeight]:
