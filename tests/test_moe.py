@@ -7,10 +7,9 @@ The checkpoints are those of ModelOpt and llm-compressor for tiny Qwen3-MoE and 
 
 import pytest
 import torch
-from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, layer_of, rounded
+from serving_cases import NUM_TOKENS, PROMPT, compare, rounded
 
 from vllm_nvfp4.testing.checkpoints import (
-    edit_tensors,
     extract_fixture,
     give_shards_their_own_scale,
 )

@@ -25,7 +25,6 @@ from vllm_nvfp4.checkpoints.spec import (
     TensorSpec,
     describe,
 )
-from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -184,8 +183,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         return [self._names[e][1] if stem == "w2" else _gate_and_up(self._names[e]) for e in here]
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: vLLM's own kernels would need it."""
-        return None
+        """None: only vLLM's own kernels need one."""
 
     def apply(
         self,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.experts import check_experts
 from vllm_nvfp4.checkpoints.headers import TensorHeader, read_headers
 from vllm_nvfp4.checkpoints.inventory import (
     EMBEDDING,
@@ -72,6 +73,7 @@ def validate(
     _check_named_layers(dialect, modules)
     names = sorted(modules, key=_by_number)
     records = [_check_module(name, modules[name], dialect, text) for name in names]
+    check_experts(records, modules, text)
     _check_left_out(records, modules, dialect)
     _check_fused(records, packed_modules)
     return Inventory(

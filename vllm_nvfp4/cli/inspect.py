@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.experts import is_expert
 from vllm_nvfp4.checkpoints.inventory import (
     EMBEDDING,
     HEAD,
@@ -169,6 +170,8 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     if spec.kind is LayerKind.FP8:
         return "FP8 kernel, W8A8"
     if spec.kind is LayerKind.MICROSCALED:
+        if is_expert(layer.name):
+            return f"{layer.format} experts, on a CPU only"
         bits = {"auto": "W4A16 or W4A8 by batch size", "16": "W4A16", "8": "W4A8"}
         extra = ", rotated activations" if spec.hadamard_size else ""
         return f"{layer.format} kernel, {bits[options.activation]}{extra}"

@@ -27,8 +27,9 @@ def moe(
              num_rows and num_cols are those of one expert
     routing: weight [M, k] float; expert [M, k] integer, -1 where another rank has the expert
     is_weight_on_input: the weight multiplies a instead
-    Only experts that a token chose are read. Raises ValueError for shapes that do not fit. The sum over j is formed in float32, in the order of
+    Only experts that a token chose are read. The sum over j is formed in float32, in the order of
     the experts' numbers, so that it does not depend on threads. Returns [M, H] of a's dtype.
+    Raises ValueError for shapes that do not fit.
     """
     for name, stack in (("w13", w13), ("w2", w2)):
         _check(name, stack)
