@@ -4,12 +4,14 @@
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.options import Options
 from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, make_legacy
 
 pytestmark = pytest.mark.vllm
@@ -187,20 +189,25 @@ def test_tensor_parallel_cut_through_a_block_is_refused():
         check_block_cut("layer", 90, 90, 16)
 
 
-def test_mixture_of_experts_is_refused_by_name(registered):
+def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
+    from vllm_nvfp4 import compat
     from vllm_nvfp4.config import NvFp4Config
 
     class RoutedExperts(torch.nn.Module):
-        pass
+        moe_config = SimpleNamespace(num_logical_experts=2, has_bias=False)
 
-    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.*no NVFP4 kernel"):
-        NvFp4Config().get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+    monkeypatch.setattr(compat, "device_capability", lambda: (8, 9))
+    config = NvFp4Config()
+    config._options = Options()
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.*on CUDA yet"):
+        config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+    config._options = Options(online_ignore=("*.experts",))
+    assert config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts") is None
 
 
 def test_tied_options_must_agree():
     from vllm_nvfp4.config import NvFp4Config
     from vllm_nvfp4.embedding import tied_format
-    from vllm_nvfp4.options import Options
 
     config = NvFp4Config()
     config._options = Options(lm_head="fp8")
