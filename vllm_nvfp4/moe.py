@@ -176,7 +176,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def local_names(self, layer: Any, stem: str) -> list[str]:
         """The checkpoint's name of each local expert's layer, in the order of their slots."""
-        here = range(len(self._names))
+        here = list(range(len(self._names)))
         if layer.expert_map is not None:
             slots = {int(slot): e for e, slot in enumerate(layer.expert_map) if slot >= 0}
             here = [slots[slot] for slot in sorted(slots)]

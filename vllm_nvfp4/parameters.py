@@ -162,7 +162,7 @@ def make_expert_parameter(
 def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str) -> Any:
     """vLLM calls it for each expert's tensor. True where this rank holds the expert."""
     # Not the layer itself: vLLM keeps loaders for reloading, in a table with weak keys.
-    find_layer = weakref.ref(cut.layer)
+    find_layer: Any = weakref.ref(cut.layer)
 
     def load_expert(
         param: Any,

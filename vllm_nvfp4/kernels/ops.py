@@ -160,8 +160,8 @@ def moe(
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
     return cpu_moe.moe(
         a,
-        PackedWeight(*w13, rows, hidden_size, FORMATS[fmt]),
-        PackedWeight(*w2, hidden_size, intermediate_size, FORMATS[fmt]),
+        PackedWeight(w13[0], w13[1], w13[2], rows, hidden_size, FORMATS[fmt]),
+        PackedWeight(w2[0], w2[1], w2[2], hidden_size, intermediate_size, FORMATS[fmt]),
         (topk_weights, ids),
         act,
         is_weight_on_input,

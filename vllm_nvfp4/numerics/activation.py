@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import gelu, relu, silu
 # gpt-oss's constants; its gate and up rows are interleaved.
 _OAI_LIMIT, _OAI_ALPHA, _OAI_BETA = 7.0, 1.702, 1.0
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu_no_mul": silu,
     "gelu_no_mul": gelu,
     "gelu_tanh_no_mul": lambda h: gelu(h, approximate="tanh"),

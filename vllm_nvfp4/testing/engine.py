@@ -111,7 +111,8 @@ def plain_model(folder: Path, dtype: torch.dtype) -> Any:
 def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
+    model, report = loaded
     return model.eval(), report

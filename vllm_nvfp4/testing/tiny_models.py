@@ -90,10 +90,10 @@ def _config(family: str) -> Any:
         return Qwen3MoeConfig(**_COMMON, **_EXPERTS, tie_word_embeddings=False)
     if family == "qwen2_moe":
         # This family's head dimension is hidden_size / num_attention_heads.
-        sizes = {"num_attention_heads": 2, "shared_expert_intermediate_size": 128}
+        sizes: dict[str, Any] = {"num_attention_heads": 2, "shared_expert_intermediate_size": 128}
         return Qwen2MoeConfig(**(_COMMON | _EXPERTS | sizes), tie_word_embeddings=False)
     if family == "mixtral":
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
         return MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False)
     raise ValueError(f"family: found {family!r}; needed one of {', '.join(FAMILIES)}")
 
