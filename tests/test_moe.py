@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: the op against float64, and real engines against transformers.
+"""Mixtures of experts through real vLLM engines, against transformers with the same experts.
 
 The checkpoints are those of ModelOpt and llm-compressor for tiny Qwen3-MoE and Qwen2-MoE models
 (the latter with a shared expert); see tests/fixtures/make_fixtures.py.
@@ -7,9 +7,13 @@ The checkpoints are those of ModelOpt and llm-compressor for tiny Qwen3-MoE and 
 
 import pytest
 import torch
-from serving_cases import NUM_TOKENS, PROMPT, compare, rounded
+from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, rounded
 
+from vllm_nvfp4.checkpoints import read_config
+from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.testing.checkpoints import (
+    edit_tensors,
     extract_fixture,
     give_shards_their_own_scale,
 )
@@ -36,6 +40,19 @@ def test_every_dialect_gives_the_tokens_of_its_dequantised_experts(name, tmp_pat
 @pytest.mark.parametrize("name", [FIXTURES[0], FIXTURES[2]])
 def test_w1_and_w3_keep_their_own_global_scale(name, tmp_path):
     compare(give_shards_their_own_scale(extract_fixture(name, tmp_path)), atol=1e-4)
+
+
+@pytest.mark.vllm
+def test_compiled_by_torch(tmp_path):
+    compare(extract_fixture(FIXTURES[0], tmp_path), atol=1e-4, enforce_eager=False)
+
+
+@pytest.mark.vllm
+def test_experts_that_this_package_wrote(tmp_path):
+    write_nvfp4(write_model(tmp_path / "bf16", "qwen3_moe"), tmp_path / "nvfp4")
+    inventory = validate(tmp_path / "nvfp4", *read_config(tmp_path / "nvfp4"))
+    assert sum(r.format == "nvfp4" and ".experts." in r.name for r in inventory.layers) == 24
+    compare(tmp_path / "nvfp4", atol=1e-4)
 
 
 @pytest.fixture
@@ -90,6 +107,29 @@ def test_16_bit_experts_are_quantised_while_they_load(family, fmt, options, tmp_
     expected = ask_reference(reference, PROMPT, NUM_TOKENS)
     extra = {"nvfp4": {"kv_cache": "keep", "online_format": fmt}}
     with engine(folder, dtype="float32", additional_config=extra, **options) as llm:
+        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
+    assert answer.tokens == expected.tokens
+    assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
+
+
+def stack_experts(tensors):
+    """As transformers names them in memory: one tensor for all experts of a layer."""
+    for layer in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+        parts = {
+            part: [tensors.pop(f"{layer}.{e}.{part}.weight") for e in range(4)]
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        pairs = zip(parts["gate_proj"], parts["up_proj"], strict=True)
+        tensors[f"{layer}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        tensors[f"{layer}.down_proj"] = torch.stack(parts["down_proj"])
+
+
+@pytest.mark.vllm
+def test_16_bit_experts_stacked_in_one_tensor(tmp_path):
+    folder = edit_tensors(write_model(tmp_path / "qwen3", "qwen3_moe"), stack_experts)
+    reference = quantise_like_online(plain_model(folder, torch.float32), "nvfp4")
+    expected = ask_reference(reference, PROMPT, NUM_TOKENS)
+    with engine(folder, dtype="float32", additional_config=KEEP_KV) as llm:
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
     assert answer.tokens == expected.tokens
     assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4

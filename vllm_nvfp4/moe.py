@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-_LEAVE_OUT = "Leave the experts out of quantization, or out --quantization nvfp4."
+_LEAVE_OUT = (
+    "Serve it without --quantization nvfp4; of a 16-bit checkpoint the option online_ignore can "
+    "leave out the experts alone, by *.experts."
+)
 
 
 def expert_names(layer: Any, prefix: str) -> list[list[str]]:

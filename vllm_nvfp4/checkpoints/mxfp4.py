@@ -20,7 +20,7 @@ def refuse_experts_only(config: Mapping[str, Any]) -> NoReturn:
         "config.json (quantization_config)",
         "quant_method",
         f"{config.get('quant_method')!r} (gpt-oss: MXFP4 experts, BF16 linear layers)",
-        "a checkpoint with NVFP4 or MXFP4 linear layers",
-        "Mixture-of-experts weights are not supported yet; serve it with vLLM's own mxfp4 method, "
-        "without --quantization nvfp4.",
+        "NVFP4 or MXFP4 linear layers, and a tensor for each expert",
+        "Experts stacked in one tensor are not supported yet; serve it with vLLM's own mxfp4 "
+        "method, without --quantization nvfp4.",
     )
