@@ -20,6 +20,7 @@ from vllm_nvfp4.weights import (
     attach_fp8_weight,
     attach_weight,
     check_block_cut,
+    prepare_kernels,
     quantize_online,
 )
 
@@ -102,6 +103,7 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         if self.fmt == NVFP4.name:
             method = self.config.options.online_method
             attach_weight(layer, quantize_online(weight.data, [len(weight)], self.fmt, method))
+            prepare_kernels(layer, self.config.options.activation)
         else:
             quantized, scale = quantize_fp8_per_row(weight.data)
             attach_fp8_weight(layer, quantized, scale.squeeze(-1))
@@ -130,5 +132,4 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
                 layer.nvfp4_format,
                 dtype,
             )
-        rows = layer.weight.view(torch.uint8)[input_].view(torch.float8_e4m3fn)
-        return (rows.float() * layer.row_scale[input_].unsqueeze(-1)).to(dtype)
+        return torch.ops.vllm_nvfp4.gather_fp8_rows(input_, layer.weight, layer.row_scale, dtype)

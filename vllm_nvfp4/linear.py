@@ -29,6 +29,7 @@ from vllm_nvfp4.weights import (
     attach_weight,
     check_block_cut,
     frozen,
+    prepare_kernels,
     quantize_online,
     unpack_weight,
 )
@@ -102,7 +103,7 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
             layer.pre_scale = frozen(_agreed(pre_scale, self.prefix, "pre_quant_scale"))
         if (hadamard := tensors.get(Role.HADAMARD)) is not None:
             layer.hadamard = frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
-        ops.check_activation(layer.weight_packed.device, self.config.options.activation)
+        prepare_kernels(layer, self.config.options.activation)
         log_path(self.spec, layer.weight_packed.device, self.config.options.activation)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -182,7 +183,7 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
             weight.data, layer.logical_widths, options.online_format, options.online_method
         )
         attach_weight(layer, quantized)
-        ops.check_activation(layer.weight_packed.device, options.activation)
+        prepare_kernels(layer, options.activation)
         log_path(self.spec, layer.weight_packed.device, options.activation, quantized.fmt.name)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -78,10 +78,21 @@ def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     layer.nvfp4_format = packed.fmt.name
 
 
+def prepare_kernels(layer: Any, activation: str) -> None:
+    """Have the kernels of the layer's weight ready, so that no request waits for a compiler.
+
+    Raises ValueError where the device cannot do what the option ``activation`` asks for.
+    """
+    device = layer.weight_packed.device
+    ops.check_activation(device, activation)
+    ops.warm_up(device, layer.nvfp4_format, ACTIVATION_BITS[activation])
+
+
 def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
     layer.weight = frozen(weight)
     layer.row_scale = frozen(scale)
+    ops.warm_up(weight.device, None, 0)
 
 
 def apply_weight(
