@@ -11,12 +11,13 @@ setup:
 else
 PYTHON := .venv/bin/python
 setup:
-	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND)
+	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND) $(SETUP_FLAGS)
 endif
 
 demo: setup
 	@$(PYTHON) scripts/demo.py
 
+test: SETUP_FLAGS = --with-compiler
 test: setup
 	@$(PYTHON) -m pytest $(ARGS)
 
@@ -26,6 +27,8 @@ lint: setup
 format: setup
 	@$(PYTHON) scripts/lint.py --fix
 
+# An environment that scripts/bootstrap.py did not make stays.
 clean:
-	rm -rf .venv .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path "./.w*" -type d -prune -exec rm -rf {} +
+	[ ! -e .venv/vllm-nvfp4.stamp ] || rm -rf .venv
+	rm -rf .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find vllm_nvfp4 csrc tests scripts benchmarks -name __pycache__ -prune -exec rm -rf {} +

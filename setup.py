@@ -59,7 +59,7 @@ class BuildPyWithCubins(build_py):
 
 
 BUILD_REQUIRES = [
-    "cuda-core>=0.4",
+    "cuda-core>=1",
     "cuda-bindings>=13,<14",
     "nvidia-cuda-nvrtc>=13,<14",
     "nvidia-cuda-runtime>=13,<14",

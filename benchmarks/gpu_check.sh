@@ -231,8 +231,8 @@ summary() {
   [ $num_passed -gt 0 ] || return 3
 }
 
-# Installed copies come first: they hold the cubins.
-export PYTHONPATH="$site:$work/vllm-site${PYTHONPATH:+:$PYTHONPATH}"
+# Installed copies come first: they hold the cubins. The checkout is for when install failed.
+export PYTHONPATH="$site:$work/vllm-site${PYTHONPATH:+:$PYTHONPATH}:$root"
 export VLLM_NVFP4_CACHE_DIR="$work/cache"
 for step in "${wanted[@]}"; do
   "step_$step"

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,6 @@ LOG = ROOT / ".cache" / "bootstrap.log"
 PYTHONS = ((3, 11), (3, 12))
 STAMP = "vllm-nvfp4.stamp"
 BUILDING = "building"
-APT_PACKAGES = {"venv": "python3-venv", "numa": "libnuma1"}
 
 sys.path.insert(0, str(ROOT))
 
@@ -50,21 +50,26 @@ def use_supported_python() -> None:
     )
 
 
-def missing_system_parts() -> list[str]:
-    """The Debian packages without which the environment cannot be made or vLLM cannot start."""
+def missing_system_parts(with_compiler: bool) -> list[str]:
+    """The Debian packages without which the environment cannot be made or used."""
     missing = []
     check = "import ensurepip, venv"
     if subprocess.run([sys.executable, "-c", check], capture_output=True).returncode:
-        missing.append(APT_PACKAGES["venv"])
+        missing.append("python3-venv")
     try:
-        ctypes.CDLL("libnuma.so.1")
+        ctypes.CDLL("libnuma.so.1")  # vLLM's CPU build links to it
     except OSError:
-        missing.append(APT_PACKAGES["numa"])
+        missing.append("libnuma1")
+    if with_compiler and not (shutil.which("g++") and shutil.which("gcc")):
+        missing.append("g++")
+    # torch.compile includes it in what it writes.
+    if with_compiler and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        missing.append("python3-dev")
     return missing
 
 
-def require_system_parts() -> None:
-    missing = missing_system_parts()
+def require_system_parts(with_compiler: bool) -> None:
+    missing = missing_system_parts(with_compiler)
     if not missing:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
@@ -74,7 +79,7 @@ def require_system_parts() -> None:
         with step(f"Installing {' and '.join(missing)} (as root, with apt-get)"):
             subprocess.run(["apt-get", "update"], capture_output=True)
             subprocess.run(command, capture_output=True)
-        missing = missing_system_parts()
+        missing = missing_system_parts(with_compiler)
     if missing:
         raise SetupError(
             f"missing on this system: {', '.join(missing)}. As root: {' '.join(command)}"
@@ -103,7 +108,10 @@ def stamp_of(backend: str) -> str:
 
 
 def explain_pip_failure(output: str) -> str:
-    missing = re.search(r"No matching distribution found for (\S+)", output)
+    # Where constraints are configured, pip words the same failure as a conflict with them.
+    missing = re.search(r"No matching distribution found for (\S+)", output) or re.search(
+        r"The user requested (\S+\+cpu)[\s\S]*ResolutionImpossible", output
+    )
     if missing and "+cpu" in missing[1]:
         return (
             f"pip cannot find {missing[1]}, torch's CPU build, in the configured package index. "
@@ -220,6 +228,11 @@ def main() -> int:
         default="auto",
         help="which vLLM to install; auto looks for an NVIDIA driver with a GPU",
     )
+    parser.add_argument(
+        "--with-compiler",
+        action="store_true",
+        help="also ask for g++ and Python.h: the tests compile the CUDA kernels for the CPU",
+    )
     args = parser.parse_args()
     try:
         use_supported_python()
@@ -230,9 +243,11 @@ def main() -> int:
         with LOG.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits, then has it
             stamp = VENV / STAMP
-            if stamp.is_file() and stamp.read_text().strip() == stamp_of(backend):
+            is_whole = stamp.is_file() and stamp.read_text().strip() == stamp_of(backend)
+            if not is_whole or args.with_compiler:
+                require_system_parts(args.with_compiler)
+            if is_whole:
                 return 0
-            require_system_parts()
             LOG.write_text("")
             build(backend)
     except SetupError as error:

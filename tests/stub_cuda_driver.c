@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A stand-in for libcuda.so.1 where no GPU is: it runs nothing and records every launch, so that a
-// test can read back what a kernel would have been given. Only the calls of kernels/driver.py.
-#include <stddef.h>
+// test can read back what a kernel would have been given. Only the calls of kernels/driver.py;
+// types and constants are NVIDIA's own, from cuda.h.
+#include <cuda.h>
 #include <stdint.h>
 #include <string.h>
-
-typedef struct {
-  unsigned grid[3], block[3], smem_bytes;
-  void *stream, *attributes;
-  unsigned num_attributes;
-} LaunchConfig;
 
 typedef struct {
   uint64_t function, stream;
@@ -18,8 +13,7 @@ typedef struct {
   uint8_t params[512];
 } Launch;
 
-enum { kMaxLaunches = 4096, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500 };
-enum { kContext = 0xC0 };
+enum { kMaxLaunches = 4096, kContext = 0xC0, kMaxSmemBytes = 101376 };
 
 static Launch launches[kMaxLaunches];
 static int num_launches, num_modules, fail_launches_with;
@@ -34,82 +28,87 @@ void stub_set_context(uintptr_t context) { current_context = context; }
 void stub_fail_launches(int status) { fail_launches_with = status; }
 
 // --- the driver API
-int cuInit(unsigned flags) { return flags ? kInvalidValue : 0; }
+CUresult cuInit(unsigned int flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
 
-int cuGetErrorName(int status, const char **name) {
-  *name = status == kNotFound         ? "CUDA_ERROR_NOT_FOUND"
-          : status == kInvalidContext ? "CUDA_ERROR_INVALID_CONTEXT"
-          : status == 719             ? "CUDA_ERROR_LAUNCH_FAILED"
-                                      : "CUDA_ERROR_INVALID_VALUE";
-  return 0;
+CUresult cuGetErrorName(CUresult status, const char **name) {
+  *name = status == CUDA_ERROR_NOT_FOUND         ? "CUDA_ERROR_NOT_FOUND"
+          : status == CUDA_ERROR_INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT"
+          : status == CUDA_ERROR_LAUNCH_FAILED   ? "CUDA_ERROR_LAUNCH_FAILED"
+          : status == CUDA_ERROR_INVALID_DEVICE  ? "CUDA_ERROR_INVALID_DEVICE"
+                                                 : "CUDA_ERROR_INVALID_VALUE";
+  return CUDA_SUCCESS;
 }
 
-int cuDeviceGet(int *device, int index) {
-  *device = index;
-  return index == 0 ? 0 : 101;
+CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+  *device = ordinal;
+  return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 
 // An RTX 4090.
-int cuDeviceGetAttribute(int *value, int attribute, int device) {
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  (void)device;
   switch (attribute) {
-    case 16: *value = 128; return 0;
-    case 13: *value = 2520000; return 0;
-    case 36: *value = 10501000; return 0;
-    case 37: *value = 384; return 0;
-    case 38: *value = 72 << 20; return 0;
-    case 75: *value = 8; return 0;
-    case 76: *value = 9; return 0;
-    case 97: *value = 101376; return 0;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 128; break;
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: *value = 2520000; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: *value = 10501000; break;
+    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: *value = 384; break;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 72 << 20; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 8; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 9; break;
+    default: return CUDA_ERROR_INVALID_VALUE;
   }
-  return kInvalidValue;
+  return CUDA_SUCCESS;
 }
 
-int cuCtxGetCurrent(void **context) {
-  *context = (void *)current_context;
-  return 0;
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  *context = (CUcontext)current_context;
+  return CUDA_SUCCESS;
 }
 
-int cuCtxSetCurrent(void *context) {
+CUresult cuCtxSetCurrent(CUcontext context) {
   current_context = (uintptr_t)context;
-  return 0;
+  return CUDA_SUCCESS;
 }
 
-int cuModuleLoadData(void **module, const void *image) {
-  if (memcmp(image, "\x7f" "ELF", 4)) return 200;
-  *module = (void *)(uintptr_t)(0x1000 + ++num_modules);
-  return 0;
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  if (memcmp(image, "\x7f" "ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
+  *module = (CUmodule)(uintptr_t)(0x1000 + ++num_modules);
+  return CUDA_SUCCESS;
 }
 
-int cuModuleGetFunction(void **function, void *module, const char *name) {
-  if (!strcmp(name, "missing")) return kNotFound;
-  *function = (void *)((uintptr_t)module + 0x1000);
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  if (!strcmp(name, "missing")) return CUDA_ERROR_NOT_FOUND;
+  *function = (CUfunction)((uintptr_t)module + 0x1000);
   dynamic_smem_of[(uintptr_t)*function & 255] = -1;
-  return 0;
+  return CUDA_SUCCESS;
 }
 
-int cuFuncSetAttribute(void *function, int attribute, int value) {
-  if (attribute != 8 || value > 101376) return kInvalidValue;
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value > kMaxSmemBytes)
+    return CUDA_ERROR_INVALID_VALUE;
   dynamic_smem_of[(uintptr_t)function & 255] = value;
-  return 0;
+  return CUDA_SUCCESS;
 }
 
-int cuLaunchKernelEx(const LaunchConfig *config, void *function, void **params, void **extra) {
-  if (current_context != kContext) return kInvalidContext;
-  if (fail_launches_with) return fail_launches_with;
-  // extra = {1, buffer, 2, pointer to its size, 0}
-  if (params || (uintptr_t)extra[0] != 1 || (uintptr_t)extra[2] != 2 || extra[4])
-    return kInvalidValue;
-  size_t size = *(size_t *)extra[3];
-  if (size > sizeof launches[0].params) return kInvalidValue;
-  Launch *launch = &launches[num_launches % kMaxLaunches];
-  launch->function = (uintptr_t)function;
-  launch->stream = (uintptr_t)config->stream;
-  memcpy(launch->grid, config->grid, sizeof launch->grid);
-  memcpy(launch->block, config->block, sizeof launch->block);
-  launch->smem_bytes = config->smem_bytes;
-  launch->num_attributes = config->num_attributes;
-  launch->num_param_bytes = size;
-  memcpy(launch->params, extra[1], size);
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params,
+                          void **extra) {
+  if (current_context != kContext) return CUDA_ERROR_INVALID_CONTEXT;
+  if (fail_launches_with) return (CUresult)fail_launches_with;
+  if (params || extra[0] != CU_LAUNCH_PARAM_BUFFER_POINTER ||
+      extra[2] != CU_LAUNCH_PARAM_BUFFER_SIZE || extra[4] != CU_LAUNCH_PARAM_END)
+    return CUDA_ERROR_INVALID_VALUE;
+  const size_t size = *(size_t *)extra[3];
+  if (size > sizeof launches[0].params) return CUDA_ERROR_INVALID_VALUE;
+  *(&launches[num_launches % kMaxLaunches]) = (Launch){
+      .function = (uintptr_t)function,
+      .stream = (uintptr_t)config->hStream,
+      .grid = {config->gridDimX, config->gridDimY, config->gridDimZ},
+      .block = {config->blockDimX, config->blockDimY, config->blockDimZ},
+      .smem_bytes = config->sharedMemBytes,
+      .num_attributes = config->numAttrs,
+      .num_param_bytes = size,
+  };
+  memcpy(launches[num_launches % kMaxLaunches].params, extra[1], size);
   num_launches++;
-  return 0;
+  return CUDA_SUCCESS;
 }

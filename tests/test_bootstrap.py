@@ -15,12 +15,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The script with a project folder of its own and a pip that only notes what it was asked."""
+def load_script():
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fresh():
+    """The script as it is."""
+    return load_script()
+
+
+@pytest.fixture
+def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The script with a project folder of its own and a pip that only notes what it was asked."""
+    module = load_script()
     (tmp_path / "requirements").mkdir()
     for backend in ("cpu", "cuda"):
         (tmp_path / "requirements" / f"lock-{backend}.txt").write_text(f"{backend}==1\n")
@@ -33,7 +44,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "install_alias", lambda: None)
     # Without the half minute of installing pip into it.
     monkeypatch.setattr(module, "run_venv", lambda: venv.create(module.VENV, with_pip=False))
-    monkeypatch.setattr(module, "missing_system_parts", list)
+    monkeypatch.setattr(module, "missing_system_parts", lambda with_compiler: [])
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bootstrap.py"])
     return module
@@ -117,11 +128,26 @@ def test_an_environment_of_someone_else_is_left_alone(bootstrap, capsys):
 
 
 def test_what_the_system_lacks_is_named_with_the_command(bootstrap, monkeypatch):
-    monkeypatch.setattr(bootstrap, "missing_system_parts", lambda: ["python3-venv", "libnuma1"])
+    monkeypatch.setattr(bootstrap, "missing_system_parts", lambda _: ["python3-venv", "libnuma1"])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(bootstrap.SetupError) as error:
-        bootstrap.require_system_parts()
+        bootstrap.require_system_parts(with_compiler=False)
     assert "apt-get install -y --no-install-recommends python3-venv libnuma1" in str(error.value)
+
+
+def test_only_the_tests_ask_for_a_compiler_and_do_so_every_time(fresh, bootstrap, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "g++" in fresh.missing_system_parts(with_compiler=True)
+    assert "g++" not in fresh.missing_system_parts(with_compiler=False)
+    assert bootstrap.main() == 0
+    asked = []
+    monkeypatch.setattr(bootstrap, "require_system_parts", asked.append)
+    assert bootstrap.main() == 0
+    assert asked == []
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--with-compiler"])
+    assert bootstrap.main() == 0
+    assert asked == [True]
+    assert len(bootstrap.installed) == 2
 
 
 def test_an_old_python_is_refused_with_what_to_install(bootstrap, monkeypatch):
@@ -148,6 +174,11 @@ def test_an_old_python_hands_over_to_a_newer_one(bootstrap, monkeypatch, tmp_pat
     ("output", "words"),
     [
         ("ERROR: No matching distribution found for torch==2.13.0+cpu\n", "PIP_EXTRA_INDEX_URL"),
+        (
+            "The conflict is caused by:\n    The user requested torch==2.13.0+cpu\n"
+            "    The user requested (constraint) torch<=2.14.1\nERROR: ResolutionImpossible: for",
+            "cannot find torch==2.13.0+cpu",
+        ),
         ("ERROR: No matching distribution found for rich==15.0.0\n", "cannot find rich==15.0.0"),
         ("OSError: [Errno 28] No space left on device\n", "disk is full"),
         ("a\nERROR: something else\n", "ERROR: something else"),
@@ -157,11 +188,8 @@ def test_pip_failures_are_explained(bootstrap, output, words):
     assert words in bootstrap.explain_pip_failure(output)
 
 
-def test_pips_lines_go_to_the_log_without_the_ignored_ones(bootstrap, monkeypatch, capsys):
+def test_pips_lines_go_to_the_log_without_the_ignored_ones(fresh, bootstrap, monkeypatch, capsys):
     """The real run_pip, with a pip that prints what a large index makes it print."""
-    spec = importlib.util.spec_from_file_location("fresh", ROOT / "scripts" / "bootstrap.py")
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
     python = bootstrap.VENV / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from vllm_nvfp4 import compat_cpu_metadata
+from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli import doctor, main, serve
 from vllm_nvfp4.cli.serve import Host, add_defaults, given_flags
+from vllm_nvfp4.testing.tiny_models import build_model
 
 GIB = 2**30
 GPU = Host(is_cpu=False)
@@ -209,6 +211,19 @@ def test_doctor_json_agrees_with_its_exit_status():
     names = [check["name"] for check in report["checks"]]
     assert {"Python", "vLLM", "torch", "CPU", "plugin"} <= set(names)
     assert bool(report["paths"]) == report["can_serve"]
+
+
+def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
+    source = tmp_path / "bf16"
+    build_model("llama").save_pretrained(source)
+    written = write_nvfp4(source, tmp_path / "nvfp4")
+    result = run_command("inspect", str(tmp_path / "nvfp4"), "--json")
+    assert result.returncode == 0, result.stderr
+    layers = json.loads(result.stdout)["layers"]
+    quantized = [layer for layer in layers if layer["format"] == "nvfp4"]
+    assert sum(layer["count"] for layer in quantized) == len(written.quantized)
+    assert sum(layer["num_bytes"] for layer in quantized) == written.layer_bytes_after
+    assert sum(layer["num_bytes"] for layer in layers) == written.bytes_after
 
 
 def test_doctor_says_what_shuts_the_plugin_out():

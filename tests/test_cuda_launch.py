@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import configs, cubins, cuda, devices, dispatch
+from vllm_nvfp4.kernels import configs, cubins, cuda, devices, dispatch, nvrtc
 from vllm_nvfp4.kernels.configs import GemmParams, QuantizeParams
 from vllm_nvfp4.kernels.devices import Device
 from vllm_nvfp4.kernels.driver import Driver, DriverError
@@ -42,7 +42,9 @@ class Launch(ctypes.Structure):
 def library(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("stub") / "libcuda_stub.so"
     source = request.path.parent / "stub_cuda_driver.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", path, source], check=True)
+    headers = [f"-I{folder}" for folder in nvrtc.toolkit_headers()]
+    command = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", *headers, "-o", path, source]
+    subprocess.run(command, check=True)
     return path
 
 
@@ -213,19 +215,35 @@ def test_rows_with_a_stride_are_read_in_place(stub, device):
     assert (p.a, p.a_stride) == (wide.data_ptr(), 128)
 
 
-@pytest.mark.parametrize("view", ["transposed", "shifted", "odd_stride"])
+@pytest.mark.parametrize("view", ["transposed", "shifted", "odd_stride", "contiguous_but_shifted"])
 def test_rows_that_cannot_be_read_in_16_bytes_are_copied(stub, device, view):
     packed = pack_weight(quantize_nvfp4(torch.randn(16, 64)))
     a = {
         "transposed": torch.randn(64, 4).bfloat16().t(),
         "shifted": torch.randn(4, 72).bfloat16()[:, 1:65],
         "odd_stride": torch.randn(4, 67).bfloat16()[:, :64],
+        "contiguous_but_shifted": torch.randn(257).bfloat16()[1:].view(4, 64),
     }[view]
     launch_linear(device, a, packed)
     p = argument(last_launch(stub), GemmParams)
     assert p.a != a.data_ptr()
     assert p.a % 16 == 0
     assert p.a_stride == 64
+
+
+def test_rows_of_fp8_weights():
+    weight = torch.randn(20, 48).to(torch.float8_e4m3fn)
+    row_scale, ids = torch.rand(20), torch.tensor([[3, 19], [0, 3]])
+    rows = cuda.gather_fp8_rows(weight, row_scale, ids, torch.bfloat16)
+    assert torch.equal(rows, (weight.float() * row_scale[:, None])[ids].bfloat16())
+
+
+def test_activation_is_checked_while_weights_load(device, monkeypatch):
+    monkeypatch.setattr(cuda, "prepare", lambda place, fmt: device)
+    cuda.check_activation(torch.device("cuda", 0), "8")
+    device.gpu = find_gpu("A100-SXM4-80GB")
+    with pytest.raises(ValueError, match=r"activation=8: A100.*no FP8 tensor cores"):
+        cuda.check_activation(torch.device("cuda", 0), "8")
 
 
 def test_streams_have_semaphores_of_their_own(device):

@@ -95,6 +95,34 @@ def test_never_8_bit_without_native_fp8_mma(gpu):
     assert dispatch.choose(gpu, 4096, 24576, 4096, "nvfp4", "bf16").activation_bits == 16
 
 
+def test_f16_partials_switch_no_later_on_geforce_and_not_earlier_elsewhere():
+    """Twice the MMA rate on GeForce; on L40S the same rate and more instructions."""
+    for n, k in LAYERS:
+        exact, f16 = (
+            [dispatch.activation_switch(gpu, n, k, "nvfp4", variant) for gpu in (RTX4090, L40S)]
+            for variant in dispatch.VARIANTS
+        )
+        assert f16[0] <= exact[0]
+        assert f16[1] >= exact[1]
+    assert dispatch.choose(
+        RTX4090, 4096, 4096, 4096, "nvfp4", "bf16", "auto", "f16_partials"
+    ).config.variant == "f16_partials"  # fmt: skip
+    with pytest.raises(ValueError, match=r"'folded'.*exact, f16_partials"):
+        dispatch.reachable("nvfp4", "bf16", 8, "folded")
+
+
+def test_the_instruction_counts_are_those_of_the_machine_code():
+    """Against sass_report's figures for sm_89, by hand: lane instructions per weight and tile."""
+    counted = {(8, "nvfp4"): 3.6, (16, "nvfp4"): 3.85, (32, "nvfp4"): 4.7, (64, "nvfp4"): 5.6,
+               (128, "nvfp4"): 11.1, (8, "mxfp4"): 4.0, (64, "mxfp4"): 7.6,
+               (128, "mxfp4"): 15.2}  # fmt: skip
+    for config in dispatch.reachable("nvfp4", "bf16", 16) + dispatch.reachable("mxfp4", "bf16", 16):
+        if (config.block_m, config.fmt_name) in counted:
+            unpack, token = dispatch._INSTRUCTIONS[config.stem, "exact", config.fmt_name]
+            model = unpack * config.warps_m + token * config.block_m
+            assert model == pytest.approx(counted[config.block_m, config.fmt_name], rel=0.07)
+
+
 def test_8_bits_by_name():
     assert dispatch.choose(H200, 1, 4096, 4096, "nvfp4", "bf16", "8").activation_bits == 8
     assert dispatch.choose(RTX4090, 1, 4096, 4096, "nvfp4", "bf16", "8").activation_bits == 8

@@ -239,6 +239,14 @@ def test_links_lead_only_into_the_folder_or_its_own_hub_blobs(folder, tmp_path):
     outside.rename(blob)
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     assert read_headers(snapshot)
+    (repository / "other").mkdir()
+    other = shutil.copy(blob, repository / "other" / "0123")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other)
+    with pytest.raises(CheckpointError, match="the blobs folder of the same"):
+        read_headers(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     link = tmp_path / "link"
     link.symlink_to(snapshot)  # the user named the folder: that it is a link is their business
     assert read_headers(link)

@@ -178,7 +178,7 @@ def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
 
 
 def test_tensor_parallel_cut_through_a_block_is_refused():
-    from vllm_nvfp4.linear import check_block_cut
+    from vllm_nvfp4.weights import check_block_cut
 
     check_block_cut("layer", 96, 48, 16)
     with pytest.raises(CheckpointError, match=r"K=96 cut over 4 ranks, 24 each.*divides 6"):
@@ -208,6 +208,14 @@ def test_tied_options_must_agree():
     config._options = Options(lm_head="fp8", embedding="nvfp4")
     with pytest.raises(ValueError, match="are one tensor"):
         tied_format(config)
+
+
+def test_a_truncated_file_ends_with_one_plain_error(registered, tmp_path):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"^model.safetensors: .*: the file is truncated"):
+        engine_args(folder, quantization="nvfp4").create_engine_config()
 
 
 def test_a_damaged_checkpoint_ends_before_loading(registered, tmp_path):

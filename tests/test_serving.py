@@ -4,9 +4,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from serving_cases import NUM_TOKENS, PROMPT, compare, layer_of, quantise_like_online, rounded
 
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.testing.checkpoints import (
     edit_json,
     extract_fixture,
@@ -14,26 +13,16 @@ from vllm_nvfp4.testing.checkpoints import (
     give_shards_their_own_scale,
     make_legacy,
 )
-from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, reference_model
+from vllm_nvfp4.testing.engine import (
+    ask_engine,
+    ask_reference,
+    engine,
+    plain_model,
+    reference_model,
+)
 from vllm_nvfp4.testing.tiny_models import write_model
 
-PROMPT = [3, 17, 200, 45, 99, 120, 7, 64, 250, 31, 12, 180]
-NUM_TOKENS = 12
-KEEP_KV = {"nvfp4": {"kv_cache": "keep"}}
-
 pytestmark = pytest.mark.vllm
-
-
-def compare(folder, atol, **options):
-    """Greedy tokens equal, and log-probabilities within ``atol``, in float32 arithmetic."""
-    expected = ask_reference(reference_model(folder, torch.float32), PROMPT, NUM_TOKENS)
-    options = {"additional_config": KEEP_KV, "dtype": "float32"} | options
-    with engine(folder, **options) as llm:
-        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
-    assert answer.tokens == expected.tokens
-    rows = len(PROMPT) - 1 + NUM_TOKENS
-    error = (answer.logprobs - expected.logprobs[:rows]).abs().max().item()
-    assert error < atol, f"log-probabilities differ by up to {error}"
 
 
 @pytest.mark.parametrize("name", fixture_names())
@@ -82,11 +71,8 @@ def test_fp8_kv_cache_is_the_default_and_the_flag_wins(tmp_path):
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 def test_16_bit_checkpoint_is_quantised_while_it_loads(family, fmt, tmp_path):
     folder = write_model(tmp_path / family, family)
-    reference = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    quantise_shards_like_online(reference, fmt)
-    expected = ask_reference(reference.eval(), PROMPT, NUM_TOKENS)
+    reference = quantise_like_online(plain_model(folder, torch.float32), fmt)
+    expected = ask_reference(reference, PROMPT, NUM_TOKENS)
     options = {"kv_cache": "keep", "online_format": fmt}
     with engine(folder, dtype="float32", additional_config={"nvfp4": options}) as llm:
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
@@ -111,24 +97,3 @@ def test_lm_head_and_embedding_options(family, fmt, tmp_path):
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
     assert answer.tokens == expected.tokens
     assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
-
-
-def rounded(weight, fmt):
-    if fmt == "fp8":
-        quantised, scale = quantize_fp8_per_row(weight)
-        return quantised.float() * scale
-    if fmt == "mxfp4":
-        return quantize_mxfp4(weight).dequantize()
-    return quantize_nvfp4(weight, "mse").dequantize()
-
-
-def quantise_shards_like_online(model, fmt):
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-                module.weight.copy_(rounded(module.weight, fmt))
-
-
-def layer_of(llm, name):
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.model.get_submodule(name)

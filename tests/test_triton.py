@@ -31,6 +31,43 @@ def test_under_the_interpreter(case, outcomes):
     assert outcomes[case] == "ok"
 
 
+# --- for a GPU, without one ----------------------------------------------------------------------
+
+INTEGERS = ("n", "k", "a_stride", "w_stride", "y_stride")
+
+
+@pytest.mark.parametrize("m", [1, 32, 64, 200])
+def test_the_product_compiles_for_ada_within_its_shared_memory(m, monkeypatch, tmp_path):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from vllm_nvfp4.kernels import triton as kernels
+    from vllm_nvfp4.kernels.configs import MAX_SMEM_BYTES
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = kernels.fp8_tile(m)
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    pointers = {"a_ptr": "bf16", "w_ptr": "u8", "scale_ptr": "fp32", "bias_ptr": "bf16"}
+    signature = {name: f"*{kind}" for name, kind in (pointers | {"y_ptr": "bf16"}).items()}
+    signature |= dict.fromkeys(("m", *INTEGERS), "i32")
+    constants = {"HAS_BIAS": True} | tile
+    signature |= dict.fromkeys(constants, "constexpr")
+    # Tensors and strides that are multiples of 16, as a model's are.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(signature)
+        if name.endswith("_ptr") or name in INTEGERS
+    }
+    source = ASTSource(kernels._fp8_linear_kernel, signature, constants, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 89, 32), options=options)
+    assert compiled.asm["cubin"].startswith(b"\x7fELF")
+    assert compiled.metadata.shared <= MAX_SMEM_BYTES
+    assert "mma.sync" in compiled.asm["ptx"]
+
+
+# --- under the interpreter -----------------------------------------------------------------------
+
+
 def fp8_weights_are_exact():
     import torch
 

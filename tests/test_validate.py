@@ -328,9 +328,13 @@ def test_a_bias_is_part_of_its_layer(damaged):
     assert layer.shape == (128, 64)
 
 
-def test_a_dialect_at_hand_is_settled(tmp_path):
-    folder = extract_fixture("modelopt/w4a8-llama", tmp_path)
-    config, quant_config = read_config(folder)
+@pytest.mark.parametrize(("name", "block"), [(MODELOPT, 16), ("modelopt/w4a8-llama", 32)])
+def test_a_dialect_at_hand_is_settled(tmp_path, name, block):
+    folder = extract_fixture(name, tmp_path)
+    config, _ = read_config(folder)
+    quant_config = {"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}
+    quant_config |= {"ignore": ["lm_head"]}
     dialect = detect(quant_config)
+    assert dialect.layer_spec(UP).scale_block == 32  # the tool's own recipe
     validate(folder, config, quant_config, dialect=dialect)
-    assert dialect.layer_spec(UP).scale_block == 32
+    assert dialect.layer_spec(UP).scale_block == block

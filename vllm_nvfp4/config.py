@@ -31,6 +31,7 @@ from vllm_nvfp4.checkpoints.spec import (
 )
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.embedding import embedding_method, lm_head_method
+from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -91,6 +92,8 @@ class NvFp4Config(QuantizationConfig):
             vllm_config = get_current_vllm_config_or_none()
             given: Any = vllm_config.additional_config if vllm_config else None
             self._options = Options.resolve(given)
+            if compat.device_capability() is not None:
+                ops.configure(self._options)
         return self._options
 
     @property

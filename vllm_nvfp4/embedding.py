@@ -12,16 +12,16 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
-from vllm_nvfp4.linear import (
+from vllm_nvfp4.linear import linear_method
+from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.weights import (
     apply_weight,
     attach_fp8_weight,
     attach_weight,
     check_block_cut,
-    linear_method,
     quantize_online,
 )
-from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 
 if TYPE_CHECKING:
     from vllm_nvfp4.config import NvFp4Config

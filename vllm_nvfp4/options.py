@@ -37,6 +37,12 @@ class Options:
         "(exact). `8`: activations are rounded to FP8 with one scale per token and run on the FP8 "
         "tensor cores. `auto`: by the batch size, where the roofline of the GPU says.",
     )
+    a8_partials: str = _option(
+        "f32",
+        ("f32", "f16"),
+        "Partial sums of one block in the 8-bit kernel. `f32` is exact; `f16` rounds each to FP16 "
+        "and runs at GeForce's double rate.",
+    )
     lm_head: str = _option(
         "keep",
         ("keep", "fp8", "nvfp4"),

@@ -7,6 +7,7 @@ import contextvars
 import functools
 from typing import Any, Literal, get_args
 
+from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 _registered = False
@@ -77,7 +78,6 @@ def _claims_without_flag(quant_config: dict[str, Any]) -> bool:
     if not Options.resolve().auto:
         return False
     from vllm_nvfp4.checkpoints.detect import detect
-    from vllm_nvfp4.checkpoints.spec import CheckpointError
 
     try:
         return detect(quant_config).has_microscaled_layers()
@@ -104,6 +104,7 @@ def _patch_engine_args() -> None:
     Environment variables of a plugin are not in that hash, ``additional_config`` is, and there is
     no hook between the command line and the engine.
     """
+    from pydantic import ValidationError
     from vllm.engine import arg_utils
 
     engine_args: Any = arg_utils.EngineArgs
@@ -114,7 +115,10 @@ def _patch_engine_args() -> None:
     def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.quantization == METHOD_NAME:
             Options.resolve(self.additional_config)
-        config: Any = create_engine_config(self, *args, **kwargs)
+        try:
+            config: Any = create_engine_config(self, *args, **kwargs)
+        except ValidationError as error:
+            raise _checkpoint_error(error) or error from None
         if getattr(config.model_config, "quantization", None) == METHOD_NAME:
             options = Options.resolve(config.additional_config).non_default()
             config.additional_config[METHOD_NAME] = options
@@ -133,6 +137,12 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _checkpoint_error(error: Any) -> CheckpointError | None:
+    """The CheckpointError that pydantic wrapped into a page of its own words, if there is one."""
+    causes = (detail.get("ctx", {}).get("error") for detail in error.errors())
+    return next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
 
 
 def _patch_legacy_modelopt() -> None:

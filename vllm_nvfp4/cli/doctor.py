@@ -179,13 +179,13 @@ def layer_paths() -> dict[str, str]:
     from vllm_nvfp4.linear import ACTIVATION_BITS
 
     options = Options.resolve()
-    backend = ops.backend("cpu" if compat.device_capability() is None else "cuda")
+    device = "cpu" if compat.device_capability() is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
     obstacle = compat.fp8_kv_cache_obstacle(128)
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
-        "NVFP4 and MXFP4 linear": backend.describe_path("microscaled", bits),
-        "FP8 linear": backend.describe_path("fp8", bits),
+        "NVFP4 and MXFP4 linear": ops.describe_path(device, False, bits),
+        "FP8 linear": ops.describe_path(device, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
         "KV cache": f"16 bits: {obstacle}" if obstacle else "FP8",
@@ -236,11 +236,12 @@ def run(args: argparse.Namespace) -> int:
         report = {"can_serve": can_serve, "checks": [dataclasses.asdict(c) for c in checks]}
         print(json.dumps({**report, "paths": paths}, indent=2))
         return 0 if can_serve else 1
+    width = max(len(name) for name in [*(check.name for check in checks), *paths])
     for check in checks:
-        print(f"{check.status:4}  {check.name:18} {check.found}")
+        print(f"{check.status:4}  {check.name:{width}}  {check.found}")
         if check.todo:
-            print(f"      {'':18} -> {check.todo}")
+            print(f"      {'':{width}}  -> {check.todo}")
     for kind, path in paths.items():
-        print(f"path  {kind:18} {path}")
+        print(f"path  {kind:{width}}  {path}")
     print("This machine can serve." if can_serve else "This machine cannot serve yet.")
     return 0 if can_serve else 1

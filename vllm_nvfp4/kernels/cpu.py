@@ -11,21 +11,20 @@ import torch
 
 from vllm_nvfp4.kernels.cpu_dispatch import (
     OUT_NAME,
-    compile_kernel,
+    decode_kernel,
     fp4_bf16_dot,
     fp4_kernel,
     fp8_bf16_dot,
+    fp8_dequantize_kernel,
     fp8_kernel,
-    gather_kernel,
     has_fast_bf16_matmul,
     round_kernel,
     warm_up,
     warm_up_fp8,
 )
 from vllm_nvfp4.kernels.cpu_emit import ARGS
-from vllm_nvfp4.kernels.cpu_fp4 import Fp4Spec
-from vllm_nvfp4.kernels.cpu_fp8 import STEP, Fp8Spec
-from vllm_nvfp4.kernels.cpu_jit import host_cpu, thread_pool
+from vllm_nvfp4.kernels.cpu_fp8 import panel_bytes
+from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
 
@@ -50,6 +49,7 @@ _MATMUL_TOKENS = 48
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
+_SPREAD_TOKENS = 6
 
 
 def linear(
@@ -89,8 +89,9 @@ def linear(
 
         return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
     function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[out_dtype], bf16_dot)
-    scratch = torch.get_num_threads() * k * ROWS if is_panel else 0
+    scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
     weight = (packed.codes, packed.block_scale, packed.global_scale)
+    a = _spread_rows(a)
     _run(function, _product_shape(m, n, k), weight, a, y, a_scale, bias, scratch)
     return y
 
@@ -137,8 +138,9 @@ def fp8_linear(
 
         return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
     function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot)
-    scratch = torch.get_num_threads() * ROWS * (-(-k // STEP) * STEP) if is_panel else 0
+    scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
     weights = (weight, weight, row_scale)
+    a = _spread_rows(a)
     _run(function, _product_shape(m, n, k), weights, a, y, None, bias, scratch)
     return y
 
@@ -166,6 +168,20 @@ def _product_shape(m: int, n: int, k: int) -> _Shape:
     return _Shape(m, n, k, -(-n // ROWS))
 
 
+def _spread_rows(a: torch.Tensor) -> torch.Tensor:
+    """The same rows, with a cache line between them where they would share cache sets.
+
+    A first-level cache keeps eight lines that are a multiple of 4096 bytes apart, and a tile of
+    tokens reads more rows than that side by side.
+    """
+    m, k = a.shape
+    if m < _SPREAD_TOKENS or k * a.element_size() % 2048:
+        return a
+    wide = a.new_empty(m, k + 64 // a.element_size())
+    wide[:, :k] = a
+    return wide[:, :k]
+
+
 def _run(
     function: int,
     shape: _Shape,
@@ -174,13 +190,13 @@ def _run(
     y: torch.Tensor,
     a_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    scratch_words: int = 0,
+    scratch_bytes: int = 0,
 ) -> None:
     """Run a kernel. weight: (codes, block_scale, multiplier of each row)."""
     m, n, k, parts = shape
     if bias is not None:
         bias = bias.to(y.dtype).contiguous()
-    scratch = torch.empty(scratch_words, dtype=torch.bfloat16) if scratch_words else None
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     threads = min(torch.get_num_threads(), parts) if m * n * k > _SERIAL_CODES else 1
     pool = thread_pool()
     codes, block_scale, global_scale = weight
@@ -191,6 +207,7 @@ def _run(
         block_scale.data_ptr(),
         global_scale.data_ptr(),
         a.data_ptr(),
+        a.stride(0) * a.element_size(),
         _ONE.data_ptr() if a_scale is None else a_scale.data_ptr(),
         0 if a_scale is None else 4,
         0 if bias is None else bias.data_ptr(),
@@ -223,9 +240,9 @@ def _dequantize_rows(
     fmt, k = packed.fmt, packed.num_cols
     group, end = first // ROWS, -(-last // ROWS)
     y = torch.empty(k, (end - group) * ROWS, dtype=dtype)
-    spec = Fp4Spec("dequantize", fmt.scale_type, fmt.block_size, 1, OUT_NAME[dtype], False)
+    function = decode_kernel("dequantize", fmt, OUT_NAME[dtype])
     weight = (packed.codes[group:end], packed.block_scale[group:end], packed.global_scale)
-    _run(compile_kernel(spec, host_cpu()), _product_shape(1, y.shape[1], k), weight, _ONE, y)
+    _run(function, _product_shape(1, y.shape[1], k), weight, _ONE, y)
     return y[:, : last - first]
 
 
@@ -233,7 +250,7 @@ def _dequantize_fp8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """e4m3 bytes [R, K] as numbers, exactly. torch's own cast goes element by element."""
     n, k = weight.shape
     y = torch.empty(n, k, dtype=dtype)
-    function = compile_kernel(Fp8Spec("dequantize", 1, OUT_NAME[dtype], False), host_cpu())
+    function = fp8_dequantize_kernel(OUT_NAME[dtype])
     _run(function, _product_shape(1, n, k), (weight, weight, _ONE), _ONE, y)
     return y
 
@@ -274,7 +291,7 @@ def gather_rows(packed: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> 
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < n:
         raise ValueError(f"gather_rows: ids run {int(rows.min())}..{int(rows.max())} of 0..{n - 1}")
     y = torch.empty(rows.numel(), k, dtype=dtype)
-    kernel = gather_kernel(fmt, OUT_NAME[dtype])
+    kernel = decode_kernel("gather", fmt, OUT_NAME[dtype])
     weight = (packed.codes, packed.block_scale, packed.global_scale)
     m = rows.numel()
     _run(kernel, _Shape(m, n, k, m), weight, rows, y)

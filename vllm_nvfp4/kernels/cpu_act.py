@@ -51,7 +51,7 @@ class _RoundKernel(GroupKernel):
         ir, arg, k = self.ir, self.arg, self.arg["num_cols"]
         zero, steps = ir.const("i64", 0), k // _LANES
         with self.tokens_of_thread() as token:
-            row = arg["a"].at(token.index * k * OUT_BYTES[self.source])
+            row = arg["a"].at(token.index * arg["a_stride"])
             target = arg["y"].at(token.index * k * OUT_BYTES[self.out])
             with ir.loop(zero, steps, [ir.const(I32, 0)]) as step:
                 # As integers, magnitudes sort like the numbers, and NaN above all.

@@ -101,9 +101,13 @@ def round_kernel(source: str, out: str) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def gather_kernel(fmt: BlockFormat, out: str) -> int:
-    spec = Fp4Spec("gather", fmt.scale_type, fmt.block_size, 1, out, False)
-    return compile_kernel(spec, host_cpu())
+def decode_kernel(kind: str, fmt: BlockFormat, out: str) -> int:
+    """kind: "gather" or "dequantize"."""
+    return compile_kernel(Fp4Spec(kind, fmt.scale_type, fmt.block_size, 1, out, False), host_cpu())
+
+
+def fp8_dequantize_kernel(out: str) -> int:
+    return compile_kernel(Fp8Spec("dequantize", 1, out, False), host_cpu())
 
 
 @functools.cache
@@ -118,7 +122,11 @@ def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> 
     thread_pool()
     out = OUT_NAME[dtype]
     bf16_dot = fp4_bf16_dot(dtype, activation_bits)
-    gather_kernel(fmt, out)
+    decode_kernel("gather", fmt, out)
+    if has_fast_bf16_matmul() or not bf16_dot:
+        is_bf16 = dtype == torch.bfloat16 or activation_bits == 8
+        tile_type = "bf16" if is_bf16 and has_fast_bf16_matmul() else "f32"
+        decode_kernel("dequantize", fmt, tile_type)
     for tile in fp4_tiles(bf16_dot):
         fp4_compiled(fmt, tile, out, bf16_dot, False)
     for tile in _TILES_PANEL if bf16_dot and fits_panel(fmt) else ():
@@ -131,6 +139,9 @@ def warm_up_fp8(dtype: torch.dtype) -> None:
     """Compile what ``fp8_linear`` needs for this activation type, at load time."""
     thread_pool()
     bf16_dot = fp8_bf16_dot(dtype)
+    fp8_dequantize_kernel("f32")
+    if has_fast_bf16_matmul():
+        fp8_dequantize_kernel("bf16")
     for tile in _TILES_FP8:
         fp8_compiled(tile, OUT_NAME[dtype], bf16_dot, False)
     for tile in _TILES_FP8_PANEL if bf16_dot else ():

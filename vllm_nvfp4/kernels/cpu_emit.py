@@ -25,6 +25,7 @@ ARGS = (
     "block_scale",
     "global_scale",
     "a",
+    "a_stride",  # bytes from one row of a to the next
     "a_scale",
     "a_scale_stride",  # bytes from one row's multiplier to the next; 0 where all share one
     "bias",  # null where there is none
@@ -34,7 +35,7 @@ ARGS = (
     "num_cols",
     "scratch",  # of the kernels that ask for it
 )
-_WORDS = ("a_scale_stride", "num_tokens", "num_rows", "num_cols")
+_WORDS = ("a_stride", "a_scale_stride", "num_tokens", "num_rows", "num_cols")
 
 
 def to_out(ir: IrWriter, value: Value, out: str) -> Value:
@@ -90,6 +91,10 @@ class GroupKernel:
 
     def begin_group(self, group: Value) -> None:
         """Work that all tokens share."""
+
+    def token_rows(self, token: Value) -> list[Value]:
+        """Where the rows of a of ``tokens`` tokens from ``token`` on begin."""
+        return [self.arg["a"].at((token + m) * self.arg["a_stride"]) for m in range(self.tokens)]
 
     def dot_tile(self, group: Value, token: Value) -> list[Value]:
         """The totals of ``tokens`` tokens from ``token`` on, lane = row of the group."""

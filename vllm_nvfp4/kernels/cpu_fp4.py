@@ -129,8 +129,7 @@ class _FusedKernel(GroupKernel):
         codes = self.arg["codes"].at(group * k * (ROWS // 2))
         blocks = k // spec.block_size
         scales = self.arg["block_scale"].at(group * blocks * ROWS)
-        row_bytes = k * self.a_bytes
-        rows = [self.arg["a"].at((token + m) * row_bytes) for m in range(spec.tokens)]
+        rows = self.token_rows(token)
         zero = ir.const(F32, 0.0)
         block_bytes = spec.block_size * ROWS // 2
         with ir.loop(ir.const("i64", 0), blocks, [zero] * spec.tokens) as block:
@@ -206,7 +205,7 @@ class _PanelKernel(GroupKernel):
 
     def dot_tile(self, group: Value, token: Value) -> list[Value]:
         ir, k = self.ir, self.arg["num_cols"]
-        rows = [self.arg["a"].at((token + m) * k * 2) for m in range(self.tokens)]
+        rows = self.token_rows(token)
         zeros = [ir.const(F32, 0.0)] * self.tokens
         unroll = 4  # K is a multiple of 16, so of four pairs
         with ir.loop(ir.const("i64", 0), k // (2 * unroll), zeros) as step:

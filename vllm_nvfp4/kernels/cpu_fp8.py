@@ -21,6 +21,7 @@ from vllm_nvfp4.layout_cpu import ROWS
 
 BYTES = "<64 x i8>"
 STEP = 64  # columns of one round: a cache line of weights
+PANEL_PADDING = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ def _decode_f32(ir: IrWriter, raw: Value) -> list[Value]:
     return [decode_e4m3(raw.shuffle(raw, range(i, i + 16))) for i in range(0, STEP, 16)]
 
 
+def panel_bytes(num_cols: int) -> int:
+    """Scratch for each thread of a "panel" kernel."""
+    return ROWS * (-(-num_cols // STEP) * STEP * 2 + PANEL_PADDING)
+
+
 class _Fp8Kernel(GroupKernel):
     """total[m, n] = sum_k a[m, k] * e4m3(w[n, k]), rows_at_once rows by ``tokens`` tokens."""
 
@@ -140,8 +146,7 @@ class _Fp8Kernel(GroupKernel):
         return [self.row_at(group * ROWS + (first + i)) for i in range(self.rows_at_once)]
 
     def dot_tile(self, group: Value, token: Value) -> list[Value]:
-        row_bytes = self.arg["num_cols"] * self.a_bytes
-        tokens = [self.arg["a"].at((token + m) * row_bytes) for m in range(self.tokens)]
+        tokens = self.token_rows(token)
         ir, zero = self.ir, self.ir.const(F32, 0.0)
         steps = ir.const("i64", ROWS // self.rows_at_once)
         with ir.loop(ir.const("i64", 0), steps, [zero] * self.tokens) as step:
@@ -196,12 +201,13 @@ class _Fp8Kernel(GroupKernel):
 class _PanelKernel(_Fp8Kernel):
     """The same totals for many tokens, from sixteen rows decoded once.
 
-    The panel, [16, K rounded up to STEP] bf16, lies in this thread's part of ``scratch``.
+    The panel, [16, K rounded up to STEP] bf16, lies in this thread's part of ``scratch``; a line of
+    padding keeps its rows out of each other's cache sets.
     """
 
     def begin_group(self, group: Value) -> None:
         ir, k = self.ir, self.arg["num_cols"]
-        self.panel_row = (k + (STEP - 1)) // STEP * (STEP * 2)
+        self.panel_row = (k + (STEP - 1)) // STEP * (STEP * 2) + PANEL_PADDING
         self.panel = self.arg["scratch"].at(self.thread * self.panel_row * ROWS)
         zero = ir.const("i64", 0)
         with ir.loop(zero, ir.const("i64", ROWS)) as row:

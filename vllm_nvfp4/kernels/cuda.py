@@ -18,6 +18,7 @@ import struct
 
 import torch
 
+from vllm_nvfp4.kernels import dispatch
 from vllm_nvfp4.kernels.configs import GemmParams, QuantizeParams
 from vllm_nvfp4.kernels.devices import (
     DTYPE_NAMES,
@@ -34,7 +35,9 @@ from vllm_nvfp4.layout import pack_weight as reorder_weight
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 __all__ = [
+    "check_activation",
     "fp8_linear",
+    "gather_fp8_rows",
     "gather_rows",
     "linear",
     "pack_weight",
@@ -100,9 +103,10 @@ def run(
     if (
         a.stride(1) != 1
         or a.stride(0) * a.element_size() % _ROW_ALIGNMENT
-        or (a.data_ptr() % _ROW_ALIGNMENT)
+        or a.data_ptr() % _ROW_ALIGNMENT
     ):
-        a = a.contiguous()
+        # Not contiguous(): that returns a contiguous view as it is, wherever it starts.
+        a = a.clone(memory_format=torch.contiguous_format)
     m, k = a.shape
     # One allocation for all scratch memory: partial sums, then q and a_scale.
     a_ptr, a_stride, a_scale, scratch_ptr = a.data_ptr(), a.stride(0), 0, 0
@@ -136,6 +140,29 @@ def run(
         choice.num_splits,
     )
     device.launch(choice.config, choice.grid, stream, _GEMM_LAYOUT, params)
+
+
+def check_activation(device: torch.device, activation: str) -> None:
+    """Raise ValueError where the device cannot do what the option ``activation`` asks for.
+
+    For the time when weights load: a launch would say the same, but only then.
+    """
+    gpu = prepare(device, "nvfp4").gpu
+    dispatch.choose_activation_bits(gpu, 1, 64, 64, "nvfp4", activation)
+
+
+def gather_fp8_rows(
+    weight: torch.Tensor, row_scale: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of an FP8 weight by number: row_scale[id] * weight[id].
+
+    weight: [N, K] float8_e4m3fn; row_scale: [N] float32; ids: any shape. Returns [*ids.shape, K].
+    """
+    rows = ids.reshape(-1).long()
+    # Indexing by way of the bits: torch indexes uint8 on every device and architecture.
+    values = weight.view(torch.uint8)[rows].view(torch.float8_e4m3fn).float()
+    values *= row_scale[rows][:, None]
+    return values.to(dtype).view(*ids.shape, weight.shape[1])
 
 
 def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

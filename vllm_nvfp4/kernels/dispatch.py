@@ -44,10 +44,17 @@ _TENSOR_SHARE = 0.8
 _L2_BYTES_PER_CLOCK = 16
 # Issue slots: an SM issues four warp instructions, 128 lanes, per clock.
 _LANES_PER_CLOCK = 128
-# Lane instructions per weight for unpacking, and per weight and token for the MMA, its operand
-# loads and (w4a8) the scaling of its partial sums. Counted in sm_89 machine code.
-_UNPACK_COST = {"gemm_w4a16": 2.4, "gemm_w4a8": 0.9}
-_TOKEN_COST = {"gemm_w4a16": 0.03, "gemm_w4a8": 0.1}
+# Lane instructions for each weight: (to unpack it, once for each warp along the tokens; for each
+# token, its share of operand loads, the MMA and the scaling of partial sums). Fitted to
+# benchmarks/sass_report.py's count of sm_89 machine code, within 5 %.
+_INSTRUCTIONS = {
+    ("gemm_w4a16", "exact", "nvfp4"): (3.3, 0.035),
+    ("gemm_w4a16", "exact", "mxfp4"): (3.5, 0.065),
+    ("gemm_w4a8", "exact", "nvfp4"): (0.9, 0.1),
+    ("gemm_w4a8", "exact", "mxfp4"): (0.9, 0.063),
+    ("gemm_w4a8", "f16_partials", "nvfp4"): (0.9, 0.163),
+    ("gemm_w4a8", "f16_partials", "mxfp4"): (0.9, 0.095),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "e
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
-    us8_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 8, variant)
+    # The scaling of partial sums may take more issue slots than the MMA takes time.
+    _, per_token = _INSTRUCTIONS["gemm_w4a8", variant, fmt_name]
+    issue_us_per_m = n * k * per_token / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
+    us8_per_m = max(2 * n * k / _tensor_flops_per_us(gpu, 8, variant), issue_us_per_m)
     quantize_per_m = _quantize_us(gpu, 1, k) - _LAUNCH_US
     # Where the 8-bit product is still bound by memory: us16 * M = memory + launch + quantize * M.
     if us16_per_m > quantize_per_m:
@@ -199,7 +209,10 @@ def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
         * weights
         / (_tensor_flops_per_us(gpu, bits, config.variant) / gpu.num_sms)
     )
-    instructions = weights * (_UNPACK_COST[config.stem] + config.block_m * _TOKEN_COST[config.stem])
+    # The stand-in and other variants of timing only count as the exact kernel.
+    variant = config.variant if config.variant in VARIANTS else "exact"
+    unpack, per_token = _INSTRUCTIONS[config.stem, variant, config.fmt_name]
+    instructions = weights * (unpack * config.warps_m + per_token * config.block_m)
     issue_us = instructions / (_LANES_PER_CLOCK * clocks_per_us)
     parts = (dram_us, l2_us, blocks_per_sm * tensor_us, blocks_per_sm * issue_us)
     quantize_us = _quantize_us(gpu, m, k) if bits == 8 else 0.0

@@ -24,7 +24,6 @@ _DEVICE_ATTRIBUTES = {
     "l2_bytes": 38,
     "arch_major": 75,
     "arch_minor": 76,
-    "smem_optin_bytes": 97,
 }
 _INVALID_CONTEXT = 201
 

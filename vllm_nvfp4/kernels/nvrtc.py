@@ -130,7 +130,7 @@ def compile_cubin(config: KernelSource, arch: int) -> bytes:
             f"{config.symbol}: compiling for sm_{arch} needs the package cuda-core ({error}). "
             "pip install 'vllm-nvfp4[cuda]'"
         ) from error
-    include_path = [str(csrc_dir()), *map(str, _toolkit_headers())]
+    include_path = [str(csrc_dir()), *map(str, toolkit_headers())]
     options = ProgramOptions(include_path=include_path, **compile_options(arch))
     try:
         return bytes(Program(config.source, "c++", options).compile("cubin").code)
@@ -138,7 +138,7 @@ def compile_cubin(config: KernelSource, arch: int) -> bytes:
         raise CompileError(f"{config.symbol}: NVRTC failed for sm_{arch}:\n{error}") from error
 
 
-def _toolkit_headers() -> Iterator[Path]:
+def toolkit_headers() -> Iterator[Path]:
     """The folder that holds cuda_fp16.h: of the nvidia-cuda-runtime wheel, else of a toolkit."""
     candidates = [
         Path(entry) / "nvidia" / sub / "include"

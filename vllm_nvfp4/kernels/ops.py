@@ -15,6 +15,7 @@ import torch
 
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.options import Options
 
 _LIBRARY = torch.library.Library("vllm_nvfp4", "DEF")
 _LIBRARY.define(
@@ -36,12 +37,27 @@ def backend(device_type: str) -> ModuleType:
     return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}")
 
 
+def configure(options: Options) -> None:
+    """Hand the options that concern CUDA kernels to them, before weights load."""
+    from vllm_nvfp4.kernels import cubins, devices
+
+    if "cache_dir" in options.non_default():
+        cubins.use_cache_dir(options.cache_dir)
+    devices.use_variant("f16_partials" if options.a8_partials == "f16" else "exact")
+
+
+def check_activation(device: torch.device, activation: str) -> None:
+    """Raise ValueError where the device cannot do what the option ``activation`` asks for."""
+    if device.type == "cuda":
+        backend("cuda").check_activation(device, activation)
+
+
 def describe_path(device_type: str, is_fp8: bool, activation_bits: int) -> str:
     """In a few words, for the log and ``doctor``: which kernel runs a layer on this device."""
     if device_type == "cpu":
         return "CPU kernel, W8A16" if is_fp8 else f"CPU kernel, W4A{activation_bits or 16}"
     if is_fp8:
-        return "CUDA FP8 kernel, W8A8"
+        return "Triton kernel, W8A16"
     by_size = "W4A16 or W4A8 by the batch size"
     return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
 

@@ -48,6 +48,19 @@ def _fp8_linear_kernel(
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (cols < n)[None, :])
 
 
+def fp8_tile(m: int) -> dict[str, int]:
+    """The tile and launch options of the FP8 product for M tokens."""
+    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    return {
+        "BLOCK_M": block_m,
+        # Few tokens: narrow tiles, so that a layer of 4,096 rows still fills the GPU.
+        "BLOCK_N": 32 if block_m == 16 else 128,
+        "BLOCK_K": 128 if block_m <= 32 else 64,
+        "num_warps": 8 if block_m == 128 else 4,
+        "num_stages": 4,
+    }
+
+
 def fp8_linear(
     a: torch.Tensor, weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -67,16 +80,11 @@ def fp8_linear(
         return y
     if a.stride(1) != 1:
         a = a.contiguous()
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
-    # Few tokens: narrow tiles, so that a layer of 4,096 rows still fills the GPU.
-    block_n = 32 if block_m == 16 else 128
-    block_k = 128 if block_m <= 32 else 64
-    grid = (triton.cdiv(n, block_n), triton.cdiv(m, block_m))
+    tile = fp8_tile(m)
+    grid = (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"]))
     _fp8_linear_kernel[grid](
         a, weight.view(torch.uint8), row_scale, bias if bias is not None else row_scale, y,
-        m, n, k, a.stride(0), weight.stride(0), y.stride(0),
-        HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=8 if block_m == 128 else 4, num_stages=4,
+        m, n, k, a.stride(0), weight.stride(0), y.stride(0), HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y
 

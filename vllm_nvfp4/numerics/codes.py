@@ -43,7 +43,7 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     power_of_two = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
     bias = power_of_two.mul_(_ROUND_TO_INTEGER / 2)
     bias.clamp_(_ROUND_TO_INTEGER / 2, _ROUND_TO_INTEGER * 2)
-    return x.clamp(-6.0, 6.0).add_(bias).sub_(bias)
+    return x.clamp(-6.0, 6.0).add_(bias).sub_(bias).copysign_(x)
 
 
 def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -104,3 +104,11 @@ def reference_model(folder: Path, dtype: torch.dtype) -> Any:
     if unexpected or any("lm_head" not in name for name in missing):
         raise ValueError(f"{folder}: tensors missing {missing}, unexpected {unexpected}")
     return model.to(dtype).eval()
+
+
+def plain_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A transformers model of a checkpoint without quantization."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval()

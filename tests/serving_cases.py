@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests through a real vLLM engine share."""
+
+import torch
+
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, reference_model
+
+PROMPT = [3, 17, 200, 45, 99, 120, 7, 64, 250, 31, 12, 180]
+NUM_TOKENS = 12
+KEEP_KV = {"nvfp4": {"kv_cache": "keep"}}
+
+
+def compare(folder, atol, **options):
+    """Greedy tokens equal, and log-probabilities within ``atol``, in float32 arithmetic."""
+    expected = ask_reference(reference_model(folder, torch.float32), PROMPT, NUM_TOKENS)
+    options = {"additional_config": KEEP_KV, "dtype": "float32"} | options
+    with engine(folder, **options) as llm:
+        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
+    assert answer.tokens == expected.tokens
+    error = (answer.logprobs - expected.logprobs).abs().max().item()
+    assert error < atol, f"log-probabilities differ by up to {error}"
+
+
+def rounded(weight, fmt):
+    """The weight through a format and back."""
+    if fmt == "fp8":
+        quantised, scale = quantize_fp8_per_row(weight)
+        return quantised.float() * scale
+    if fmt == "mxfp4":
+        return quantize_mxfp4(weight).dequantize()
+    return quantize_nvfp4(weight, "mse").dequantize()
+
+
+def quantise_like_online(model, fmt):
+    """Round every linear layer but lm_head, as a 16-bit checkpoint is while it loads."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+                module.weight.copy_(rounded(module.weight, fmt))
+    return model
+
+
+def layer_of(llm, name):
+    """A layer of the model in an engine of this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.model.get_submodule(name)

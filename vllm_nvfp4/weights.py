@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's weight in memory: how a 16-bit one is quantised, held in kernel order, and applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.numerics.formats import FORMATS, MXFP4
+from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+
+ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
+
+
+def quantize_online(
+    weight: torch.Tensor, shard_rows: list[int], fmt: str, method: str
+) -> BlockScaledWeight:
+    """Quantise [N, K]; each shard of a fused layer gets a global scale of its own.
+
+    Under tensor parallelism the global scale is that of the whole weight, the maximum over the
+    ranks, so that the result does not depend on how the weight is cut.
+    """
+    if fmt == MXFP4.name:
+        return quantize_mxfp4(weight)
+    shards = weight.split(shard_rows)
+    amax = torch.stack([shard.abs().amax().float() for shard in shards])
+    scales = nvfp4_scale_from_amax(_maximum_over_ranks(amax))
+    parts = [quantize_nvfp4(s, method, g) for s, g in zip(shards, scales, strict=True)]
+    return BlockScaledWeight(
+        torch.cat([p.codes for p in parts]),
+        torch.cat([p.block_scale for p in parts]),
+        torch.cat([p.global_scale for p in parts]),
+        parts[0].fmt,
+    )
+
+
+def _maximum_over_ranks(amax: torch.Tensor) -> torch.Tensor:
+    from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+
+    if get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.all_reduce(
+            amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group
+        )
+    return amax
+
+
+def check_block_cut(prefix: str, k: int, k_per_rank: int, block_size: int) -> None:
+    """Refuse a K, or a cut of K over the tensor-parallel ranks, that splits a block."""
+    if k_per_rank % block_size == 0:
+        return
+    ranks = k // k_per_rank
+    if k % block_size:
+        found, todo = f"K={k}", "Leave this layer out of quantization."
+    else:
+        found = f"K={k} cut over {ranks} ranks, {k_per_rank} each"
+        todo = f"Use a tensor-parallel size that divides {k // block_size}."
+    raise CheckpointError(
+        prefix, "input size", found, f"a multiple of the block of {block_size} on each rank", todo
+    )
+
+
+def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
+    """Register the weight on the layer in kernel order.
+
+    The parameter is called ``weight_packed`` because vLLM's LoRA finds a layer's device by it.
+    """
+    packed = ops.backend(weight.codes.device.type).pack_weight(weight)
+    layer.weight_packed = frozen(packed.codes)
+    layer.weight_block_scale = frozen(packed.block_scale)
+    layer.weight_global_scale = frozen(packed.global_scale)
+    layer.nvfp4_shape = (packed.num_rows, packed.num_cols)
+    layer.nvfp4_format = packed.fmt.name
+
+
+def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
+    layer.weight = frozen(weight)
+    layer.row_scale = frozen(scale)
+
+
+def apply_weight(
+    layer: Any, x: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """y = x W^T + bias with the weight that :func:`attach_weight` registered."""
+    return torch.ops.vllm_nvfp4.linear(
+        x,
+        layer.weight_packed,
+        layer.weight_block_scale,
+        layer.weight_global_scale,
+        bias,
+        *layer.nvfp4_shape,
+        layer.nvfp4_format,
+        ACTIVATION_BITS[activation],
+    )
+
+
+def unpack_weight(layer: Any) -> BlockScaledWeight:
+    """The inverse of :func:`attach_weight`."""
+    num_rows, num_cols = layer.nvfp4_shape
+    packed = PackedWeight(
+        layer.weight_packed.data,
+        layer.weight_block_scale.data,
+        layer.weight_global_scale.data,
+        num_rows,
+        num_cols,
+        FORMATS[layer.nvfp4_format],
+    )
+    return ops.backend(packed.codes.device.type).unpack_weight(packed)
+
+
+def frozen(tensor: torch.Tensor) -> Parameter:
+    return Parameter(tensor.contiguous(), requires_grad=False)
