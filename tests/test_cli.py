@@ -15,6 +15,7 @@ from vllm_nvfp4 import compat_cpu_metadata
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli import doctor, main, serve
 from vllm_nvfp4.cli.serve import Host, add_defaults, given_flags
+from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
 GIB = 2**30
@@ -278,3 +279,14 @@ def test_doctor_needs_avx2_only_for_the_cpu_build(monkeypatch, tmp_path: Path):
         check = next(doctor.check_cpu(cpuinfo))
         assert check.status == status
         assert "Old One" in check.found
+
+
+def test_serve_refuses_a_damaged_folder_at_once(tmp_path: Path, capsys):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert main.main(["serve", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("vllm-nvfp4 serve: model.safetensors: ")
+    assert "the file is truncated" in captured.err
+    assert len(captured.err.splitlines()) == 1

@@ -4,7 +4,15 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from serving_cases import NUM_TOKENS, PROMPT, compare, layer_of, quantise_like_online, rounded
+from serving_cases import (
+    KEEP_KV,
+    NUM_TOKENS,
+    PROMPT,
+    compare,
+    layer_of,
+    quantise_like_online,
+    rounded,
+)
 
 from vllm_nvfp4.testing.checkpoints import (
     edit_json,
@@ -12,6 +20,7 @@ from vllm_nvfp4.testing.checkpoints import (
     fixture_names,
     give_shards_their_own_scale,
     make_legacy,
+    write_dequantized,
 )
 from vllm_nvfp4.testing.engine import (
     ask_engine,
@@ -31,6 +40,22 @@ def test_every_dialect_gives_the_tokens_of_its_dequantised_weights(name, tmp_pat
     # A cache that the checkpoint wants in FP8 would hide the arithmetic of the layers.
     edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("kv_cache_scheme", 0))
     compare(folder, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_bf16_is_as_exact_as_bf16_of_the_dequantised_weights(family, tmp_path):
+    name = "compressed_tensors/nvfp4a16-qwen3" if family == "qwen3" else f"modelopt/w4a16-{family}"
+    folder = extract_fixture(name, tmp_path)
+    plain = write_dequantized(folder, tmp_path / "plain")
+    reference = ask_reference(reference_model(folder, torch.float32), PROMPT, NUM_TOKENS)
+    errors = []
+    for model, quantization in ((folder, "nvfp4"), (plain, None)):
+        options = {"quantization": quantization, "dtype": "bfloat16"}
+        with engine(model, additional_config=KEEP_KV, **options) as llm:
+            answer = ask_engine(llm, PROMPT, NUM_TOKENS)
+        rows = len(PROMPT)  # further on, the two may have taken different words
+        errors.append((answer.logprobs - reference.logprobs)[:rows].square().mean().sqrt().item())
+    assert errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["modelopt/mixed-llama", "modelopt/w4a16-llama"])

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_nvfp4 import compat_cpu_metadata
+from vllm_nvfp4.checkpoints import read_config
+from vllm_nvfp4.checkpoints.validate import validate
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
 
@@ -153,9 +155,23 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.vllm_args or args.vllm_args[0] in ("-h", "--help"):
         print(_USAGE, end="")
-    else:
-        replace_this_process(args.vllm_args)
-    return 0 if args.vllm_args else 2
+        return 0 if args.vllm_args else 2
+    check_files(args.vllm_args)
+    replace_this_process(args.vllm_args)
+
+
+def check_files(vllm_args: Sequence[str]) -> None:
+    """Raise the CheckpointError of a local folder at once, before vLLM takes seconds to start.
+
+    Only where the model is named first and this project's method is to serve it.
+    """
+    folder = Path(vllm_args[0])
+    other_method = any(
+        arg.startswith(("-q", "--quantization")) and "nvfp4" not in f"{arg} {after}"
+        for arg, after in zip(vllm_args, [*vllm_args[1:], ""], strict=True)
+    )
+    if folder.is_dir() and not other_method:
+        validate(folder, *read_config(folder))
 
 
 def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:
