@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layout import PackedWeight
-from vllm_nvfp4.numerics.formats import FORMATS, MXFP4
+from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
 from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
@@ -19,14 +18,14 @@ ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
 
 
 def quantize_online(
-    weight: torch.Tensor, shard_rows: list[int], fmt: str, method: str
+    weight: torch.Tensor, shard_rows: list[int], fmt: BlockFormat, method: str
 ) -> BlockScaledWeight:
     """Quantise [N, K]; each shard of a fused layer gets a global scale of its own.
 
     Under tensor parallelism the global scale is that of the whole weight, the maximum over the
     ranks, so that the result does not depend on how the weight is cut.
     """
-    if fmt == MXFP4.name:
+    if fmt == MXFP4:
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
     amax = torch.stack([shard.abs().amax().float() for shard in shards])
@@ -48,21 +47,6 @@ def _maximum_over_ranks(amax: torch.Tensor) -> torch.Tensor:
             amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group
         )
     return amax
-
-
-def check_block_cut(prefix: str, k: int, k_per_rank: int, block_size: int) -> None:
-    """Refuse a K, or a cut of K over the tensor-parallel ranks, that splits a block."""
-    if k_per_rank % block_size == 0:
-        return
-    ranks = k // k_per_rank
-    if k % block_size:
-        found, todo = f"K={k}", "Leave this layer out of quantization."
-    else:
-        found = f"K={k} cut over {ranks} ranks, {k_per_rank} each"
-        todo = f"Use a tensor-parallel size that divides {k // block_size}."
-    raise CheckpointError(
-        prefix, "input size", found, f"a multiple of the block of {block_size} on each rank", todo
-    )
 
 
 def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
