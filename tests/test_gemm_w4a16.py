@@ -65,6 +65,32 @@ def test_data_of_every_kind(fmt_name: str, dtype: str, distribution: str, accumu
     assert found.is_match, found.report
 
 
+def test_nan_and_infinity_stay_in_their_token() -> None:
+    config = smallest("gemm_w4a16", "nvfp4", "bf16")
+    packed = pack_weight(make_weight(config, 40, 96))
+    a = make_activations(config, 4, 96)
+    clean = run_gemm(shipped(config), config, a, packed)
+    a[1, 5], a[3, 50] = torch.nan, torch.inf
+    y = run_gemm(shipped(config), config, a, packed)
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert y[1].isnan().all()
+    assert not y[3].isfinite().any()
+
+
+@pytest.mark.parametrize("block_m", [8, 32])
+def test_rows_of_a_wider_matrix(block_m: int) -> None:
+    """a is a slice of columns: what lies beside it is NaN and must not be read into a product."""
+    config = next(c for c in CONFIGS if c.block_m == block_m)
+    k = 5 * config.fmt.block_size
+    wide = torch.full((3, k + 24), torch.nan, dtype=DTYPES[config.dtype])
+    a = wide[:, 8 : 8 + k]
+    a.copy_(make_activations(config, 3, k))
+    weight = make_weight(config, 40, k)
+    y = run_gemm(shipped(config), config, a, pack_weight(weight))
+    found = compare_linear(y, a, weight)
+    assert found.is_match, found.report
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt_name", FORMATS)
 def test_every_code_times_every_block_scale(fmt_name: str, dtype: str) -> None:

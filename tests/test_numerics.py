@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vllm_nvfp4.numerics.codes import decode_e2m1, encode_e2m1, pack_codes, unpack_codes
+from vllm_nvfp4.numerics.codes import decode_e2m1, encode_e2m1, pack_codes, round_e2m1, unpack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, MXFP4, NVFP4
 from vllm_nvfp4.numerics.quantize import (
     nvfp4_global_scale,
@@ -276,3 +276,13 @@ def test_reference_product_is_exact():
     got = reference_linear(a, weight, bias)
     wanted = torch.einsum("mk,nk->mn", a, weight.dequantize(torch.float64)) + bias.double()
     assert torch.allclose(got, wanted, rtol=1e-14, atol=0)
+
+
+def test_round_is_decode_of_encode():
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16).float()
+    x = x[x.isfinite()]
+    for tie in torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]):
+        below, above = torch.nextafter(tie, tie - 1), torch.nextafter(tie, tie + 1)
+        x = torch.cat([x, torch.stack([below, tie, above, -below, -tie, -above])])
+    assert torch.equal(round_e2m1(x), decode_e2m1(encode_e2m1(x)))

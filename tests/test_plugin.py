@@ -179,14 +179,24 @@ def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
     assert kv_cache.default_scheme("auto", 80) is None
 
 
-def test_tensor_parallel_cut_through_a_block_is_refused():
-    from vllm_nvfp4.weights import check_block_cut
+def test_16_bit_layer_of_odd_width_stays_as_it_is():
+    from types import SimpleNamespace
 
-    check_block_cut("layer", 96, 48, 16)
-    with pytest.raises(CheckpointError, match=r"K=96 cut over 4 ranks, 24 each.*divides 6"):
-        check_block_cut("layer", 96, 24, 16)
-    with pytest.raises(CheckpointError, match=r"found K=90; needed a multiple of the block of 16"):
-        check_block_cut("layer", 90, 90, 16)
+    from vllm_nvfp4.checkpoints.online import online_spec
+    from vllm_nvfp4.config import NvFp4Config
+    from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
+    from vllm_nvfp4.options import Options
+
+    config = NvFp4Config()
+    config._options = Options(online_ignore=("*.router",))
+    for width, fmt, name, expected in (
+        (48, NVFP4, "layer.0.up", False),
+        (48, MXFP4, "layer.0.up", True),
+        (40, NVFP4, "layer.0.up", True),
+        (48, NVFP4, "layer.0.router", True),
+    ):
+        layer = SimpleNamespace(input_size=width)
+        assert config._stays_in_16_bits(layer, online_spec(fmt), name) is expected
 
 
 def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
@@ -194,7 +204,9 @@ def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
     from vllm_nvfp4.config import NvFp4Config
 
     class RoutedExperts(torch.nn.Module):
-        moe_config = SimpleNamespace(num_logical_experts=2, has_bias=False)
+        moe_config = SimpleNamespace(
+            num_logical_experts=2, hidden_dim=64, intermediate_size=64, has_bias=False
+        )
 
     monkeypatch.setattr(compat, "device_capability", lambda: (8, 9))
     config = NvFp4Config()
@@ -202,6 +214,10 @@ def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
     with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.*on CUDA yet"):
         config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
     config._options = Options(online_ignore=("*.experts",))
+    assert config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts") is None
+    # An inner size of 40 has no whole blocks: such experts stay in 16 bits.
+    config._options = Options()
+    RoutedExperts.moe_config.intermediate_size = 40
     assert config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts") is None
 
 

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import openai
 import pytest
 
-from vllm_nvfp4.cli import _progress, _server
+from vllm_nvfp4.cli import _progress, _server, serve
 from vllm_nvfp4.cli._server import Server, ServerError, first_error, group_is_alive
+from vllm_nvfp4.testing.tiny_models import write_model
 
 HEALTHY = """
 import http.server, sys
@@ -165,3 +167,25 @@ def test_no_done_after_a_failure():
     with pytest.raises(ValueError, match="broken"), _progress.step("Working", out):
         raise ValueError("broken")
     assert "done" not in out.getvalue()
+
+
+@pytest.mark.vllm
+def test_vllms_own_server_quantises_answers_and_leaves_nothing(tmp_path: Path):
+    folder = write_model(tmp_path / "model", "llama")
+    flags = ["--skip-tokenizer-init", "--max-model-len", "64", "--enforce-eager"]
+    if serve.Host.this().is_cpu:
+        flags += ["--kv-cache-memory-bytes", str(2**26)]
+    with Server([str(folder), *flags], tmp_path / "log") as server:
+        group = server._process.pid
+        server.wait_ready(io.StringIO())
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        answer = client.completions.create(
+            model=str(folder),
+            prompt=[5, 6, 7],
+            max_tokens=4,
+            extra_body={"detokenize": False, "return_token_ids": True, "ignore_eos": True},
+        )
+    assert answer.usage.completion_tokens == 4
+    log = server.log.read_text()
+    assert "nvfp4: 16-bit layers, quantised to nvfp4 while loading" in log
+    assert not group_is_alive(group)

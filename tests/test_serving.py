@@ -92,8 +92,16 @@ def test_fp8_kv_cache_is_the_default_and_the_flag_wins(tmp_path):
             assert layer_of(llm, "model.layers.0.self_attn.attn").kv_cache_dtype == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    ("family", "fmt"),
+    [
+        ("llama", "nvfp4"),
+        ("llama-bias", "nvfp4"),
+        ("qwen3", "nvfp4"),
+        ("gemma3", "nvfp4"),
+        ("qwen3", "mxfp4"),
+    ],
+)
 def test_16_bit_checkpoint_is_quantised_while_it_loads(family, fmt, tmp_path):
     folder = write_model(tmp_path / family, family)
     reference = quantise_like_online(plain_model(folder, torch.float32), fmt)

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_nvfp4 import compat, kv_cache
 from vllm_nvfp4.checkpoints.detect import detect, read_config
+from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import (
     Dialect,
     LayerKind,
@@ -33,6 +34,7 @@ from vllm_nvfp4.embedding import embedding_method, lm_head_method
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.moe import experts_spec, moe_method
+from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -116,13 +118,21 @@ class NvFp4Config(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         spec = self.layer_spec(prefix)
-        if spec.kind is LayerKind.UNQUANTIZED or self._ignored_online(spec, prefix):
+        if spec.kind is LayerKind.ONLINE:
+            spec = online_spec(FORMATS[self.options.online_format])
+        if spec.kind is LayerKind.UNQUANTIZED or self._stays_in_16_bits(
+            spec, prefix, layer.input_size
+        ):
             return UnquantizedLinearMethod()
         return linear_method(self, spec, prefix)
 
-    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         spec = experts_spec(self, layer, prefix)
-        if spec.kind is LayerKind.UNQUANTIZED or self._ignored_online(spec, prefix):
+        if spec.kind is LayerKind.ONLINE:
+            spec = online_spec(FORMATS[self.options.online_format])
+        moe = layer.moe_config
+        stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)
+        if spec.kind is LayerKind.UNQUANTIZED or stays:
             return None  # vLLM's own experts
         return moe_method(self, spec, layer, prefix)
 
@@ -130,9 +140,23 @@ class NvFp4Config(QuantizationConfig):
         """How the layer, fused or not, is stored."""
         return fused_layer_spec(self.dialect, prefix, self.packed_modules_mapping)
 
-    def _ignored_online(self, spec: LayerSpec, prefix: str) -> bool:
-        patterns = self.options.online_ignore
-        return spec.kind is LayerKind.ONLINE and any(fnmatch.fnmatch(prefix, p) for p in patterns)
+    def _stays_in_16_bits(self, spec: LayerSpec, prefix: str, *input_sizes: int) -> bool:
+        """Whether a 16-bit layer is left as it is: by the user's list, or by its shape."""
+        if spec.kind is not LayerKind.ONLINE or spec.fmt is None:
+            return False
+        if any(fnmatch.fnmatch(prefix, pattern) for pattern in self.options.online_ignore):
+            return True
+        odd = [size for size in input_sizes if size % spec.fmt.block_size]
+        if not odd:
+            return False
+        logger.warning(
+            "nvfp4: %s stays in 16 bits: its input size %d is no multiple of %s's block of %d",
+            prefix,
+            odd[0],
+            spec.fmt.name,
+            spec.fmt.block_size,
+        )
+        return True
 
 
 def _blackwell_config(config: dict[str, Any]) -> QuantizationConfig | None:

@@ -11,6 +11,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_nvfp4 import compat
+from vllm_nvfp4.checkpoints.convert import check_blocks
+from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
 from vllm_nvfp4.linear import linear_method
 from vllm_nvfp4.numerics.formats import NVFP4
@@ -19,7 +21,7 @@ from vllm_nvfp4.weights import (
     apply_weight,
     attach_fp8_weight,
     attach_weight,
-    check_block_cut,
+    prepare_kernels,
     quantize_online,
 )
 
@@ -77,7 +79,8 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         if self.fmt == NVFP4.name:
-            check_block_cut(self.prefix, input_size, input_size_per_partition, NVFP4.block_size)
+            spec = online_spec(NVFP4)
+            check_blocks(self.prefix, spec, input_size_per_partition, input_size)
         shape = (sum(output_partition_sizes), input_size_per_partition)
         data = torch.empty(shape, dtype=params_dtype, device="meta")
         weight: Any = torch.nn.Parameter(data, requires_grad=False)
@@ -101,7 +104,8 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         del layer.weight
         if self.fmt == NVFP4.name:
             method = self.config.options.online_method
-            attach_weight(layer, quantize_online(weight.data, [len(weight)], self.fmt, method))
+            attach_weight(layer, quantize_online(weight.data, [len(weight)], NVFP4, method))
+            prepare_kernels(layer, self.config.options.activation)
         else:
             quantized, scale = quantize_fp8_per_row(weight.data)
             attach_fp8_weight(layer, quantized, scale.squeeze(-1))
@@ -130,5 +134,4 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
                 layer.nvfp4_format,
                 dtype,
             )
-        rows = layer.weight.view(torch.uint8)[input_].view(torch.float8_e4m3fn)
-        return (rows.float() * layer.row_scale[input_].unsqueeze(-1)).to(dtype)
+        return torch.ops.vllm_nvfp4.gather_fp8_rows(input_, layer.weight, layer.row_scale, dtype)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.logger import init_logger
@@ -16,10 +16,10 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_nvfp4 import compat
-from vllm_nvfp4.checkpoints.convert import fp8_to_rows, to_weight
+from vllm_nvfp4.checkpoints.convert import check_blocks, fp8_to_rows, to_weight
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.numerics.formats import BlockFormat
 from vllm_nvfp4.numerics.hadamard import rotate_blocks
 from vllm_nvfp4.parameters import make_parameter
 from vllm_nvfp4.weights import (
@@ -27,8 +27,8 @@ from vllm_nvfp4.weights import (
     apply_weight,
     attach_fp8_weight,
     attach_weight,
-    check_block_cut,
     frozen,
+    prepare_kernels,
     quantize_online,
     unpack_weight,
 )
@@ -65,10 +65,7 @@ class _CheckpointLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register one parameter for each tensor of the spec; vLLM's loader fills them."""
-        if self.spec.fmt is not None:
-            check_block_cut(
-                self.prefix, input_size, input_size_per_partition, self.spec.scale_block
-            )
+        check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
         layer.logical_widths = output_partition_sizes
         shape = (sum(output_partition_sizes), input_size_per_partition)
         loader = extra_weight_attrs.get("weight_loader")
@@ -102,7 +99,7 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
             layer.pre_scale = frozen(_agreed(pre_scale, self.prefix, "pre_quant_scale"))
         if (hadamard := tensors.get(Role.HADAMARD)) is not None:
             layer.hadamard = frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
-        ops.check_activation(layer.weight_packed.device, self.config.options.activation)
+        prepare_kernels(layer, self.config.options.activation)
         log_path(self.spec, layer.weight_packed.device, self.config.options.activation)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -154,8 +151,7 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        fmt = FORMATS[self.config.options.online_format]
-        check_block_cut(self.prefix, input_size, input_size_per_partition, fmt.block_size)
+        check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
         layer.logical_widths = output_partition_sizes
         weight: Any = ModelWeightParameter(
             data=torch.empty(
@@ -179,11 +175,14 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         del layer.weight
         options = self.config.options
         quantized = quantize_online(
-            weight.data, layer.logical_widths, options.online_format, options.online_method
+            weight.data,
+            layer.logical_widths,
+            cast(BlockFormat, self.spec.fmt),
+            options.online_method,
         )
         attach_weight(layer, quantized)
-        ops.check_activation(layer.weight_packed.device, options.activation)
-        log_path(self.spec, layer.weight_packed.device, options.activation, quantized.fmt.name)
+        prepare_kernels(layer, options.activation)
+        log_path(self.spec, layer.weight_packed.device, options.activation)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return apply_weight(layer, x, bias, self.config.options.activation)
@@ -192,13 +191,11 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         return unpack_weight(layer).dequantize(torch.get_default_dtype())
 
 
-def log_path(
-    spec: LayerSpec, device: torch.device, activation: str, fmt: str | None = None
-) -> None:
+def log_path(spec: LayerSpec, device: torch.device, activation: str) -> None:
     """One line for each kind of layer: what was found and which path runs it."""
     found = spec.algo or spec.kind.value
-    if spec.kind is LayerKind.ONLINE:
-        found = f"16-bit layers, quantised to {fmt} while loading"
+    if spec.kind is LayerKind.ONLINE and spec.fmt:
+        found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
     path = ops.describe_path(device.type, spec.kind is LayerKind.FP8, ACTIVATION_BITS[activation])
     logger.info_once("nvfp4: %s: %s", found, path)
 

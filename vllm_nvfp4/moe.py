@@ -16,23 +16,21 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vllm_nvfp4 import compat
-from vllm_nvfp4.checkpoints.convert import to_weight
+from vllm_nvfp4.checkpoints.convert import check_blocks, to_weight
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
     LayerKind,
     LayerSpec,
     Role,
-    TensorSpec,
     describe,
 )
+from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.numerics.activation import ExpertActivation
-from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.parameters import ExpertCut, make_expert_parameter
 from vllm_nvfp4.weights import (
     ACTIVATION_BITS,
     attach_experts,
-    check_block_cut,
     experts_of,
     quantize_online,
 )
@@ -107,14 +105,6 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         # Of this rank's experts, as error messages are to name them.
         self._names = expert_names(layer, prefix)
 
-    @property
-    def scale_block(self) -> int:
-        """Elements of a row that share a block scale: no rank may cut through one."""
-        return self.spec.scale_block
-
-    def stored_tensors(self) -> tuple[TensorSpec, ...]:
-        return self.spec.tensors
-
     def create_weights(
         self,
         layer: Any,
@@ -126,19 +116,16 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register two parameters for each tensor of the spec; each loads itself."""
         moe = self.moe
-        check_block_cut(f"{self.prefix} (w13)", hidden_size, hidden_size, self.scale_block)
-        check_block_cut(
-            f"{self.prefix} (w2)",
-            moe.intermediate_size,
-            intermediate_size_per_partition,
-            self.scale_block,
+        check_blocks(f"{self.prefix} (w13)", self.spec, hidden_size)
+        check_blocks(
+            f"{self.prefix} (w2)", self.spec, intermediate_size_per_partition, moe.intermediate_size
         )
         layer.nvfp4_intermediate_size = intermediate_size_per_partition
         num_shards = 2 if self.activation.is_gated else 1
         cut = ExpertCut(layer, moe.tp_rank, num_experts)
         w13 = num_shards, intermediate_size_per_partition, hidden_size
         w2 = 1, hidden_size, intermediate_size_per_partition
-        for tensor in self.stored_tensors():
+        for tensor in self.spec.tensors:
             for stem, shape in (("w13", w13), ("w2", w2)):
                 parameter = make_expert_parameter(
                     tensor, self.spec, shape, cut, params_dtype, self.prefix
@@ -158,9 +145,11 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         for stem in ("w13", "w2"):
             if tensors := self.take_tensors(layer, stem):
-                num_experts = len(next(iter(tensors.values())))
+                num_experts = max(len(tensor) for tensor in tensors.values())
                 attach_experts(layer, stem, num_experts, self.weights(layer, stem, tensors))
         self.activation = _activation_of(layer, self.activation.name)
+        bits = ACTIVATION_BITS[self.config.options.activation]
+        ops.warm_up(layer.w13_weight_packed.device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
         logger.info_once("nvfp4: %s experts: CPU kernel, one expert after another", found)
 
@@ -220,10 +209,6 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
 
     uses_meta_device = True
 
-    @property
-    def scale_block(self) -> int:
-        return FORMATS[self.config.options.online_format].block_size
-
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
             super().create_weights(layer, *args, **kwargs)
@@ -241,16 +226,20 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
     def weights(
         self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
     ) -> Iterator[BlockScaledWeight]:
-        weights, options = tensors[Role.WEIGHT], self.config.options
+        weights, method, fmt = (
+            tensors[Role.WEIGHT],
+            self.config.options.online_method,
+            self.spec.fmt,
+        )
+        if fmt is None:
+            raise ValueError(f"{self.prefix}: 16-bit experts without a format to quantise them to")
         rows = self.shard_rows(stem, weights[0])
         amax = torch.stack([w.unflatten(0, (len(rows), -1)).abs().amax((1, 2)) for w in weights])
         amax = amax.float()
         if self.moe.tp_size > 1:
             compat.maximum_over_expert_ranks(amax, self.moe.tp_size)
         for e, weight in enumerate(weights):
-            yield quantize_online(
-                weight, rows, options.online_format, options.online_method, amax[e]
-            )
+            yield quantize_online(weight, rows, fmt, method, amax[e])
 
 
 def _gate_and_up(names: list[str]) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layout import PackedWeight
-from vllm_nvfp4.numerics.formats import FORMATS, MXFP4
+from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
 from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
@@ -23,7 +22,7 @@ EXPERT_TENSORS = ("weight_packed", "weight_block_scale", "weight_global_scale")
 def quantize_online(
     weight: torch.Tensor,
     shard_rows: list[int],
-    fmt: str,
+    fmt: BlockFormat,
     method: str,
     amax: torch.Tensor | None = None,
 ) -> BlockScaledWeight:
@@ -34,7 +33,7 @@ def quantize_online(
 
     amax: largest magnitude of each shard over the ranks, float32; None to find it here
     """
-    if fmt == MXFP4.name:
+    if fmt == MXFP4:
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
     if amax is None:
@@ -59,21 +58,6 @@ def _maximum_over_ranks(amax: torch.Tensor) -> torch.Tensor:
     return amax
 
 
-def check_block_cut(prefix: str, k: int, k_per_rank: int, block_size: int) -> None:
-    """Refuse a K, or a cut of K over the tensor-parallel ranks, that splits a block."""
-    if k_per_rank % block_size == 0:
-        return
-    ranks = k // k_per_rank
-    if k % block_size:
-        found, todo = f"K={k}", "Leave this layer out of quantization."
-    else:
-        found = f"K={k} cut over {ranks} ranks, {k_per_rank} each"
-        todo = f"Use a tensor-parallel size that divides {k // block_size}."
-    raise CheckpointError(
-        prefix, "input size", found, f"a multiple of the block of {block_size} on each rank", todo
-    )
-
-
 def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     """Register the weight on the layer in kernel order.
 
@@ -85,6 +69,16 @@ def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     layer.weight_global_scale = frozen(packed.global_scale)
     layer.nvfp4_shape = (packed.num_rows, packed.num_cols)
     layer.nvfp4_format = packed.fmt.name
+
+
+def prepare_kernels(layer: Any, activation: str) -> None:
+    """Have the kernels of the layer's weight ready, so that no request waits for a compiler.
+
+    Raises ValueError where the device cannot do what the option ``activation`` asks for.
+    """
+    device = layer.weight_packed.device
+    ops.check_activation(device, activation)
+    ops.warm_up(device, layer.nvfp4_format, ACTIVATION_BITS[activation])
 
 
 def attach_experts(
@@ -117,6 +111,7 @@ def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> 
     """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
     layer.weight = frozen(weight)
     layer.row_scale = frozen(scale)
+    ops.warm_up(weight.device, None, 0)
 
 
 def apply_weight(

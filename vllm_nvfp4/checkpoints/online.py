@@ -30,6 +30,12 @@ SENSITIVE = (
 )
 
 
+def online_spec(fmt: BlockFormat) -> LayerSpec:
+    """A 16-bit layer that is quantised to ``fmt`` while it loads."""
+    weight = TensorSpec("weight", Role.WEIGHT, ("BF16", "F16", "F32"))
+    return LayerSpec(LayerKind.ONLINE, fmt, (weight,), algo=f"online {fmt.name}")
+
+
 class OnlineDialect:
     """A checkpoint without quantisation.
 
@@ -43,8 +49,7 @@ class OnlineDialect:
 
     def __init__(self, fmt: BlockFormat = NVFP4, ignore: Sequence[str] = SENSITIVE) -> None:
         self._ignore = list(ignore)
-        weight = TensorSpec("weight", Role.WEIGHT, ("BF16", "F16", "F32"))
-        self._spec = LayerSpec(LayerKind.ONLINE, fmt, (weight,), algo=f"online {fmt.name}")
+        self._spec = online_spec(fmt)
 
     def has_microscaled_layers(self) -> bool:
         return False

@@ -155,9 +155,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.vllm_args or args.vllm_args[0] in ("-h", "--help"):
         print(_USAGE, end="")
-        return 0 if args.vllm_args else 2
-    check_files(args.vllm_args)
-    replace_this_process(args.vllm_args)
+    else:
+        check_files(args.vllm_args)
+        replace_this_process(args.vllm_args)
+    return 0 if args.vllm_args else 2
 
 
 def check_files(vllm_args: Sequence[str]) -> None:

@@ -106,8 +106,8 @@ class GemmConfig:
     warps_m, warps_n, warps_k: how the warps divide the tile; warps_k > 1 splits a K step
     blocks_per_sm: the occupancy the registers must allow
     variant:    "exact"; or for w4a8
-                "f16_partials": each block's sum is rounded to f16, for twice the MMA rate on
-                GeForce cards; opt-in, about 2e-4 relative
+                "f16_partials": sums of one to four blocks are rounded to f16, for twice the MMA
+                rate on GeForce cards; opt-in, at most 5e-4 relative
                 "imma": the exact variant's schedule with integer MMA, for timing on GPUs without
                 native FP8 mma.sync; its results mean nothing and it is not shipped
     streams_weights: the weights go from global memory straight to registers, not through the

@@ -10,7 +10,13 @@ import torch
 from vllm_nvfp4.kernels.cpu_act import round_name, write_round
 from vllm_nvfp4.kernels.cpu_fp4 import Fp4Spec, write_fp4
 from vllm_nvfp4.kernels.cpu_fp8 import Fp8Spec, write_fp8
-from vllm_nvfp4.kernels.cpu_jit import Cpu, compile_function, host_cpu, thread_pool
+from vllm_nvfp4.kernels.cpu_jit import (
+    Cpu,
+    compile_function,
+    force_isa,
+    host_cpu,
+    thread_pool,
+)
 from vllm_nvfp4.numerics.formats import BlockFormat
 
 OUT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -115,6 +121,15 @@ def has_fast_bf16_matmul() -> bool:
     """Whether torch's BF16 product has tile hardware, several times as fast as a vector unit."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return bool(probe())
+
+
+def use_isa(isa: str | None) -> None:
+    """Run every kernel at a lower level of instructions than the machine's, for tests and
+    comparisons: one of ``cpu_jit.ISA_LEVELS``; None undoes it. ValueError for one it lacks.
+    """
+    force_isa(isa)
+    for chosen in (fp4_kernel, fp8_kernel, round_kernel, decode_kernel):
+        chosen.cache_clear()
 
 
 def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> None:

@@ -48,8 +48,8 @@ class Cpu:
     has_avx2: bool
 
 
-# What VLLM_NVFP4_CPU_ISA may say, and the LLVM features each name stands for on x86.
-_ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "generic")
+# The levels of instructions that kernels are written for, best first; the option ``cpu_isa``.
+ISA_LEVELS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
 @functools.cache
@@ -82,8 +82,8 @@ def detect_cpu(isa: str | None = None) -> Cpu:
     """
     binding = _llvm()
 
-    if isa is not None and isa not in _ISA_LEVELS:
-        raise ValueError(f"CPU instruction set {isa!r} is unknown; choose from {_ISA_LEVELS}")
+    if isa is not None and isa not in ISA_LEVELS:
+        raise ValueError(f"CPU instruction set {isa!r} is unknown; choose from {ISA_LEVELS}")
     features = dict(binding.get_host_cpu_features())
     have = {
         "avx2": all(features.get(f) for f in ("avx2", "fma", "f16c")),
@@ -92,10 +92,10 @@ def detect_cpu(isa: str | None = None) -> Cpu:
     have["avx512_bf16"] = have["avx512"] and bool(features.get("avx512bf16"))
     have["generic"] = True
     if isa is None:
-        isa = next(level for level in _ISA_LEVELS if have[level])
+        isa = next(level for level in ISA_LEVELS if have[level])
     if not have[isa]:
         raise ValueError(f"this processor has no {isa}; it has {[x for x in have if have[x]]}")
-    rank = _ISA_LEVELS.index(isa)
+    rank = ISA_LEVELS.index(isa)
     if rank >= 2:  # keep LLVM itself from using wider registers than the level names
         for name in features:
             if name.startswith(("avx512", "evex512")):
@@ -112,11 +112,26 @@ def detect_cpu(isa: str | None = None) -> Cpu:
     )
 
 
+_forced_isa: str | None = None
+
+
 @functools.cache
 def host_cpu() -> Cpu:
-    """:func:`detect_cpu` at the level of the option ``cpu_isa``."""
-    isa = Options.resolve().cpu_isa
+    """:func:`detect_cpu` at the level that was forced, else that of the option ``cpu_isa``."""
+    isa = _forced_isa or Options.resolve().cpu_isa
     return detect_cpu(None if isa == "auto" else isa)
+
+
+def force_isa(isa: str | None) -> None:
+    """Make :func:`host_cpu` a lower level than the machine's, for comparison; None undoes it.
+
+    Kernels already chosen stay chosen: call ``cpu_dispatch.use_isa``, which forgets them.
+    """
+    global _forced_isa
+    if isa is not None:
+        detect_cpu(isa)
+    _forced_isa = isa
+    host_cpu.cache_clear()
 
 
 def compile_function(name: str, ir_text: str, cpu: Cpu) -> int:

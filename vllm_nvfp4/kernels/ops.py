@@ -33,6 +33,9 @@ _LIBRARY.define(
     "Tensor? expert_map, int intermediate_size, str fmt, str activation, float[] swiglu, "
     "bool is_weight_on_input, int activation_bits) -> Tensor"
 )
+_LIBRARY.define(
+    "gather_fp8_rows(Tensor ids, Tensor weight, Tensor row_scale, ScalarType dtype) -> Tensor"
+)
 
 
 @functools.cache
@@ -50,6 +53,20 @@ def configure(options: Options) -> None:
     if "cache_dir" in options.non_default():
         cubins.use_cache_dir(options.cache_dir)
     devices.use_variant("f16_partials" if options.a8_partials == "f16" else "exact")
+
+
+def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None:
+    """Compile the CPU kernels of a format (None: FP8) for torch's default type, at load time.
+
+    CUDA kernels are loaded by ``pack_weight``.
+    """
+    if device.type != "cpu":
+        return
+    dtype = torch.get_default_dtype()
+    if fmt is None:
+        backend("cpu").warm_up_fp8(dtype)
+    else:
+        backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
 
 
 def check_activation(device: torch.device, activation: str) -> None:
@@ -92,7 +109,10 @@ def linear(
     packed = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, FORMATS[fmt])
     if a.device.type == "cpu":
         activation_bits = activation_bits or 16
-    y = backend(a.device.type).linear(a.reshape(-1, num_cols), packed, bias, activation_bits)
+    product = backend(a.device.type).linear
+    if a.dim() == 2:  # vLLM's case; a reshape and a view cost as much as a small product
+        return product(a, packed, bias, activation_bits)
+    y = product(a.reshape(-1, num_cols), packed, bias, activation_bits)
     return y.view(*a.shape[:-1], num_rows)
 
 
@@ -121,6 +141,13 @@ def gather_rows(
     packed = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, FORMATS[fmt])
     rows = backend(ids.device.type).gather_rows(packed, ids.reshape(-1), dtype)
     return rows.view(*ids.shape, num_cols)
+
+
+def gather_fp8_rows(
+    ids: torch.Tensor, weight: torch.Tensor, row_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """y[..., :] = row_scale[ids[...]] * weight[ids[...], :]; operands as in :func:`fp8_linear`."""
+    return backend(ids.device.type).gather_fp8_rows(weight, row_scale, ids, dtype)
 
 
 def moe(
@@ -181,6 +208,10 @@ def _fake_gather_rows(ids, codes, block_scale, global_scale, num_rows, num_cols,
     return torch.empty(*ids.shape, num_cols, dtype=dtype, device=ids.device)
 
 
+def _fake_gather_fp8_rows(ids, weight, row_scale, dtype):
+    return torch.empty(*ids.shape, weight.shape[1], dtype=dtype, device=ids.device)
+
+
 def _fake_moe(a, w13, w2, weights, ids, expert_map, size, fmt, activation, swiglu, on_input, bits):
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
@@ -189,6 +220,7 @@ for _name, _implementation, _fake in (
     ("linear", linear, _fake_linear),
     ("fp8_linear", fp8_linear, _fake_fp8_linear),
     ("gather_rows", gather_rows, _fake_gather_rows),
+    ("gather_fp8_rows", gather_fp8_rows, _fake_gather_fp8_rows),
     ("moe", moe, _fake_moe),
 ):
     for _key in ("CPU", "CUDA"):

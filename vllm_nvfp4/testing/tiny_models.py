@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 288
-FAMILIES = ("llama", "qwen3", "gemma3", "qwen3_moe", "qwen2_moe", "mixtral")
+FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "qwen2_moe", "mixtral")
 
 # Two key-value heads and an inner size of 128 let two tensor-parallel ranks share a layer without
 # cutting a block of 32; a head of 32 is the least that an FP8 KV cache takes on a CPU.
@@ -41,9 +41,10 @@ _EXPERTS: dict[str, Any] = {
 def build_model(family: str, seed: int = 0) -> Any:
     """A transformers causal language model of the family, BF16, on the CPU.
 
-    family: "llama" (untied), "qwen3" (query and key norms, untied), "gemma3" (tied embedding,
-            sliding window), "qwen3_moe" (four experts, two a token), "qwen2_moe" (the same with a
-            shared expert) or "mixtral" (experts named w1, w2, w3). Raises ValueError for another.
+    family: "llama" (untied), "llama-bias" (a bias in each linear layer), "qwen3" (query and key
+            norms, untied), "gemma3" (tied embedding, sliding window), "qwen3_moe" (four experts,
+            two a token), "qwen2_moe" (the same with a shared expert) or "mixtral" (experts named
+            w1, w2, w3). Raises ValueError for another.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,6 +77,8 @@ def _config(family: str) -> Any:
 
     if family == "llama":
         return LlamaConfig(**_COMMON, tie_word_embeddings=False)
+    if family == "llama-bias":
+        return LlamaConfig(**_COMMON, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
     if family == "qwen3":
         return Qwen3Config(**_COMMON, tie_word_embeddings=False)
     if family == "gemma3":
