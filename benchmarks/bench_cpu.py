@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import cpu_model
 
 from vllm_nvfp4.kernels import cpu
 from vllm_nvfp4.kernels.cpu_dispatch import use_isa
@@ -169,12 +170,6 @@ def measure(name: str, n: int, k: int, args: argparse.Namespace) -> list[dict]:
 
 
 def describe_machine() -> dict[str, str]:
-    model = "unknown"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -183,7 +178,12 @@ def describe_machine() -> dict[str, str]:
     cpu_now = host_cpu()
     isa = next(name for name in ISA_LEVELS if detect_cpu_or_none(name) == cpu_now)
     versions = f"torch {torch.__version__}, vllm {vllm}, llvmlite {names.get('llvmlite')}"
-    return {"cpu": f"{model} ({cpu_now.name})", "isa": isa, "versions": versions, "commit": commit}
+    return {
+        "cpu": f"{cpu_model()} ({cpu_now.name})",
+        "isa": isa,
+        "versions": versions,
+        "commit": commit,
+    }
 
 
 def detect_cpu_or_none(name: str) -> Cpu | None:

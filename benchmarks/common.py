@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -40,6 +41,13 @@ def output_of(*command: str) -> str:
     return " ".join(done.stdout.split())
 
 
+def cpu_model() -> str:
+    """The processor's name and the number of its cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} cores"
+
+
 def header() -> list[tuple[str, str]]:
     """(name, value) rows that say on what, with what and how a measurement was made."""
     import torch
@@ -54,6 +62,8 @@ def header() -> list[tuple[str, str]]:
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
         clocks = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
         rows.append((query, clocks or "nvidia-smi not found"))
+    else:
+        rows.append(("cpu", cpu_model()))
     rows.append(("python", platform.python_version()))
     rows.append(("cuda", str(torch.version.cuda)))
     for name in _PACKAGES:
