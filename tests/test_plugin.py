@@ -180,8 +180,6 @@ def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
 
 
 def test_16_bit_layer_of_odd_width_stays_as_it_is():
-    from types import SimpleNamespace
-
     from vllm_nvfp4.checkpoints.online import online_spec
     from vllm_nvfp4.config import NvFp4Config
     from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
@@ -195,8 +193,7 @@ def test_16_bit_layer_of_odd_width_stays_as_it_is():
         (40, NVFP4, "layer.0.up", True),
         (48, NVFP4, "layer.0.router", True),
     ):
-        layer = SimpleNamespace(input_size=width)
-        assert config._stays_in_16_bits(layer, online_spec(fmt), name) is expected
+        assert config._stays_in_16_bits(online_spec(fmt), name, width) is expected
 
 
 def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
