@@ -84,5 +84,8 @@ def _convert(gguf: Path, target: Path) -> None:
             setattr(model, attribute, False if attribute == "is_quantized" else None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # The GGUF file has no sampling defaults, and at a temperature of 1 a model this small rambles:
+    # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct samples with these.
+    model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
