@@ -338,3 +338,16 @@ def test_a_dialect_at_hand_is_settled(tmp_path, name, block):
     assert dialect.layer_spec(UP).scale_block == 32  # the tool's own recipe
     validate(folder, config, quant_config, dialect=dialect)
     assert dialect.layer_spec(UP).scale_block == block
+
+
+def test_an_error_is_one_short_line_whatever_the_file_holds():
+    error = CheckpointError("f", "a\nb\x1b[31m\ud800", "x" * 10**6, 1, "Do.")
+    assert error.what == "a\\nb\\x1b[31m\\ud800"
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+
+
+def test_no_layers(tmp_path):
+    folder = extract_fixture(MODELOPT, tmp_path)
+    edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=0))
+    refused(folder, "num_hidden_layers: found 0; needed 1 or more")
