@@ -118,7 +118,13 @@ def _judge_weights(
     folder: Path, inventory: Inventory, weights: dict[str, torch.Tensor]
 ) -> tuple[str, str]:
     files = {file for layer in inventory.layers for file in layer.files}
-    expected = fuzz_reference.quantized_weights(fuzz_reference.stored_tensors(folder, files))
+    tensors = fuzz_reference.stored_tensors(folder, files)
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        multiplies = leaf in ("pre_quant_scale", "forward_hadamard_matrix") and module in weights
+        if multiplies and not tensor.isfinite().all():
+            return "fault", f"{name}: accepted with values that are not finite"
+    expected = fuzz_reference.quantized_weights(tensors)
     for name in expected.keys() | weights.keys():
         if name not in weights:
             if "mtp" in name.split(".") or _is_past_the_last(folder, name):
