@@ -17,10 +17,10 @@ from vllm_nvfp4.layout import pack_weight
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning.shapes import find_shape
-from vllm_nvfp4.testing.tiny_models import FAMILIES, build_model
+from vllm_nvfp4.testing.tiny_models import build_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3", "gemma3"])
 def test_checkpoint_bytes_to_the_byte(family, tmp_path):
     build_model(family).save_pretrained(tmp_path / "bf16")
     write_nvfp4(tmp_path / "bf16", tmp_path / "nvfp4", method="rtn")
@@ -29,6 +29,12 @@ def test_checkpoint_bytes_to_the_byte(family, tmp_path):
         shape = find_shape(str(tmp_path / name))
         bf16 = planning.weights_of(shape, "bf16").total
         assert stored == (bf16 if name == "bf16" else planning.stored_nvfp4_bytes(shape))
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "hidden_size": 64}')
+    with pytest.raises(ValueError, match="plan knows the dense families"):
+        find_shape(str(tmp_path))
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 96), (50, 160)])
