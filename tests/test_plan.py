@@ -203,6 +203,19 @@ def test_a_window_bounds_what_is_read_and_one_token_reads_only_its_experts():
     assert many.weight_bytes == pytest.approx(resident + weights.experts)
 
 
+def test_cards_share_the_traffic_however_the_weights_are_counted():
+    shape, gpu = find_shape("Llama-3.1-70B"), find_gpu("L40S")
+    limits = [
+        planning.decode(
+            shape, planning.weights_of(shape, "bf16", cards=n), "bf16", 16, 1, 1, gpu, 4
+        )
+        for n in (1, 4)
+    ]
+    assert limits[0].gbps == 4 * gpu.dram_gbps
+    # Norms are on every card: that is all the difference.
+    assert limits[1].weight_bytes - limits[0].weight_bytes == 3 * 2 * shape.num_other
+
+
 # --- cost ---------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def stored_bytes(rows: tuple[int, ...], k: int, fmt: str, group: int = 128) -> i
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights in the memory of one card, by part.
+    """Bytes of a model's weights in the memory of one card of ``cards``, by part.
 
     linear:       linear layers and experts
     lm_head:      0 where it is the embedding (tied)
@@ -79,6 +79,7 @@ class Weights:
     other: int
     experts: int = 0
     not_decoded: int = 0
+    cards: int = 1
 
     @property
     def total(self) -> int:
@@ -117,6 +118,7 @@ def weights_of(
         other=other,
         experts=sum(size for x, size in layers.items() if x.kind == EXPERTS),
         not_decoded=up,
+        cards=cards,
     )
 
 
@@ -235,7 +237,7 @@ def decode(
 ) -> Roofline:  # fmt: skip
     """One token for each of ``batch`` sequences of ``context`` tokens.
 
-    weight_bytes = cards * (linear + head + other), of the experts the share that ``batch`` tokens
+    weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch`` tokens
                    need when each picks its own at random: 1 - (1 - per_token / experts)^batch
     kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer
     linear_flops = 2 * batch * (weights that a token is multiplied with)
@@ -250,7 +252,7 @@ def decode(
         read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
-        batch, cards * read, batch * attended * token_bytes(shape, kv_bits),
+        batch, weights.cards * read, batch * attended * token_bytes(shape, kv_bits),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),
@@ -264,7 +266,7 @@ def prefill(
 ) -> Roofline:  # fmt: skip
     """One prompt, in steps of ``chunk`` tokens; every step reads all weights once.
 
-    weight_bytes = cards * (linear + head + other) * ceil(prompt / chunk)
+    weight_bytes = weights.cards * (linear + head + other) * ceil(prompt / chunk)
     kv_bytes     = prompt * layers * bytes of a token in one layer, written
     linear_flops = 2 * prompt * (weights that a token is multiplied with)
     other_flops  = 2 * vocabulary * hidden + (sum over layers and positions t of min(t, window))
@@ -273,7 +275,7 @@ def prefill(
     read = weights.linear + (weights.lm_head or weights.embedding) + weights.other
     pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
     return Roofline(
-        prompt, cards * read * math.ceil(prompt / chunk),
+        prompt, weights.cards * read * math.ceil(prompt / chunk),
         prompt * shape.num_layers * token_bytes(shape, kv_bits),
         2.0 * prompt * shape.num_active_weights,
         2.0 * shape.vocab_size * shape.hidden_size
