@@ -237,9 +237,10 @@ def decode(
 ) -> Roofline:  # fmt: skip
     """One token for each of ``batch`` sequences of ``context`` tokens.
 
-    weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch`` tokens
-                   need when each picks its own at random: 1 - (1 - per_token / experts)^batch
-    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer
+    weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch``
+                   tokens need when each picks at random: 1 - (1 - per_token / experts)^batch
+    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer, on all
+                   cards
     linear_flops = 2 * batch * (weights that a token is multiplied with)
     other_flops  = 2 * batch * vocabulary * hidden + batch * attention
 
@@ -252,7 +253,7 @@ def decode(
         read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
-        batch, weights.cards * read, batch * attended * token_bytes(shape, kv_bits),
+        batch, weights.cards * read, batch * attended * cards * token_bytes(shape, kv_bits, cards),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),
@@ -276,7 +277,7 @@ def prefill(
     pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
     return Roofline(
         prompt, weights.cards * read * math.ceil(prompt / chunk),
-        prompt * shape.num_layers * token_bytes(shape, kv_bits),
+        prompt * shape.num_layers * cards * token_bytes(shape, kv_bits, cards),
         2.0 * prompt * shape.num_active_weights,
         2.0 * shape.vocab_size * shape.hidden_size
         + pairs * _flops_per_attended(shape, is_decode=False),

@@ -123,7 +123,8 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            return replace(shape_of(entry["config"], name), hub=entry["hub"])
+            has_vision = entry.get("has_vision", False)
+            return replace(shape_of(entry["config"], name), hub=entry["hub"], has_vision=has_vision)
     accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
@@ -167,7 +168,7 @@ def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
         num_experts=experts,
         num_experts_per_tok=per_token,
         latent=latent,
-        has_vision=bool(config.get("vision_config")) or name.startswith("Gemma3-"),
+        has_vision=bool(config.get("vision_config")),
     )
 
 
