@@ -23,6 +23,7 @@ from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning.shapes import ATTENTION, EXPERTS, ROUTER, built_in, find_shape
+from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
 
@@ -258,6 +259,19 @@ def test_the_recommendation_fits_and_gives_its_reason(args, setup, words, capsys
     assert words in found["reason"]
 
 
+def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path, capsys):
+    """Its quantization config alone decides: half of the layers in FP8, no weights at hand."""
+    folder = extract_fixture("modelopt/mixed-llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    found = plan(capsys, str(folder), "--accuracy", "high", "--context", "128")
+    row = found["formats"][0]
+    assert row["setup"]["fmt"] == "checkpoint"
+    totals = {r["setup"]["fmt"]: r["weight_bytes"]["linear"] for r in found["formats"]}
+    assert totals["nvfp4"] < totals["checkpoint"] < totals["bf16"]
+    assert "as it is" in found["reason"]
+    assert "additional-config" not in found["command"]
+
+
 def test_nothing_is_recommended_where_nothing_fits(capsys):
     args = ["Llama-3.1-70B", "--gpu", "RTX 4070", "--context", "131072", "--concurrency", "64"]
     assert main(["plan", *args]) == 0
@@ -342,12 +356,16 @@ def test_wrong_input_says_what_is_accepted(args, words, capsys):
     assert error.count("\n") == 1
 
 
+_AWQ = {**built_in()["Qwen3-8B"]["config"], "quantization_config": {"quant_method": "awq"}}
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (None, "config.json"),
         ('{"model_type": "mamba"}', "plan knows llama"),
         ('{"model_type": "llama", "hidden_size": -1}', "hidden_size=-1; needs a positive"),
+        (json.dumps(_AWQ), "one of modelopt"),
     ],
 )
 def test_a_folder_that_cannot_be_planned_says_why(config, words, tmp_path, capsys):

@@ -20,6 +20,8 @@ from vllm_nvfp4.planning.shapes import (
 )
 
 FORMATS = ("bf16", "fp8", "int4", "mxfp4", "nvfp4")
+# Every layer in the format that a quantised checkpoint has it in.
+AS_STORED = "checkpoint"
 EMBEDDING_FORMATS = ("keep", "fp8", "nvfp4")
 # Order of the kernels' tiles: N and K of a 4-bit weight are padded to these (see layout.py).
 _TILE_N, _TILE_K = 16, 64
@@ -90,7 +92,7 @@ def weights_of(
     shape: DecoderShape, fmt: str, lm_head: str = "keep", embedding: str = "keep",
     cards: int = 1, attention: str = "",
 ) -> Weights:  # fmt: skip
-    """Bytes held on each of ``cards`` for linear layers in ``fmt``.
+    """Bytes held on each of ``cards`` for linear layers in ``fmt``, or AS_STORED.
 
     lm_head, embedding: keep, fp8 or nvfp4; a tied weight is one copy, whose format either sets
     attention:          the format of the attention's linear layers; empty for ``fmt``
@@ -100,11 +102,11 @@ def weights_of(
     vocab = math.ceil(shape.vocab_size / _VOCAB_PADDING) * _VOCAB_PADDING // cards
     head_bytes, embedding_bytes = (
         held_bytes(vocab, shape.hidden_size, "bf16" if f == "keep" else f)
-        for f in (lm_head, embedding)
+        for f in (shape.head if fmt == AS_STORED and shape.head else lm_head, embedding)
     )
     layers = {
         x: x.count * _on_one_card(x, shape, _format(x, fmt, attention), cards)
-        for x in shape.linears
+        for x in (shape.stored if fmt == AS_STORED else shape.linears)
     }
     other = 2 * shape.num_other
     up = sum(size for x, size in layers.items() if x.name == "kv_b_proj")
@@ -123,8 +125,8 @@ def weights_of(
 
 
 def _format(layer: Linear, fmt: str, attention: str) -> str:
-    if layer.kind == ROUTER:
-        return "bf16"
+    if layer.kind == ROUTER or fmt == AS_STORED:
+        return layer.stored or "bf16"
     return attention or fmt if layer.kind == ATTENTION else fmt
 
 
@@ -138,7 +140,7 @@ def _on_one_card(layer: Linear, shape: DecoderShape, fmt: str, cards: int) -> in
         rows = layer.rows[0] // cards + 2 * kv
     elif layer.cut == ROWS:
         rows //= cards
-    return held_bytes(rows, k, fmt, shape.int4_group)
+    return held_bytes(rows, k, fmt, shape.int4_group) + layer.extra
 
 
 def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
@@ -163,12 +165,17 @@ def cards_that_can_share(shape: DecoderShape, cards: int, fmt: str) -> bool:
     """Whether tensor parallelism can cut the model so: whole heads, and whole blocks of K."""
     if cards == 1:
         return True
-    block = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}.get(fmt, 1)
+    blocks = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}
+    linears = shape.stored if fmt == AS_STORED else shape.linears
     kv = shape.num_key_value_heads
     return (
         shape.num_attention_heads % cards == 0
         and (shape.latent is not None or kv % cards == 0 or cards % kv == 0)
-        and all(x.k % (cards * block) == 0 for x in shape.linears if x.cut == COLUMNS)
+        and all(
+            x.k % (cards * blocks.get(_format(x, fmt, ""), 1)) == 0
+            for x in linears
+            if x.cut == COLUMNS
+        )
     )
 
 
@@ -227,8 +234,8 @@ class Roofline:
 
 def tensor_tflops(gpu: Gpu, fmt: str) -> float:
     """Dense rate of the products in ``fmt``: the fastest that the format may use on the card."""
-    rate = max(gpu.bf16_tflops, gpu.fp8_f32_tflops if fmt in ("fp8", "nvfp4", "mxfp4") else 0)
-    return max(rate, gpu.fp4_tflops if fmt in ("nvfp4", "mxfp4") else 0)
+    rate = gpu.bf16_tflops if fmt in ("bf16", "int4") else max(gpu.bf16_tflops, gpu.fp8_f32_tflops)
+    return max(rate, gpu.fp4_tflops) if fmt in ("nvfp4", "mxfp4", AS_STORED) else rate
 
 
 def decode(
