@@ -120,6 +120,21 @@ def test_published_checkpoints_to_the_byte(name):
     assert built_in()[name]["source"]
 
 
+def test_what_gemma_3_leaves_out_is_as_transformers_fills_it_in(tmp_path):
+    from transformers import Gemma3TextConfig
+
+    given = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+             "num_hidden_layers": 34}  # fmt: skip
+    outer = {"model_type": "gemma3", "text_config": given, "vision_config": {"hidden_size": 1152}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    shape, filled = find_shape(str(tmp_path)), Gemma3TextConfig(**given)
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(shape, key) == getattr(filled, key)
+    assert shape.max_context == filled.max_position_embeddings
+    assert set(shape.windows) == {0, filled.sliding_window}
+    assert shape.has_vision
+
+
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 96), (50, 160)])
 def test_held_bytes_are_those_of_packed_tensors(n, k):
     weight = torch.randn(n, k)

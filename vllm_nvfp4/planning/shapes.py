@@ -23,6 +23,11 @@ _NEEDED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
+# What Gemma 3's published config.json leave to transformers' Gemma3TextConfig.
+_GEMMA_DEFAULTS = {
+    "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
 
 ATTENTION, MLP, EXPERTS, ROUTER = "attention", "mlp", "experts", "router"
 # How tensor parallelism cuts a layer: its rows, its columns, or not at all.
@@ -207,10 +212,12 @@ def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
         raise ValueError(
             f"{name}: config.json says model_type {family!r}; plan knows {', '.join(_FAMILIES)}."
         )
+    is_gemma = family.startswith("gemma3")
+    if is_gemma:
+        text = _GEMMA_DEFAULTS | dict(text)
     for key in _NEEDED:
         _positive(text, key, name)
     heads = text["num_attention_heads"]
-    is_gemma = family.startswith("gemma3")
     latent = _latent(text, name) if family.startswith("deepseek") else None
     linears, inner = _mlp_layers(text, name)
     attention = (_latent_layers if latent else _attention_layers)(text)
