@@ -29,17 +29,15 @@ def draw(
         setup = replace(base, fmt=row.found.setup.fmt)
         bars.append(_bar(setup.fmt, fit(asked.shape, setup, load, gpu)))
     if chosen:
-        bars.append(
-            _bar(
-                f"recommended:\n{chosen.cards} x {gpu.name.removeprefix('GeForce ')}", chosen.found
-            )
-        )
+        cards = chosen.found.setup.cards
+        label = f"recommended:\n{cards} cards, each" if cards > 1 else "recommended"
+        bars.append(_bar(label, chosen.found))
     title = f"{load.concurrency} x {load.context} tokens"
     drawn = [
         pictures.memory_stack(
             folder / "memory.png",
             bars,
-            f"{name}, each card: {title}, {base.kv_bits}-bit KV cache",
+            f"{name}, one card: {title}, {base.kv_bits}-bit KV cache",
         )
     ]
     if series := _limits(asked, base, rows):
