@@ -147,7 +147,7 @@ class LayerwiseModel:
         moments: dict[str, torch.Tensor] = {}
         count = 0
         modules = dict(layer.named_modules())
-        asked = {key: name for name, key in reversed(linears.items())}
+        asked = {key: name for name, key in reversed(list(linears.items()))}
         handles = []
         for key, name in asked.items():
             module = modules.get(name.removeprefix(self.prefix(index)))
@@ -194,6 +194,4 @@ def _plain_config(folder: Path) -> Any:
 def _from_config(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
-    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)

@@ -122,9 +122,7 @@ def _sweep_block(
     return best_step, best_value, best_error
 
 
-def _gptq_columns(
-    columns: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor
-) -> torch.Tensor:
+def _gptq_columns(columns: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Round column by column; what each loses is made up for by the columns not yet rounded.
 
     columns: [K, N]; step: [K/16, N]. Returns the values, [K, N].
@@ -190,7 +188,7 @@ def _descend_blocks(
 def _descend_codes(
     hessian: torch.Tensor, residual: torch.Tensor, value: torch.Tensor, step: torch.Tensor
 ) -> None:
-    """Give each code, all others fixed, its best value: the nearest to q_k + r_k / H_kk. In place."""
+    """Give each code, all others fixed, its best: the nearest to q_k + r_k / H_kk. In place."""
     for start in range(0, len(value), _PANEL):
         end = min(start + _PANEL, len(value))
         local = hessian[start:end, start:end]
@@ -206,9 +204,7 @@ def _descend_codes(
         residual -= hessian[:, start:end] @ changes
 
 
-def _pack(
-    value: torch.Tensor, step: torch.Tensor, global_scale: torch.Tensor
-) -> BlockScaledWeight:
+def _pack(value: torch.Tensor, step: torch.Tensor, global_scale: torch.Tensor) -> BlockScaledWeight:
     """value: [K, N]; step: [K/16, N], each an e4m3 number times the global scale."""
     scale = (step.T / global_scale).to(torch.float8_e4m3fn)
     blocks = value.T.reshape(len(scale), -1, BLOCK) / step.T[..., None]
