@@ -171,8 +171,8 @@ def write_resumable(
 ) -> WriteReport:
     """As :func:`write_nvfp4`, a file for each decoder layer, with any quantizer and dialect.
 
-    A run that ends early leaves ``work_folder(target)`` with the layers that were finished; the same
-    arguments on the same source go on from there. Raises FileExistsError besides, where the work
+    A run that ends early leaves the layers that were finished in ``work_folder(target)``; the
+    same arguments on the same source go on from there. Raises FileExistsError besides, where that
     folder is another run's: of other arguments, or one that still goes on.
     """
     checkpoint = _checked(source, target)

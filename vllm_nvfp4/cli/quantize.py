@@ -121,6 +121,7 @@ def _quantize(
     report = _with_progress(source, make)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
+        folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
 
 
@@ -136,15 +137,20 @@ def _source_folder(model: str, target: Path) -> Path:
     if path.suffix != ".gguf" or not path.is_file():
         return find_folder(model)
     folder = _gguf_folder(target)
-    origin = folder / "converted-from.txt"
+    # Beside the folder, whose companions all go along to the checkpoint.
+    origin = folder.with_suffix(".txt")
     stat = path.stat()
     identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n"
-    if origin.is_file() and origin.read_text() == identity:
+    if folder.is_dir() and origin.is_file() and origin.read_text() == identity:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     print(f"reading {path.name} (the whole model is in memory for this step)", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    gguf_to_folder(path, folder)
+    try:
+        gguf_to_folder(path, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     origin.write_text(identity)
     return folder
 

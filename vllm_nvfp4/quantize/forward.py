@@ -91,8 +91,6 @@ class LayerwiseModel:
         """The decoder with its first layer alone: its embedding and rotary tables are real."""
         short = copy.deepcopy(config)
         short.num_hidden_layers = 1
-        if getattr(short, "layer_types", None):
-            short.layer_types = short.layer_types[:1]
         return _from_config(short).get_decoder()
 
     def _embed(self, decoder: Any, config: Any, samples: torch.Tensor) -> list[torch.Tensor]:
