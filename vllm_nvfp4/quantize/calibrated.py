@@ -57,11 +57,22 @@ class Calibrated:
     def quantize(
         self, weights: Mapping[str, torch.Tensor], global_scale: torch.Tensor
     ) -> dict[str, BlockScaledWeight]:
+        # Shards of a fused layer have the same inputs, and rows do not know of each other: one
+        # tall weight is quantised in fewer, larger steps than several.
+        names = list(weights)
+        key = self._key_of[names[0]]
+        stacked = torch.cat([weights[name].to(self._device) for name in names])
+        whole = self._quantize(stacked, self._moments[key], global_scale)
+        bounds = [len(weights[name]) for name in names]
+        parts = zip(
+            whole.codes.split(bounds),
+            whole.block_scale.split(bounds),
+            whole.global_scale.split(bounds),
+            strict=True,
+        )
         return {
-            name: self._quantize(
-                weight.to(self._device), self._moments[self._key_of[name]], global_scale
-            )
-            for name, weight in weights.items()
+            name: BlockScaledWeight(codes, block_scale, scale, whole.fmt)
+            for name, (codes, block_scale, scale) in zip(names, parts, strict=True)
         }
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, Any]]) -> None:
