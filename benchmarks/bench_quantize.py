@@ -133,6 +133,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             options = []
             if method in ("hessian", "gptq"):
                 options = ["--calibration", args.calibration or str(other)]
+                options += ["--samples", str(args.samples)]
             target = Path(temporary) / method
             seconds, peak = quantize(args.model, target, method, options)
             logits = logits_of(reference_model(target, torch.float32), samples)
@@ -168,6 +169,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--calibration", help="FILE or builtin, instead of the other articles")
+    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
     parser.add_argument("--eval-samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--csv", type=Path)
@@ -178,7 +180,8 @@ def main() -> int:
     args = parse()
     notes = common.header()
     notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
-    notes.append(("calibration", args.calibration or "other articles of the same wheel"))
+    text = args.calibration or "other articles of the same wheel"
+    notes.append(("calibration", f"{text}, {args.samples} x 1024 tokens"))
     for name, value in notes:
         print(f"{name}: {value}")
     rows = measure(args)
