@@ -95,6 +95,21 @@ def test_the_quantiser_is_bit_exact(dtype):
         assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("m", [0, 1, 5, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_product_of_quantised_activations_is_the_8_bit_product(layer, dtype, m):
+    if 8 not in supported_bits():
+        return
+    _, packed = layer
+    a, bias = activations(m, 2080, dtype), activations(1, 264, dtype)[0]
+    q, a_scale = quantize_fp8_per_row(a)
+    y = torch.ops.vllm_nvfp4.linear_a8(
+        q, a_scale, packed.codes, packed.block_scale, packed.global_scale, bias,
+        packed.num_rows, packed.num_cols, packed.fmt.name, dtype,
+    )  # fmt: skip
+    assert torch.equal(y, call_op(a, packed, 8, bias))
+
+
 @pytest.mark.parametrize("m", [0, 1, 5, 64, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_op(layer, dtype, m):

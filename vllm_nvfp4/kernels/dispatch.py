@@ -143,10 +143,15 @@ def choose_activation_bits(
     return 8 if m >= activation_switch(gpu, n, k, fmt_name, variant) else 16
 
 
+def has_fp8_mma(arch: int) -> bool:
+    """Whether FP8 mma.sync is an instruction there: no compute capability gains without it."""
+    return arch >= _FIRST_FP8_ARCH and arch not in _EMULATED_FP8_ARCHS
+
+
 @functools.lru_cache(maxsize=4096)
 def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "exact") -> float:
     """The M from which 8-bit activations are faster; infinity where they never are."""
-    if gpu.arch < _FIRST_FP8_ARCH or gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops:
+    if not has_fp8_mma(gpu.arch) or not gpu.fp8_f32_tflops:
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
@@ -226,7 +231,7 @@ def _dram_bytes_per_us(gpu: Gpu) -> float:
 def _tensor_flops_per_us(gpu: Gpu, activation_bits: int, variant: str) -> float:
     # FP8 on a chip that emulates it is only ever asked for by name, and the 16-bit rate is what
     # the emulation can reach at best.
-    is_native = gpu.fp8_f32_tflops > 0 and gpu.arch not in _EMULATED_FP8_ARCHS
+    is_native = gpu.fp8_f32_tflops > 0 and has_fp8_mma(gpu.arch)
     tflops = gpu.bf16_tflops
     if activation_bits == 8 and is_native:
         tflops = gpu.fp8_f16_tflops if variant == "f16_partials" else gpu.fp8_f32_tflops

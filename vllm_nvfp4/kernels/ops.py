@@ -23,6 +23,10 @@ _LIBRARY.define(
     "linear(Tensor a, Tensor codes, Tensor block_scale, Tensor global_scale, Tensor? bias, "
     "int num_rows, int num_cols, str fmt, int activation_bits) -> Tensor"
 )
+_LIBRARY.define(
+    "linear_a8(Tensor q, Tensor a_scale, Tensor codes, Tensor block_scale, Tensor global_scale, "
+    "Tensor? bias, int num_rows, int num_cols, str fmt, ScalarType dtype) -> Tensor"
+)
 _LIBRARY.define("fp8_linear(Tensor a, Tensor weight, Tensor row_scale, Tensor? bias) -> Tensor")
 _LIBRARY.define(
     "gather_rows(Tensor ids, Tensor codes, Tensor block_scale, Tensor global_scale, "
@@ -116,6 +120,48 @@ def linear(
     return y.view(*a.shape[:-1], num_rows)
 
 
+def linear_a8(
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_rows: int,
+    num_cols: int,
+    fmt: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y[..., n] = a_scale[...] * sum_k q[..., k] * w[n, k] + bias[n]
+
+    :func:`linear` with 8-bit activations that are quantised already. A compiled graph takes it in
+    the place of ``linear`` (fusion.py), so that what computes the activations quantises them.
+
+    q:       [..., K] float8_e4m3fn
+    a_scale: [..., 1] float32, one scale per token
+    dtype:   of the result and of bias
+    Other arguments as in :func:`linear`. Returns [..., N].
+    """
+    packed = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, FORMATS[fmt])
+    product = backend(q.device.type).linear_a8
+    y = product(q.reshape(-1, num_cols), a_scale.reshape(-1), packed, bias, dtype)
+    return y.view(*q.shape[:-1], num_rows)
+
+
+def takes_8_bits(
+    device: torch.device,
+    num_tokens: int,
+    num_rows: int,
+    num_cols: int,
+    fmt: str,
+    activation_bits: int,
+) -> bool:
+    """Whether :func:`linear` rounds that many tokens to 8 bits, and more tokens as well."""
+    if activation_bits or device.type == "cpu":
+        return activation_bits == 8
+    return backend("cuda").takes_8_bits(device, num_tokens, num_rows, num_cols, fmt)
+
+
 def fp8_linear(
     a: torch.Tensor, weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -200,6 +246,10 @@ def _fake_linear(a, codes, block_scale, global_scale, bias, num_rows, num_cols, 
     return a.new_empty(*a.shape[:-1], num_rows)
 
 
+def _fake_linear_a8(q, a_scale, codes, block_scale, global_scale, bias, num_rows, k, fmt, dtype):
+    return q.new_empty(*q.shape[:-1], num_rows, dtype=dtype)
+
+
 def _fake_fp8_linear(a, weight, row_scale, bias):
     return a.new_empty(*a.shape[:-1], weight.shape[0])
 
@@ -218,6 +268,7 @@ def _fake_moe(a, w13, w2, weights, ids, expert_map, size, fmt, activation, swigl
 
 for _name, _implementation, _fake in (
     ("linear", linear, _fake_linear),
+    ("linear_a8", linear_a8, _fake_linear_a8),
     ("fp8_linear", fp8_linear, _fake_fp8_linear),
     ("gather_rows", gather_rows, _fake_gather_rows),
     ("gather_fp8_rows", gather_fp8_rows, _fake_gather_fp8_rows),
