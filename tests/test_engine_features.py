@@ -22,8 +22,9 @@ FLOAT32 = {"dtype": "float32", "additional_config": KEEP_KV}
 def test_compiled_graph_gives_the_tokens_of_eager_mode(activation, tmp_path, monkeypatch):
     """With 8 bits the compiled graph quantises where the activations are computed (fusion.py)."""
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
-    # A graph from Inductor's cache has been through the pass.
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    # A graph from a cache has been through the pass.
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     split = []
     takes_8_bits = ops.takes_8_bits
     monkeypatch.setattr(ops, "takes_8_bits", lambda *a: split.append(takes_8_bits(*a)) or split[-1])

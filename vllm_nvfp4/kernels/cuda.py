@@ -80,8 +80,8 @@ def linear(
     _check_operands("linear", a, a.dtype, packed, bias)
     if activation_bits not in _ACTIVATIONS:
         raise ValueError(f"linear: activation_bits is {activation_bits}; needs 16, 8 or 0 (auto)")
-    m, n, k = a.shape[0], packed.num_rows, packed.num_cols
-    y = a.new_empty((m, n))
+    m, n, k = len(a), packed.num_rows, packed.num_cols
+    y = a.new_empty(m, n)  # a tuple would cost half a microsecond more
     if m == 0:
         return y
     dtype, activation = DTYPE_NAMES[a.dtype], _ACTIVATIONS[activation_bits]
@@ -142,13 +142,14 @@ def run(
     y: torch.Tensor,
     stream: int,
 ) -> None:
-    """Launch one choice into y. For tests and benchmarks that pick the kernel themselves."""
+    """Launch one choice into y [M, N], contiguous. For tests and benchmarks that pick the kernel
+    themselves."""
     a = _aligned_rows(a)
-    m, k = a.shape
     if choice.activation_bits == 16:
         _launch(device, choice, (a.data_ptr(), a.stride(0), 0), packed, bias, y, stream)
         return
     # One allocation for all scratch memory: partial sums, then q and a_scale.
+    m, k = a.shape
     scratch = packed.codes.new_empty(choice.workspace_bytes + m * (k + 4))
     partials = scratch.data_ptr()
     q = partials + choice.workspace_bytes
@@ -174,6 +175,10 @@ def run_a8(
 
 
 def _aligned_rows(a: torch.Tensor) -> torch.Tensor:
+    """a, or a copy where its rows cannot be read in pieces of 16 bytes."""
+    # The usual case first: K is a multiple of 16, so contiguous rows are aligned if the first is.
+    if a.is_contiguous() and a.data_ptr() % _ROW_ALIGNMENT == 0:
+        return a
     if (
         a.stride(1) != 1
         or a.stride(0) * a.element_size() % _ROW_ALIGNMENT
@@ -209,11 +214,11 @@ def _launch(
         y.data_ptr(),
         partials if choice.workspace_bytes else 0,
         device.semaphores(stream),
-        y.shape[0],
+        len(y),
         packed.num_rows,
         packed.num_cols,
         a[1],
-        y.stride(0),
+        packed.num_rows,  # y is contiguous
         choice.num_splits,
     )
     device.launch(choice.config, choice.grid, stream, _GEMM_LAYOUT, params)
