@@ -241,6 +241,25 @@ def test_fp8_weights(dtype, m):
     assert outcome.is_match, outcome.report
 
 
+@pytest.mark.parametrize("m", [1, 33, 700])
+def test_fp8_weights_with_fp8_activations(m):
+    weight = torch.randn(1008, 528, device=DEVICE).to(torch.float8_e4m3fn)
+    if ops.fp8_activation_bits(weight, torch.bfloat16, 8) == 16:
+        assert arch() < 89
+        return
+    row_scale = torch.rand(1008, device=DEVICE) + 0.1
+    a, bias = activations(m, 528, torch.bfloat16), activations(1, 1008, torch.bfloat16)[0]
+    y = ops.fp8_linear(a, weight, row_scale, bias, 8)
+    q, a_scale = quantize_fp8_per_row(a)
+    w = weight.double() * row_scale.double()[:, None]
+    quantized = q.double() * a_scale.double()
+    reference = quantized @ w.T + bias.double()
+    # The library accumulates in the FP8 tensor cores, 13 fractional bits on Ada.
+    loss = quantized.abs() @ w.abs().T * 2.0**-9
+    outcome = compare(y, reference, 2.0**-8 * reference.abs() + loss)
+    assert outcome.is_match, outcome.report
+
+
 def test_a_launch_on_a_device_without_kernels_says_so():
     weight = quantize_nvfp4(torch.randn(64, 64))
     packed = cuda.pack_weight(weight)

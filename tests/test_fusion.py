@@ -14,7 +14,7 @@ from vllm_nvfp4.kernels import cpu, cuda, devices, dispatch, ops
 from vllm_nvfp4.kernels.devices import Device
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.options import Options
-from vllm_nvfp4.testing.metrics import compare_linear
+from vllm_nvfp4.testing.metrics import compare, compare_linear
 from vllm_nvfp4.testing.shapes import MODELS
 
 pytestmark = pytest.mark.vllm
@@ -92,6 +92,93 @@ def test_the_kernel_of_the_activation_function_quantises(layer):
     a = (torch.nn.functional.silu(gate) * up).view(-1, K)
     outcome = compare_linear(y.view(-1, N), a, weight, None, 8)
     assert outcome.is_match, outcome.report
+
+
+def fp8_layer(m, dtype=torch.bfloat16):
+    torch.manual_seed(m)
+    a, bias = torch.randn(m, K).to(dtype), torch.randn(N).to(dtype)
+    weight, row_scale = quantize_fp8_per_row(torch.randn(N, K))
+    q, a_scale = quantize_fp8_per_row(a)
+    exact = (q.double() * a_scale.double()) @ (weight.double() * row_scale.double()).T
+    return a, (weight, row_scale[:, 0].contiguous(), bias), exact + bias.double()
+
+
+@pytest.mark.parametrize("m", [0, 1, 33])
+def test_fp8_layers_with_8_bit_activations_are_the_exact_product_of_the_rounded(m):
+    a, operands, exact = fp8_layer(m)
+    y = torch.ops.vllm_nvfp4.fp8_linear(a.view(1, m, K), *operands, 8)
+    assert y.shape == (1, m, N)
+    outcome = compare(y[0], exact, 2.0**-8 * exact.abs() + 1e-3)
+    assert outcome.is_match, outcome.report
+
+
+def test_the_kernel_before_an_fp8_layer_quantises():
+    a, operands, exact = fp8_layer(7, torch.float32)
+
+    def block(a):
+        return torch.ops.vllm_nvfp4.fp8_linear(a * 2, *operands, 8)
+
+    y, code = compile_with_pass(block, a)
+    assert len(kernels_of(code)) == 1
+    assert "Float8_e4m3fn*" in kernels_of(code)[0]
+    assert "_scaled_mm" in code
+    assert "torch.ops.vllm_nvfp4.fp8_linear.default" not in code
+    bias = operands[2].double()
+    outcome = compare(y, 2 * (exact - bias) + bias, 1e-5 * exact.abs() + 1e-4)
+    assert outcome.is_match, outcome.report
+
+
+def test_fp8_layers_of_16_bits_stay_whole():
+    a, operands, _ = fp8_layer(3)
+    block = lambda a: torch.ops.vllm_nvfp4.fp8_linear(a * 2, *operands, 16)  # noqa: E731
+    _, code = compile_with_pass(block, a)
+    assert "torch.ops.vllm_nvfp4.fp8_linear.default" in code
+
+
+def test_how_fp8_layers_may_take_their_activations(monkeypatch):
+    weight = torch.zeros(N, K).to(torch.float8_e4m3fn)
+    assert ops.fp8_activation_bits(weight, torch.bfloat16, 8) == 16  # a CPU
+    for gpu, bits in (("RTX 4090", 0), ("H200", 0), ("A100-SXM4-80GB", 16)):
+        device = Device(find_gpu(gpu), None, torch.zeros(1))
+        monkeypatch.setattr(cuda, "prepare", lambda *_, found=device: found)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            on_gpu = torch.empty(N, K, dtype=torch.float8_e4m3fn, device="cuda")
+            odd = torch.empty(N + 8, K, dtype=torch.float8_e4m3fn, device="cuda")
+        assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 0) == bits
+        assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 8) == (bits or 8)
+        assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 16) == 16
+        assert ops.fp8_activation_bits(on_gpu, torch.float16, 0) == 16
+        assert ops.fp8_activation_bits(odd, torch.bfloat16, 0) == 16
+
+
+def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
+    place = torch.device("cuda", 0)
+    for gpu in ("RTX 4090", "L40S", "L4", "H200"):
+        monkeypatch.setitem(devices._devices, 0, Device(find_gpu(gpu), None, torch.zeros(1)))
+        switch = dispatch.fp8_activation_switch(find_gpu(gpu), 4096, 4096)
+        assert 16 < switch < 320
+        assert not ops.fp8_takes_8_bits(place, int(switch), 4096, 4096, 0)
+        assert ops.fp8_takes_8_bits(place, int(switch) + 1, 4096, 4096, 0)
+        assert ops.fp8_takes_8_bits(place, 1, 4096, 4096, 8)
+        assert not ops.fp8_takes_8_bits(place, 4096, 4096, 4096, 16)
+    assert dispatch.fp8_activation_switch(find_gpu("A100-SXM4-80GB"), 4096, 4096) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arch", "is_fp8", "bits", "path"),
+    [
+        (89, False, 0, "CUDA kernel, W4A16 or W4A8 by the batch size"),
+        (86, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
+        (90, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
+        (90, False, 8, "CUDA kernel, W4A8"),
+        (89, True, 0, "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size"),
+        (86, True, 16, "Triton kernel, W8A16"),
+        (None, True, 16, "CPU kernel, W8A16"),
+    ],
+)
+def test_the_log_names_the_path_that_runs(arch, is_fp8, bits, path):
+    device = "cpu" if arch is None else "cuda"
+    assert ops.describe_path(device, arch, is_fp8, bits) == path
 
 
 def test_16_bits_stay_whole(layer):

@@ -104,6 +104,12 @@ def device_capability() -> tuple[int, int] | None:
     return None if capability is None else (capability.major, capability.minor)
 
 
+def device_arch() -> int | None:
+    """Compute capability times ten; None on a CPU."""
+    capability = device_capability()
+    return None if capability is None else capability[0] * 10 + capability[1]
+
+
 def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
     """Why the device's attention backends cannot hold an FP8 KV cache, or None if they can.
 

@@ -27,6 +27,7 @@ from vllm_nvfp4.kernels.cpu_fp8 import panel_bytes
 from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row as quantize
 
 __all__ = [
     "fp8_linear",
@@ -35,6 +36,7 @@ __all__ = [
     "linear",
     "linear_a8",
     "pack_weight",
+    "quantize",
     "unpack_weight",
     "warm_up",
     "warm_up_fp8",

@@ -37,8 +37,10 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 __all__ = [
     "check_activation",
     "fp8_linear",
+    "fp8_takes_8_bits",
     "gather_fp8_rows",
     "gather_rows",
+    "has_fp8",
     "linear",
     "linear_a8",
     "pack_weight",
@@ -239,6 +241,17 @@ def takes_8_bits(device: torch.device, m: int, n: int, k: int, fmt_name: str) ->
     return dispatch.choose_activation_bits(gpu, m, n, k, fmt_name, "auto", variant) == 8
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device has FP8 tensor cores; loads what quantises activations for them."""
+    return prepare(device, "nvfp4").gpu.fp8_f32_tflops > 0
+
+
+def fp8_takes_8_bits(device: torch.device, m: int, n: int, k: int) -> bool:
+    """Whether the batch size M, and every larger one, meets a weight in FP8 with 8 bits."""
+    gpu, _ = loaded_device(device.index, "nvfp4").figures
+    return m >= dispatch.fp8_activation_switch(gpu, n, k)
+
+
 def gather_fp8_rows(
     weight: torch.Tensor, row_scale: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -256,9 +269,10 @@ def gather_fp8_rows(
 def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q[m, k] = e4m3(a[m, k] / a_scale[m]), a_scale[m] = amax(|a[m]|) / 448 (1 for a row of zeros).
 
-    a: [M, K] bf16 or fp16, contiguous, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
-    a_scale [M] float32. :func:`linear` does this itself; it stands alone for tests.
+    a: [M, K] bf16 or fp16, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
+    a_scale [M] float32. :func:`linear` does this itself, in memory of its own.
     """
+    a = _aligned_rows(a)
     q = torch.empty(a.shape, dtype=torch.float8_e4m3fn, device=a.device)
     a_scale = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     if a.shape[0]:
