@@ -70,6 +70,11 @@ class Device:
             choice = self._choices[key] = choose(self.gpu, *key, self._variant)
         return choice
 
+    @property
+    def figures(self) -> tuple[Gpu, str]:
+        """What :mod:`dispatch` chooses by: the GPU and the variant of the 8-bit kernel."""
+        return self.gpu, self._variant
+
     def use_variant(self, variant: str) -> None:
         """Take this variant of the 8-bit kernel from now on."""
         self._variant = variant
