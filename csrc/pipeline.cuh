@@ -33,8 +33,8 @@ struct Stage {
   }
 };
 
-// The output tile and the K steps of a thread block, and where its rows lie. The loaders below ask a
-// Work for them; that of the routed experts (moe.cuh) gathers its tokens.
+// The output tile and the K steps of a thread block, and where its rows lie. The loaders below ask
+// a Work for them; that of the routed experts (moe.cuh) gathers its tokens.
 template <class Config>
 struct Work {
   int tile_index;  // of the output tile, tokens fastest: neighbours share weights in L2

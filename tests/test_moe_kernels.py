@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from gemm_cases import DISTRIBUTIONS
@@ -326,14 +324,14 @@ ROUTE_FAULTS = [
         "counted too early",
         "atomicAdd(counts + e, 1);\n  }\n  __syncthreads();",
         "atomicAdd(counts + e, 1);\n  }",
-    ),  # noqa: E501
+    ),
     ("lanes out of order", "__popc(votes & lanes_before)", "0"),
     ("warps out of order", "w < warp ?", "w > warp ?"),
     (
         "next round before all have read",
         "    written += all;\n    __syncthreads();",
         "    written += all;",
-    ),  # noqa: E501
+    ),
     ("tiles of one expert over another's", "tiles += num_tiles(count);\n    }", "}"),
     ("remote experts counted", "if (e >= 0) atomicAdd", "atomicAdd"),
 ]

@@ -11,7 +11,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from vllm_nvfp4.kernels.configs import CPP_NAMES, GemmConfig
+from vllm_nvfp4.kernels.configs import CPP_NAMES, STREAMING_BLOCK_M, GemmConfig
 
 # Tokens of a tile; each expert takes whole ones of the largest and then one that fits the rest.
 TILE_SIZES = (8, 16, 32, 64)
@@ -224,38 +224,68 @@ class CombineConfig:
         )
 
 
-def _moe_configs() -> tuple[MoeConfig, ...]:
-    # (block_m, block_n, block_k, stages, warps_m, warps_n, warps_k), then blocks on an SM. With few
-    # tokens narrow tiles spread an expert over more SMs; with many, two blocks of eight warps.
-    decode = (((8, 64, 256, 3, 1, 2, 2), (16, 64, 256, 3, 1, 2, 2)), 3)
-    prefill = (
-        (
-            (8, 128, 256, 3, 1, 4, 2),
-            (16, 128, 128, 4, 1, 4, 2),
-            (32, 128, 64, 4, 1, 8, 1),
-            (64, 128, 64, 3, 1, 8, 1),
+# (block_m, block_n, block_k, stages, warps_m, warps_n, warps_k) of each tile, and blocks on an SM.
+# With few tokens narrow tiles spread an expert over more SMs; with many, two blocks of eight warps.
+_Tile = tuple[int, int, int, int, int, int, int]
+_Shape = tuple[tuple[_Tile, ...], int]
+_DECODE: _Shape = (((8, 64, 256, 3, 1, 2, 2), (16, 64, 256, 3, 1, 2, 2)), 3)
+_PREFILL: _Shape = (
+    (
+        (8, 128, 256, 3, 1, 4, 2),
+        (16, 128, 128, 4, 1, 4, 2),
+        (32, 128, 64, 4, 1, 8, 1),
+        (64, 128, 64, 3, 1, 8, 1),
+    ),
+    2,
+)
+# MXFP4 keeps the sums of a block beside the accumulators: a second block would spill registers.
+_PREFILL_MXFP4: _Shape = (
+    (
+        (8, 128, 256, 3, 1, 4, 2),
+        (16, 128, 128, 4, 1, 4, 2),
+        (32, 128, 128, 4, 1, 4, 2),
+        (64, 128, 128, 3, 1, 4, 2),
+    ),
+    1,
+)
+_PREFILL_A8: _Shape = (tuple((m, 128, 64, 4, 1, 4, 1) for m in TILE_SIZES), 2)
+_FAMILIES = (
+    ("moe_w4a16", "decode", "nvfp4", _DECODE),
+    ("moe_w4a16", "decode", "mxfp4", _DECODE),
+    ("moe_w4a16", "prefill", "nvfp4", _PREFILL),
+    ("moe_w4a16", "prefill", "mxfp4", _PREFILL_MXFP4),
+    ("moe_w4a8", "prefill", "nvfp4", _PREFILL_A8),
+    ("moe_w4a8", "prefill", "mxfp4", _PREFILL_A8),
+)
+
+
+def _config(
+    stem: str, family: str, fmt_name: str, dtype: str, tiles: tuple[_Tile, ...], blocks: int
+) -> MoeConfig:
+    dense = stem.replace("moe", "gemm")
+    return MoeConfig(
+        stem,
+        family,
+        tuple(
+            GemmConfig(
+                dense,
+                dtype,
+                fmt_name,
+                *tile,
+                blocks,
+                streams_weights=dense == "gemm_w4a16" and tile[0] <= STREAMING_BLOCK_M,
+            )
+            for tile in tiles
         ),
-        2,
+        blocks,
     )
-    families = (("moe_w4a16", "decode", *decode), ("moe_w4a16", "prefill", *prefill))
-    return tuple(
-        MoeConfig(
-            stem,
-            family,
-            tuple(
-                GemmConfig(stem.replace("moe", "gemm"), dtype, fmt, *tile, blocks, "exact",
-                           stem == "moe_w4a16" and tile[0] <= DECODE_TOKENS)
-                for tile in tiles
-            ),
-            blocks,
-        )
-        for stem, family, tiles, blocks in families
-        for fmt in ("nvfp4", "mxfp4")
-        for dtype in ("bf16", "fp16")
-    )  # fmt: skip
 
 
-MOE_CONFIGS = _moe_configs()
+MOE_CONFIGS = tuple(
+    _config(stem, family, fmt_name, dtype, *shape)
+    for stem, family, fmt_name, shape in _FAMILIES
+    for dtype in ("bf16", "fp16")
+)
 ROUTE_CONFIG = RouteConfig()
 COMBINE_CONFIGS = (CombineConfig("bf16"), CombineConfig("fp16"))
 AnyMoeConfig = MoeConfig | RouteConfig | CombineConfig

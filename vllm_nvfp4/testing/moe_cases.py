@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -35,9 +35,12 @@ class Experts:
     def stack(self) -> PackedWeight:
         """Packed, with a leading dimension of experts."""
         packed = [pack_weight(w) for w in self.weights]
-        names = ("codes", "block_scale", "global_scale")
-        tensors = [torch.stack([getattr(p, name) for p in packed]) for name in names]
-        return PackedWeight(*tensors, packed[0].num_rows, packed[0].num_cols, packed[0].fmt)
+        return replace(
+            packed[0],
+            codes=torch.stack([p.codes for p in packed]),
+            block_scale=torch.stack([p.block_scale for p in packed]),
+            global_scale=torch.stack([p.global_scale for p in packed]),
+        )
 
 
 def random_experts(
@@ -75,7 +78,8 @@ def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) 
 
 def expected_schedule(local: torch.Tensor, num_experts: int) -> tuple[list[list[int]], list[int]]:
     """(entries of expert, first choice, count, tile; sorted choices) as csrc/moe_route.cuh says."""
-    entries, order = [], []
+    entries: list[list[int]] = []
+    order: list[int] = []
     flat = local.flatten().tolist()
     for expert in range(num_experts):
         mine = [i for i, e in enumerate(flat) if e == expert]
@@ -144,7 +148,7 @@ def reference_moe(
         factor = weights[token, j].double()[:, None]
         y.index_add_(0, token, out * factor)
         off.index_add_(0, token, loss * factor.abs())
-    return y, off + u * y.abs()
+    return y, off + u * y.abs() + torch.finfo(a.dtype).smallest_normal * u
 
 
 def compare_moe(
