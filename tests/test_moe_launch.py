@@ -20,8 +20,8 @@ from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
 from vllm_nvfp4.kernels.moe_dispatch import MoeShape, choose_moe, choose_moe_bits
 from vllm_nvfp4.numerics.activation import ExpertActivation
-from vllm_nvfp4.testing import host_gemm, host_moe
-from vllm_nvfp4.testing.metrics import relative_error
+from vllm_nvfp4.testing import host_gemm, host_moe, moe_checks
+from vllm_nvfp4.testing.metrics import Comparison, relative_error
 from vllm_nvfp4.testing.moe_cases import Experts, compare_moe, random_experts, reference_moe, route
 from vllm_nvfp4.testing.shapes import MODELS
 
@@ -189,6 +189,20 @@ def test_the_cpu_and_cuda_paths_agree() -> None:
     assert relative_error(y, expected) < 3 * 2**-8
     found = compare_moe(y, a, w13, w2, weights, ids, activation)
     assert found.is_match, found.report
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS[::2], ids=lambda c: c.symbol)
+def test_the_check_for_a_gpu_passes_here(config) -> None:
+    """What gpu_check.sh runs, on the emulated GPU."""
+    for case in moe_checks.moe_cases_of(config, moe_checks.SMALL_SHAPES):
+        layer = moe_checks.make_layer(case, torch.device("cpu"))
+        a, w13, w2 = layer.a, layer.w13, layer.w2
+        outcomes: list[Comparison] = []
+        device = EmulatedDevice(a, w13.bias, w2.bias, *layer.routing)
+        with device:
+            moe_checks.run_layer(device, 0, config, layer, outcomes)
+        assert len(outcomes) == 2 + 2 * len(w13.weights)
+        assert all(outcome.is_match for outcome in outcomes), [o.report for o in outcomes]
 
 
 # --- what is refused -----------------------------------------------------------------------------

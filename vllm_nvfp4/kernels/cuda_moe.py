@@ -49,7 +49,7 @@ _MAX_BYTES = 1 << 32
 
 
 @dataclass(frozen=True)
-class _Routed:
+class Routed:
     """The choices of M tokens, as the kernels take them; k choices each."""
 
     weights: torch.Tensor | None
@@ -147,24 +147,25 @@ def run(
         a = (a * weights).to(a.dtype)
     a = _aligned(a)
     factors = None if is_weight_on_input else weights
-    routed = _route(device, stream, factors, ids, expert_map, len(w13.codes))
+    routed = route(device, stream, factors, ids, expert_map, len(w13.codes))
     shape = MoeShape(routed.num_ids, ids.shape[1], w13.num_cols, w2.num_cols, activation.is_gated)
     config = choose_moe(device.gpu, len(a), shape, w13.fmt.name, DTYPE_NAMES[a.dtype], bits)
-    launch = _Launch(device, stream, config, routed)
+    launch = Launch(device, stream, config, routed)
     h = launch.product(a, w13, biases[0], ids.shape[1], activation.for_kernel())
     x = launch.product(h, w2, biases[1], 1, KernelActivation())
-    return _combine(device, stream, x, routed, len(a))
+    return combine(device, stream, x, routed, len(a))
 
 
-def _route(
+def route(
     device: Device, stream: int, weights: torch.Tensor | None, ids: torch.Tensor,
     expert_map: torch.Tensor | None, num_experts: int,
-) -> _Routed:  # fmt: skip
+) -> Routed:  # fmt: skip
+    """Sort the choices by expert and cut them into tiles, on the GPU."""
     ids = ids.to(torch.int32).contiguous()
     words = moe_configs.schedule_bytes(ids.numel(), num_experts) // 4
     # One allocation, the schedule first: its entries are loaded 16 bytes at a time.
     both = ids.new_empty(words + ids.numel())
-    routed = _Routed(
+    routed = Routed(
         None if weights is None else weights.float().contiguous(),
         ids,
         None if expert_map is None else expert_map.to(torch.int32).contiguous(),
@@ -181,13 +182,13 @@ def _route(
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """Where and with which kernel the products of one call run."""
 
     device: Device
     stream: int
     config: MoeConfig
-    routed: _Routed
+    routed: Routed
 
     def product(
         self, a: torch.Tensor, stack: PackedWeight, bias: torch.Tensor | None,
@@ -224,9 +225,10 @@ class _Launch:
         return y
 
 
-def _combine(
-    device: Device, stream: int, x: torch.Tensor, routed: _Routed, num_tokens: int
+def combine(
+    device: Device, stream: int, x: torch.Tensor, routed: Routed, num_tokens: int
 ) -> torch.Tensor:
+    """y[m] = sum_j weight[m, j] * x[m k + j] over the choices served here, in the order of j."""
     hidden_size = x.shape[1]
     y = x.new_empty((num_tokens, hidden_size))
     config = _COMBINERS[DTYPE_NAMES[x.dtype]]

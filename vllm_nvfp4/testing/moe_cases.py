@@ -109,7 +109,9 @@ def reference_product(
     if activation.is_gated:
         signs = torch.ones_like(off).unflatten(1, (2, -1))
         ends = [
-            activation(sums + off * (signs * torch.tensor([[g], [v]])).flatten(1))
+            activation(
+                sums + off * (signs * torch.tensor([[g], [v]], device=off.device)).flatten(1)
+            )
             for g, v in product((-1.0, 1.0), repeat=2)
         ]
     else:
