@@ -197,7 +197,9 @@ class Launch:
         """y [choices, columns]; the rows of choices that are not served here hold anything."""
         num_choices = self.routed.ids.numel()
         columns = stack.num_rows // (2 if activation.is_gated else 1)
-        y = a.new_empty((num_choices, columns))
+        # Between the products the quantiser reads all rows, other ranks' too.
+        reads_all = self.config.stem == "moe_w4a8" and self.routed.expert_map is not None
+        y = (a.new_zeros if reads_all else a.new_empty)((num_choices, columns))
         rows, k = a.shape
         a_ptr, a_scale, a_stride = a.data_ptr(), 0, a.stride(0)
         if self.config.stem == "moe_w4a8":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -33,8 +34,12 @@ class Experts:
 
     @property
     def stack(self) -> PackedWeight:
-        """Packed, with a leading dimension of experts."""
-        packed = [pack_weight(w) for w in self.weights]
+        """As the CUDA kernels take them, with a leading dimension of experts."""
+        return self.stacked_by(pack_weight)
+
+    def stacked_by(self, pack: Callable[[BlockScaledWeight], PackedWeight]) -> PackedWeight:
+        """Packed one by one and stacked."""
+        packed = [pack(w) for w in self.weights]
         return replace(
             packed[0],
             codes=torch.stack([p.codes for p in packed]),
