@@ -32,6 +32,7 @@ from vllm_nvfp4.weights import (
     ACTIVATION_BITS,
     attach_experts,
     experts_of,
+    frozen,
     quantize_online,
 )
 
@@ -83,8 +84,8 @@ def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) ->
     obstacle = None
     if spec.kind is LayerKind.FP8 or spec.hadamard_size:
         obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
-    elif moe.has_bias:
-        obstacle = "experts with biases", "experts without"
+    elif moe.has_bias and spec.tensor(Role.BIAS) is None:
+        obstacle = "experts with biases", "experts without, or gpt-oss's own MXFP4 checkpoint"
     if obstacle:
         raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
     if spec.kind is LayerKind.ONLINE:
@@ -144,10 +145,14 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         declared = _activation_of(layer, self.moe.activation.value)
         for stem in ("w13", "w2"):
             if tensors := self.take_tensors(layer, stem):
+                bias = tensors.pop(Role.BIAS, None)
                 num_experts = max(len(tensor) for tensor in tensors.values())
                 weights = self.weights(layer, stem, tensors)
                 if stem == "w13" and declared.is_interleaved:
                     weights = map(uninterleave, weights)
+                    bias = None if bias is None else torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+                if bias is not None:
+                    setattr(layer, f"{stem}_bias", frozen(bias))
                 attach_experts(layer, stem, num_experts, weights)
         self.activation = declared.uninterleaved()
         device = layer.w13_weight_packed.device
@@ -206,6 +211,8 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             [act.limit, act.alpha, act.beta],
             layer.apply_router_weight_on_input,
             ACTIVATION_BITS[self.config.options.activation],
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
         )
 
 
