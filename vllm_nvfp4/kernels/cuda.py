@@ -290,7 +290,7 @@ def _quantize(device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int
 
 # --- arguments -----------------------------------------------------------------------------------
 
-_CODES = {ctypes.c_void_p: "Q", ctypes.c_int32: "i"}
+_CODES = {ctypes.c_void_p: "Q", ctypes.c_int32: "i", ctypes.c_float: "f"}
 
 
 def params_layout(params: type[ctypes.Structure]) -> struct.Struct:

@@ -39,7 +39,8 @@ _LIBRARY.define(
 _LIBRARY.define(
     "moe(Tensor a, Tensor[] w13, Tensor[] w2, Tensor topk_weights, Tensor topk_ids, "
     "Tensor? expert_map, int intermediate_size, str fmt, str activation, float[] swiglu, "
-    "bool is_weight_on_input, int activation_bits) -> Tensor"
+    "bool is_weight_on_input, int activation_bits, "
+    "Tensor? w13_bias=None, Tensor? w2_bias=None) -> Tensor"
 )
 _LIBRARY.define(
     "gather_fp8_rows(Tensor ids, Tensor weight, Tensor row_scale, ScalarType dtype) -> Tensor"
@@ -77,6 +78,16 @@ def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None
         backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
 
 
+def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> None:
+    """Have the kernels of routed experts of a format ready, at load time."""
+    if device.type == "cuda":
+        from vllm_nvfp4.kernels import cuda_moe
+
+        cuda_moe.prepare_moe(device, fmt)
+    else:
+        warm_up(device, fmt, activation_bits)
+
+
 def check_activation(device: torch.device, activation: str) -> None:
     """Raise ValueError where the device cannot do what the option ``activation`` asks for."""
     if device.type == "cuda":
@@ -101,6 +112,15 @@ def describe_path(device_type: str, arch: int | None, is_fp8: bool, activation_b
         return "CUDA kernel, W4A16 (no FP8 mma.sync here)"
     by_size = "W4A16 or W4A8 by the batch size"
     return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
+
+
+def describe_experts_path(device_type: str, activation_bits: int) -> str:
+    """In a few words, for the log: which kernel runs routed experts on this device."""
+    if device_type == "cpu":
+        return f"CPU kernel, W4A{activation_bits or 16}, one expert after another"
+    if activation_bits:
+        return f"grouped CUDA kernel, W4A{activation_bits}"
+    return "grouped CUDA kernel, W4A16 or W4A8 by the tokens per expert"
 
 
 def linear(
@@ -285,8 +305,11 @@ def moe(
     swiglu: list[float],
     is_weight_on_input: bool,
     activation_bits: int,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y[m] = sum_j topk_weights[m, j] * w2[e] act(w13[e] a[m]),  e = topk_ids[m, j]
+    """y[m] = sum_j topk_weights[m, j] * (w2[e] act(w13[e] a[m] + w13_bias[e]) + w2_bias[e]),
+    e = topk_ids[m, j]
 
     a:            [M, H] bf16 or fp16 (float32 on the CPU)
     w13, w2:      codes, block_scale and global_scale of PackedWeight, each with a leading dimension
@@ -298,24 +321,26 @@ def moe(
     activation, swiglu: name and (limit, alpha, beta), see numerics.activation
     is_weight_on_input: topk_weights multiply a instead of the expert's output
     activation_bits: as in :func:`linear`
+    w13_bias, w2_bias: [E, rows of the weight] of a's dtype, or None
     Returns [M, H] of a's dtype; sums are formed in float32.
     """
-    if a.device.type != "cpu":
-        raise ValueError("vllm_nvfp4.moe: there is no NVFP4 kernel for routed experts on CUDA yet")
-    from vllm_nvfp4.kernels import cpu_moe
-
     act = ExpertActivation(activation, *swiglu)
     rows, hidden_size = intermediate_size * (2 if act.is_gated else 1), a.shape[1]
+    first = PackedWeight(w13[0], w13[1], w13[2], rows, hidden_size, FORMATS[fmt])
+    second = PackedWeight(w2[0], w2[1], w2[2], hidden_size, intermediate_size, FORMATS[fmt])
+    biases = (w13_bias, w2_bias)
+    if a.device.type == "cuda":
+        from vllm_nvfp4.kernels import cuda_moe
+
+        routing = (topk_weights, topk_ids, expert_map)
+        return cuda_moe.moe(
+            a, first, second, routing, act, is_weight_on_input, activation_bits, biases
+        )
+    from vllm_nvfp4.kernels import cpu_moe
+
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-    return cpu_moe.moe(
-        a,
-        PackedWeight(w13[0], w13[1], w13[2], rows, hidden_size, FORMATS[fmt]),
-        PackedWeight(w2[0], w2[1], w2[2], hidden_size, intermediate_size, FORMATS[fmt]),
-        (topk_weights, ids),
-        act,
-        is_weight_on_input,
-        activation_bits or 16,
-    )
+    bits = activation_bits or 16
+    return cpu_moe.moe(a, first, second, (topk_weights, ids), act, is_weight_on_input, bits, biases)
 
 
 def _fake_linear(a, codes, block_scale, global_scale, bias, num_rows, num_cols, fmt, bits):
@@ -338,7 +363,7 @@ def _fake_gather_fp8_rows(ids, weight, row_scale, dtype):
     return torch.empty(*ids.shape, weight.shape[1], dtype=dtype, device=ids.device)
 
 
-def _fake_moe(a, w13, w2, weights, ids, expert_map, size, fmt, activation, swiglu, on_input, bits):
+def _fake_moe(a, *others):
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
