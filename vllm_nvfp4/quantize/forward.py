@@ -45,14 +45,22 @@ class LayerwiseModel:
     names:   all its tensors
     load:    a stored tensor by name
     samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
+    remedy:  what an error advises
 
     Raises CheckpointError where transformers does not know the architecture, or builds it from
     other modules than the checkpoint has.
     """
 
     def __init__(
-        self, folder: Path, names: Iterable[str], load: Load, samples: torch.Tensor, device: str
+        self,
+        folder: Path,
+        names: Iterable[str],
+        load: Load,
+        samples: torch.Tensor,
+        device: str,
+        remedy: str = _REMEDY,
     ) -> None:
+        self._remedy = remedy
         self._device = device
         self._load = load
         self._names = set(names)
@@ -75,7 +83,7 @@ class LayerwiseModel:
 
     def _unknown(self, found: str) -> CheckpointError:
         return CheckpointError(
-            str(self._folder), "architecture for calibration", found, _NEEDED, _REMEDY
+            str(self._folder), "architecture for calibration", found, _NEEDED, self._remedy
         )
 
     @property
@@ -163,14 +171,22 @@ class LayerwiseModel:
             raise self._unknown(f"{missing[0]} is never reached by the calibration text")
         return {key: moment / count for key, moment in moments.items()}
 
-    def advance(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Send the hidden states through one layer, with ``weights`` in place of the stored."""
+    def advance(self, index: int, weights: Mapping[str, torch.Tensor], cache: Any = None) -> None:
+        """Send the hidden states through one layer, with ``weights`` in place of the stored.
+
+        cache: what the attention puts its keys and values into, if anything (``update``)
+        """
         layer = self._filled(index, weights)
         with torch.inference_mode():
-            self.hidden = [self._call(layer, index, hidden).cpu() for hidden in self.hidden]
+            self.hidden = [self._call(layer, index, hidden, cache).cpu() for hidden in self.hidden]
 
-    def _call(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        output = layer(hidden.to(self._device), **self._options[index])
+    def _call(
+        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        options = self._options[index]
+        if cache is not None:
+            options = options | {"past_key_values": cache, "use_cache": True}
+        output = layer(hidden.to(self._device), **options)
         return output[0] if isinstance(output, tuple) else output
 
 
