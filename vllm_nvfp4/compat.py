@@ -138,8 +138,7 @@ def fp8_kv_write_truncates() -> bool:
     cache = torch.zeros(1, 1, 2 * block, head_size, dtype=torch.uint8)
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.zeros(1, dtype=torch.int64)
-    scales = {"k_scale": 1.0, "v_scale": 1.0, "kv_cache_dtype": "fp8"}
     _custom_ops.cpu_attn_reshape_and_cache(
-        token, token, key_cache, value_cache, slots, "vec", **scales
+        token, token, key_cache, value_cache, slots, "vec", kv_cache_dtype="fp8"
     )
     return cache.view(torch.float8_e4m3fn).float().amax().item() == 1.0
