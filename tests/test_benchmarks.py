@@ -65,6 +65,20 @@ def test_no_gpu_is_one_line_and_status_3(script, capsys, monkeypatch, name, argu
     assert "no CUDA GPU" in err
 
 
+def test_the_launch_path_runs_on_a_driver_that_only_records(tmp_path):
+    """In a process of its own: it makes CPU tensors those of a GPU."""
+    command = [sys.executable, BENCHMARKS / "bench_launch.py", "--stub", "--count", "9"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "launch.csv"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "launch.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 1) for line in lines if not line.startswith(("#", '"#'))]
+    assert rows[0] == ["call", "host_us"]
+    assert len(rows) == 8
+    assert all(float(us) > 0 for _, us in rows[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -106,7 +120,7 @@ def test_speedups_and_geometric_means(load):
 
 def test_every_shape_is_measured_once(load):
     gemm = load("bench_gemm")
-    found = gemm.layers_of(["Qwen3-8B", "Llama-3-8B"])
+    found = gemm.layers_of(["Qwen3-8B", "Llama-3.1-8B"])
     assert [place[:2] for place in found[:4]] == [
         ("Qwen3-8B", "qkv_proj"), ("Qwen3-8B", "o_proj"), ("Qwen3-8B", "gate_up_proj"),
         ("Qwen3-8B", "down_proj"),
