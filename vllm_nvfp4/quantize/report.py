@@ -20,7 +20,9 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--report {path}: there is no folder {path.parent}; make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--report {path}: needs matplotlib; pip install matplotlib")
+        raise ValueError(
+            f"--report {path}: needs matplotlib; install the extra `pictures`, or matplotlib itself"
+        )
 
 
 def label(group: Sensitivity) -> str:
