@@ -132,6 +132,7 @@ class WriteOptions:
     progress:  called with the name of each layer before it is quantised
     precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
                "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
+    finish:    called with the finished folder before it appears, for :func:`write_resumable`
     """
 
     stored: StoredFormat = FORMATS["modelopt"]
@@ -140,6 +141,7 @@ class WriteOptions:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
     precision: Callable[[Path, set[str]], Mapping[str, str]] | None = None
+    finish: Callable[[Path], None] | None = None
 
 
 def write_nvfp4(
@@ -208,6 +210,8 @@ def write_resumable(
         report = job.write(by_layer(checkpoint.tensors, quantized, linear))
         report.odd = odd
         job.complete(report)
+        if options.finish is not None:
+            options.finish(folder)
         folder.rename(target)
     shutil.rmtree(work)
     return report
