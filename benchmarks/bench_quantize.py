@@ -7,7 +7,7 @@ MODEL is a folder of 16-bit safetensors. The text is the Wikipedia sample in the
 BY-SA; not part of this repository): every second article for the perplexity, the others for the
 calibration, unless --calibration says otherwise. Every method sees the same tokens; weights are
 dequantised and run in float32 with transformers. ppl_ratio and kl are against MODEL itself, kl the
-mean over tokens of KL(MODEL || quantised).
+mean over tokens of KL(MODEL || quantised). seconds is the CPU time of all threads of the command.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import csv
 import html
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,18 @@ def compare(logits: Any, reference: Any, samples: Any) -> dict[str, float]:
 
 
 def quantize(model: Path, target: Path, method: str, options: list[str]) -> tuple[float, float]:
-    """(seconds, MiB at the peak) of the command, imports included."""
+    """(CPU seconds, MiB at the peak) of the command, imports included."""
     command = [sys.executable, "-m", "vllm_nvfp4.cli.main", "quantize", str(model)]
     command += ["-o", str(target), "--method", method, *options]
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(common.ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     peak = re.search(r"peak memory (\d+) MiB", done.stdout)
-    return time.perf_counter() - started, float(peak[1]) if peak else float("nan")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return seconds, float(peak[1]) if peak else float("nan")
 
 
 def stored_matches(folder: Path, method: str, model: Path) -> bool:

@@ -37,7 +37,12 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.calibrated import Calibrated
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
-from vllm_nvfp4.quantize.hessian import output_error, quantize_gptq, quantize_hessian
+from vllm_nvfp4.quantize.hessian import (
+    output_error,
+    quantize_gptq,
+    quantize_hessian,
+    shifted_target,
+)
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -121,7 +126,8 @@ def test_output_reads_back_through_its_dialect(models, tmp_path, method, stored)
         mine = FORMATS[stored].dequantize(layer, stored_tensors.__getitem__)
         assert torch.equal(after[name], mine), name
         relative = (after[name] - weight).norm() / weight.float().norm()
-        assert 0.01 < relative < 0.2, (name, relative)
+        # GPTQ moves off the weight, towards the output; the text of these tests is very short.
+        assert 0.01 < relative < (0.4 if method == "gptq" else 0.2), (name, relative)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -215,15 +221,20 @@ def test_output_error_falls_with_each_method(rows, cols):
     assert errors["more"] <= errors["gptq"] * 1.01
 
 
+def _layer_moments(source: Source, layer: str) -> torch.Tensor:
+    samples = Calibration(num_samples=8, length=64).samples(source.folder)
+    model = LayerwiseModel(source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples)
+    module = layer.removeprefix(model.prefix(0))
+    first = model.layer(0, {})
+    inputs = [model.inputs(first, 0, h, [module], last=module)[0] for h in model.hidden]
+    x = torch.cat([found[module] for found in inputs]).flatten(0, -2)
+    return x.T @ x / len(x)
+
+
 def test_methods_are_in_order_on_a_model(models):
     source = Source(models("llama"))
-    calibration = Calibration(num_samples=8, length=64)
-    samples = calibration.samples(source.folder)
-    model = LayerwiseModel(
-        source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples, "cpu"
-    )
     layer = "model.layers.0.mlp.down_proj"
-    hessian = model.second_moments(0, {layer: layer})[layer]
+    hessian = _layer_moments(source, layer)
     weight = source.load(f"{layer}.weight", "cpu").float()
     scale = nvfp4_global_scale(weight)
     errors = [
@@ -237,6 +248,25 @@ def test_methods_are_in_order_on_a_model(models):
     ]
     assert errors == sorted(errors)
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_target_is_the_nearest_weight_to_the_wanted_output():
+    """Against least squares on the very inputs, the damping written as rows of its own."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(6, 32, generator=generator)
+    x = torch.randn(200, 32, generator=generator)
+    exact = x + 0.1 * torch.randn(200, 32, generator=generator)
+    lacking = 0.1 * torch.randn(200, 6, generator=generator)
+    hessian = x.T @ x / len(x)
+    found = shifted_target(
+        weight, hessian, (exact - x).T @ x / len(x), lacking.T @ x / len(x), damping=0.05
+    )
+    ridge = (0.05 * hessian.diagonal().mean() * len(x)).sqrt() * torch.eye(32)
+    wanted = torch.cat([exact @ weight.T + lacking, ridge @ weight.T]).double()
+    rows = torch.cat([x, ridge]).double()
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(found, expected.float(), atol=1e-4)
+    assert torch.equal(shifted_target(weight, hessian, torch.zeros(32, 32)), weight)
 
 
 def test_hessian_scale_is_the_best_of_all_candidates():
@@ -289,48 +319,64 @@ def test_candidates_go_round_every_scale():
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3", "gemma3"])
 def test_layer_by_layer_is_the_whole_model(models, family):
-    """Hidden states and moments against transformers' own forward, one layer's weights replaced."""
+    """Hidden states and inputs against transformers' own forward, one layer's weights replaced."""
     source = Source(models(family))
     samples = torch.randint(4, 260, (3, 80), generator=torch.Generator().manual_seed(8))
-    mine = LayerwiseModel(
-        source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples, "cpu"
-    )
+    mine = LayerwiseModel(source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples)
     whole = plain_model(source.folder, torch.float32)
     changed = "model.layers.0.self_attn.v_proj.weight"
     weights = {changed: source.load(changed, "cpu").float() * 0.5}
     with torch.no_grad():
         whole.get_parameter(changed).copy_(weights[changed])
     seen: list[torch.Tensor] = []
-    name = "model.layers.1.mlp.up_proj"
-    whole.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    name = "mlp.up_proj"
+    module = whole.get_submodule(f"model.layers.1.{name}")
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.inference_mode():
         output = whole(samples, output_hidden_states=True)
-    x = seen[0].flatten(0, 1)
-    expected = x.T @ x / len(x)
-    mine.second_moments(0, {"model.layers.0.mlp.up_proj": "key"})
-    mine.advance(0, weights)
-    assert torch.allclose(torch.cat(mine.hidden), output.hidden_states[1], rtol=1e-4, atol=1e-4)
-    found = mine.second_moments(1, {name: "key"})["key"]
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    first, second = mine.layer(0, weights), mine.layer(1, {})
+    hidden = [mine.run(first, 0, h) for h in mine.hidden]
+    assert torch.allclose(torch.cat(hidden), output.hidden_states[1], rtol=1e-4, atol=1e-4)
+    for last in (None, name):
+        found = [mine.inputs(second, 1, h, [name], last=last) for h in hidden]
+        inputs = torch.cat([inputs[name] for inputs, _ in found])
+        assert torch.allclose(inputs, seen[0], rtol=1e-3, atol=1e-3)
+        assert all((output is None) == (last is not None) for _, output in found)
 
 
-def test_calibrated_sees_the_quantised_layers_below(models, tmp_path, monkeypatch):
+def test_gptq_follows_the_unquantised_model(models, tmp_path):
+    """The last hidden states come nearer to the source's than without its inputs as the aim."""
     source = Source(models("llama"))
-    calls: list[tuple[int, dict[str, torch.Tensor]]] = []
-    advance = LayerwiseModel.advance
+    calibration = Calibration(num_samples=8, length=64)
+    samples = calibration.samples(source.folder)
+    errors = {}
+    for method in ("hessian", "gptq"):
+        target = tmp_path / method
+        quantizer = Calibrated(source, method, calibration)
+        write_resumable(source.folder, target, quantizer, WriteOptions())
+        states = dequantized_state_dict(target)
+        outputs = []
+        for weights in ({}, states):
+            model = LayerwiseModel(
+                source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples
+            )
+            hidden = model.hidden
+            for i in range(model.num_layers):
+                layer = model.layer(i, weights)
+                hidden = [model.run(layer, i, h) for h in hidden]
+            outputs.append(torch.cat(hidden))
+        errors[method] = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    assert errors["gptq"] < 0.9 * errors["hessian"]
 
-    def spy(self, index, weights):
-        calls.append((index, dict(weights)))
-        advance(self, index, weights)
 
-    monkeypatch.setattr(LayerwiseModel, "advance", spy)
-    calibrated = Calibrated(source, "hessian", Calibration(num_samples=2, length=32))
-    write_resumable(source.folder, tmp_path / "out", calibrated, WriteOptions())
-    [(index, weights)] = calls
-    assert index == 0
-    stored = dequantized_state_dict(tmp_path / "out")
-    assert len(weights) == 7
-    assert all(torch.equal(weights[name], stored[name]) for name in weights)
+@pytest.mark.parametrize(("family", "found"), [("llama", True), ("qwen3", True), ("gemma3", False)])
+def test_what_adds_to_the_residual_stream_is_found_by_adding_up(models, family, found):
+    """Gemma normalises what it adds, so that no layer's output is the sum's other part."""
+    source = Source(models(family))
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
+    calibrated.start(by_layer(source.tensors, quantized)[1], quantized)
+    assert bool(calibrated._adds_to) is found
 
 
 # --- the same again, and going on -----------------------------------------------------------------

@@ -64,6 +64,16 @@ def maximum_over_expert_ranks(amax: Any, num_ranks: int) -> None:
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
 
 
+def batch_invariant_module() -> Any:
+    """Where vLLM puts reductions of its own in torch's place (it moved in 0.29)."""
+    for package in ("determinism", "layers"):
+        try:
+            return importlib.import_module(f"vllm.model_executor.{package}.batch_invariant")
+        except ModuleNotFoundError:
+            continue
+    return None
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing

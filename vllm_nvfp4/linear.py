@@ -179,6 +179,7 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
             layer.logical_widths,
             cast(BlockFormat, self.spec.fmt),
             options.online_method,
+            layer=self.prefix,
         )
         attach_weight(layer, quantized)
         prepare_kernels(layer, options.activation)

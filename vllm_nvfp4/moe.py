@@ -239,7 +239,8 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
         if self.moe.tp_size > 1:
             compat.maximum_over_expert_ranks(amax, self.moe.tp_size)
         for e, weight in enumerate(weights):
-            yield quantize_online(weight, rows, fmt, method, amax[e])
+            name = f"{self.prefix}.{stem} (expert {e} of this rank)"
+            yield quantize_online(weight, rows, fmt, method, amax[e], name)
 
 
 def _gate_and_up(names: list[str]) -> str:

@@ -19,6 +19,15 @@ METHOD_NAME = "nvfp4"
 ENV_PREFIX = "VLLM_NVFP4_"
 
 
+def is_batch_invariant() -> bool:
+    """Whether vLLM was asked for results that do not depend on what else is in the batch.
+
+    vLLM's own variable, read as vLLM reads it. A product then sums in one order for any number of
+    tokens: one kernel for each weight, none of those that only many tokens pay for.
+    """
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0").strip() not in ("", "0")
+
+
 def _option(default: Any, choices: tuple[Any, ...] | None, meaning: str) -> Any:
     metadata = {"choices": choices, "meaning": meaning}
     if isinstance(default, tuple):

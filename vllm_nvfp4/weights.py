@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -25,14 +26,18 @@ def quantize_online(
     fmt: BlockFormat,
     method: str,
     amax: torch.Tensor | None = None,
+    layer: str = "layer",
 ) -> BlockScaledWeight:
     """Quantise [N, K]; each shard of a fused layer gets a global scale of its own.
 
     Under tensor parallelism the global scale is that of the whole weight, the maximum over the
     ranks, so that the result does not depend on how the weight is cut.
 
-    amax: largest magnitude of each shard over the ranks, float32; None to find it here
+    amax:  largest magnitude of each shard over the ranks, float32; None to find it here
+    layer: name for messages
+    Raises CheckpointError for a weight that holds a NaN or an infinity.
     """
+    check_dense(weight, f"{layer}.weight")
     if fmt == MXFP4:
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)

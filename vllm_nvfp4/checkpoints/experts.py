@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from vllm_nvfp4.checkpoints.headers import TensorHeader
@@ -63,7 +64,7 @@ def check_experts(
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:
     """The first of the keys that holds a positive number, with it."""
     values = ((key, config.get(key)) for key in keys)
-    return next(((k, v) for k, v in values if isinstance(v, int) and v > 0), None)
+    return next(((k, v) for k, v in values if type(v) is int and v > 0), None)
 
 
 def _check_numbers(
@@ -73,14 +74,17 @@ def _check_numbers(
 ) -> None:
     needed = num_experts[1] if num_experts else max(experts) + 1
     said = f", as {num_experts[0]} of config.json says" if num_experts else ""
-    wrong = sorted(set(range(needed)) ^ set(experts))
-    if wrong:
+    # Counted off lazily: a configuration or a name may claim any number of experts.
+    missing = (e for e in range(needed) if e not in experts)
+    beyond = (e for e in sorted(experts) if e >= needed)
+    wrong = next(chain(missing, beyond), None)
+    if wrong is not None:
         file = next(iter(next(iter(experts.values())).values())).files[0]
-        is_missing = wrong[0] < needed
+        is_missing = wrong < needed
         raise CheckpointError(
             file,
-            f"{layer}.{wrong[0]}",
-            "no such expert" if is_missing else f"expert {wrong[0]}",
+            f"{layer}.{wrong}",
+            "no such expert" if is_missing else f"expert {wrong}",
             f"experts 0 to {needed - 1}{said}",
             _RESTORE if is_missing else "Correct config.json, or quantise the model again.",
         )

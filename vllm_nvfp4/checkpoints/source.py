@@ -20,6 +20,8 @@ from vllm_nvfp4.numerics.formats import NVFP4
 
 # Layers that serving engines fuse: their shards share one global scale.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# The order in which a decoder layer computes; each shard's name stands for its whole group.
+_COMPUTED = ("q_proj", "o_proj", "gate_proj", "w1", "down_proj", "w2")
 DEFAULT_IGNORE = ("lm_head", "*embed_tokens*", "*vision*", "*visual*", "*audio*")
 _LINEAR = re.compile(r"(^|\.)layers\.\d+\..*(_proj|\.w[123])\.weight$")
 _DECODER_LAYER = re.compile(r"^(.*?\blayers\.(\d+)\.)")
@@ -161,13 +163,16 @@ def by_layer(names: Iterable[str], quantized: set[str]) -> list[Unit]:
 
 
 def _groups(names: Iterable[str], quantized: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Tensor names in order, each shard of a fused layer drawn to the first of its siblings."""
+    """Tensor names: those that are kept, then the others in the order in which a decoder layer
+    computes them, the shards of a fused layer together."""
     groups: dict[str, list[str]] = {}
+    rank: dict[str, int] = {}
     for name in names:
-        key = name
+        key, rank[name] = name, -1
         if name in quantized:
             parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-            fused = next((shards for shards in FUSED if leaf in shards), None)
-            key = f"{parent}.{'+'.join(fused)}" if fused else name
+            shards = next((shards for shards in FUSED if leaf in shards), (leaf,))
+            key = f"{parent}.{'+'.join(shards)}"
+            rank[key] = (*_COMPUTED, shards[0]).index(shards[0])
         groups.setdefault(key, []).append(name)
-    return tuple(tuple(group) for group in groups.values())
+    return tuple(tuple(groups[key]) for key in sorted(groups, key=rank.__getitem__))

@@ -66,9 +66,12 @@ class Quantizer(Protocol):
         """The unit's weights come next."""
 
     def quantize(
-        self, weights: Mapping[str, torch.Tensor], global_scale: torch.Tensor
+        self,
+        weights: Mapping[str, torch.Tensor],
+        representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> dict[str, BlockScaledWeight]:
-        """The shards of one fused layer (or one layer), by name, with the scale they share."""
+        """The shards of one fused layer (or one layer), by name, with one global scale that is
+        ``representable`` in the file: what is read back for one near its argument."""
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """The unit is stored, now or by an earlier run; ``weights()`` dequantises what is there."""
@@ -84,9 +87,13 @@ class DataFree:
         """Nothing to prepare."""
 
     def quantize(
-        self, weights: Mapping[str, torch.Tensor], global_scale: torch.Tensor
+        self,
+        weights: Mapping[str, torch.Tensor],
+        representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> dict[str, BlockScaledWeight]:
-        return {n: _quantize(w, self._method, global_scale) for n, w in weights.items()}
+        largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
+        shared = representable(largest)
+        return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """Nothing follows."""
@@ -296,9 +303,8 @@ class _Job:
             self._announce(group)
             for name, tensor in tensors.items():
                 self._check_finite(name, tensor)
-            shared = torch.stack([nvfp4_global_scale(t) for t in tensors.values()]).amax()
-            shared = self.options.stored.representable(shared)
-            for name, weight in self.quantizer.quantize(tensors, shared).items():
+            representable = self.options.stored.representable
+            for name, weight in self.quantizer.quantize(tensors, representable).items():
                 stored = self.options.stored.tensors(name.removesuffix(".weight"), weight)
                 for entry, tensor in stored.items():
                     writer.write(entry, tensor)

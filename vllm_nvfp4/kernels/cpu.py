@@ -19,6 +19,7 @@ from vllm_nvfp4.kernels.cpu_dispatch import (
     fp8_kernel,
     has_fast_bf16_matmul,
     round_kernel,
+    uses_matmul,
     warm_up,
     warm_up_fp8,
 )
@@ -27,6 +28,7 @@ from vllm_nvfp4.kernels.cpu_fp8 import panel_bytes
 from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
+from vllm_nvfp4.options import is_batch_invariant
 
 __all__ = [
     "fp8_linear",
@@ -43,9 +45,6 @@ _ArgBlock = ctypes.c_int64 * len(ARGS)
 # The default type is not float32 while vLLM builds a model: name the type.
 _ONE = torch.ones(1, dtype=torch.float32)
 
-# From this many tokens on, without the BF16 dot product or beside faster hardware for it, a tile of
-# rows is decoded for torch's own matrix product.
-_MATMUL_TOKENS = 48
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
@@ -75,20 +74,22 @@ def linear(
         return y
     is_bf16 = out_dtype == torch.bfloat16 or activation_bits == 8
     bf16_dot = fp4_bf16_dot(out_dtype, activation_bits)
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
+    is_invariant = is_batch_invariant()
+    by_matmul = uses_matmul(m, bf16_dot, is_invariant)
+    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
     a_type = torch.bfloat16 if use_bf16 else torch.float32
     a_scale = None
     if activation_bits == 8:
         a, a_scale = _round_per_token(a.contiguous(), a_type)
     else:
         a = a.to(a_type).contiguous()
-    if m >= _MATMUL_TOKENS and (not bf16_dot or has_fast_bf16_matmul()):
+    if by_matmul:
 
         def dequantize(first: int, last: int) -> torch.Tensor:
             return _dequantize_rows(packed, first, last, a.dtype).T
 
         return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
-    function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[out_dtype], bf16_dot)
+    function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[out_dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
     weight = (packed.codes, packed.block_scale, packed.global_scale)
     a = _spread_rows(a)
@@ -128,16 +129,18 @@ def fp8_linear(
         return y
     bf16_dot = fp8_bf16_dot(a.dtype)
     is_bf16 = a.dtype == torch.bfloat16
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
+    is_invariant = is_batch_invariant()
+    by_matmul = uses_matmul(m, bf16_dot, is_invariant)
+    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
     # e4m3 is exact in bf16 and in f32.
     a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
-    if m >= _MATMUL_TOKENS and (not bf16_dot or has_fast_bf16_matmul()):
+    if by_matmul:
 
         def dequantize(first: int, last: int) -> torch.Tensor:
             return _dequantize_fp8(weight[first:last], a.dtype)
 
         return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
-    function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot)
+    function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
     weights = (weight, weight, row_scale)
     a = _spread_rows(a)

@@ -19,6 +19,7 @@ from vllm_nvfp4.kernels import cubins, dispatch
 from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS, KernelConfig
 from vllm_nvfp4.kernels.dispatch import Choice
 from vllm_nvfp4.kernels.driver import Driver, Function, driver
+from vllm_nvfp4.options import is_batch_invariant
 
 # Under vLLM's logger, so that its handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -59,13 +60,14 @@ class Device:
                 )
 
     def choose(self, m: int, n: int, k: int, fmt_name: str, dtype: str, activation: str) -> Choice:
-        """:func:`dispatch.choose` for this GPU, remembered."""
+        """:func:`dispatch.choose` for this GPU, or ``choose_invariant``; remembered."""
         key = (m, n, k, fmt_name, dtype, activation)
         choice = self._choices.get(key)
         if choice is None:
             if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
-            choice = self._choices[key] = dispatch.choose(self.gpu, *key, self._variant)
+            choose = dispatch.choose_invariant if is_batch_invariant() else dispatch.choose
+            choice = self._choices[key] = choose(self.gpu, *key, self._variant)
         return choice
 
     def use_variant(self, variant: str) -> None:

@@ -28,6 +28,9 @@ VARIANTS = tuple(
 # then be allocated once.
 MAX_SPLIT_TILES = 16384
 
+# The M that a kernel for any M is chosen by: decoding a full batch.
+INVARIANT_TOKENS = 64
+
 # The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
 _MMA_SYNC_SHARE = {90: 0.62}
 # FP8 mma.sync is one instruction from sm_89 on, but on sm_90 the compiler emulates it: six
@@ -96,6 +99,20 @@ def choose(
     candidates = reachable(fmt_name, dtype, bits, variant)
     config = min(candidates, key=lambda c: (estimate_us(gpu, c, m, n, k), c.symbol))
     return launch_geometry(gpu, config, m, n, k)
+
+
+def choose_invariant(
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str,
+    activation: str = "auto", variant: str = "exact",
+) -> Choice:  # fmt: skip
+    """As :func:`choose`, but the order of sums depends on the weight alone, never on M.
+
+    One configuration for each N and K, the one for ``INVARIANT_TOKENS``, with K unsplit; "auto"
+    means 16 bits. A few tokens pay for it with idle SMs where N is small.
+    """
+    bits = "16" if activation == "auto" else activation
+    config = choose(gpu, INVARIANT_TOKENS, n, k, fmt_name, dtype, bits, variant).config
+    return launch_geometry(gpu, config, m, n, k, num_splits=1)
 
 
 def launch_geometry(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a model over the calibration text one decoder layer at a time, as transformers computes it.
 
-In memory: the hidden states of all samples, one decoder layer in float32, and the second moments
-of its linear layers' inputs. The embedding is there until the first layer's inputs are known.
+In memory: the hidden states of all samples and the layers that the caller holds. The embedding is
+there until the first layer's inputs are known.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class _Recorder(torch.nn.Module):
         return hidden_states
 
 
+class _Reached(Exception):
+    """The last of the modules whose input is asked for was called."""
+
+
 class LayerwiseModel:
     """A causal language model of which one decoder layer at a time has its weights.
 
@@ -45,7 +49,9 @@ class LayerwiseModel:
     names:   all its tensors
     load:    a stored tensor by name
     samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
+    dtype:   in which layers are computed and hidden states kept
     remedy:  what an error advises
+    ``hidden``: what goes into the first layer, [1, length, hidden size] for each sample.
 
     Raises CheckpointError where transformers does not know the architecture, or builds it from
     other modules than the checkpoint has.
@@ -57,11 +63,12 @@ class LayerwiseModel:
         names: Iterable[str],
         load: Load,
         samples: torch.Tensor,
-        device: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
         remedy: str = _REMEDY,
     ) -> None:
+        self._device, self._dtype = device, dtype
         self._remedy = remedy
-        self._device = device
         self._load = load
         self._names = set(names)
         self._folder = folder
@@ -120,16 +127,26 @@ class LayerwiseModel:
                     output = decoder(input_ids=tokens, use_cache=False)
                 except (TypeError, AttributeError, KeyError) as error:
                     raise self._unknown(str(error)) from error
-                hidden.append(output.last_hidden_state.cpu())
-        self._options = [recorder.options for recorder in recorders]
+                hidden.append(output.last_hidden_state.cpu().to(self._dtype))
+        self._options = [self._cast(recorder.options) for recorder in recorders]
         return hidden
+
+    def _cast(self, value: Any) -> Any:
+        """Rotary tables and masks in the layers' dtype."""
+        if isinstance(value, torch.Tensor):
+            return value.to(self._dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(self._cast(v) for v in value)
+        if isinstance(value, dict):
+            return {name: self._cast(v) for name, v in value.items()}
+        return value
 
     def _stored(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise self._unknown(f"no tensor {name}")
         return self._load(name).float()
 
-    def _filled(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """The layer with its stored weights, and ``weights`` (by full name) in place of some."""
         layer = copy.deepcopy(self._layers[index]).to_empty(device=self._device)
         prefix = self.prefix(index)
@@ -141,62 +158,62 @@ class LayerwiseModel:
         if buffers:
             raise self._unknown(f"{prefix}{min(buffers)}, which no checkpoint holds")
         layer.load_state_dict(state)
-        return layer.float().requires_grad_(False).eval()
+        return layer.to(self._dtype).requires_grad_(False).eval()
 
-    def second_moments(self, index: int, linears: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """H = mean over tokens of x x^T, for the inputs x of some linear layers of one layer.
-
-        linears: module name -> key; modules with the same key have the same input, one of them
-                 is asked. Returns H by key, [K, K] float32.
-        """
-        layer = self._filled(index, {})
-        moments: dict[str, torch.Tensor] = {}
-        count = 0
-        modules = dict(layer.named_modules())
-        asked = {key: name for name, key in reversed(list(linears.items()))}
-        handles = []
-        for key, name in asked.items():
-            module = modules.get(name.removeprefix(self.prefix(index)))
-            if module is None:
-                raise self._unknown(f"no module {name}")
-            handles.append(module.register_forward_pre_hook(_accumulate(moments, key)))
-        with torch.inference_mode():
-            for hidden in self.hidden:
-                self._call(layer, index, hidden)
-                count += hidden.shape[0] * hidden.shape[1]
-        for handle in handles:
-            handle.remove()
-        missing = sorted(set(asked) - set(moments))
-        if missing:
-            raise self._unknown(f"{missing[0]} is never reached by the calibration text")
-        return {key: moment / count for key, moment in moments.items()}
-
-    def advance(self, index: int, weights: Mapping[str, torch.Tensor], cache: Any = None) -> None:
-        """Send the hidden states through one layer, with ``weights`` in place of the stored.
+    def run(
+        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """What the layer makes of one sample.
 
         cache: what the attention puts its keys and values into, if anything (``update``)
         """
-        layer = self._filled(index, weights)
-        with torch.inference_mode():
-            self.hidden = [self._call(layer, index, hidden, cache).cpu() for hidden in self.hidden]
-
-    def _call(
-        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
-    ) -> torch.Tensor:
         options = self._options[index]
         if cache is not None:
             options = options | {"past_key_values": cache, "use_cache": True}
-        output = layer(hidden.to(self._device), **options)
-        return output[0] if isinstance(output, tuple) else output
+        with torch.inference_mode():
+            output = layer(hidden.to(self._device), **options)
+        return (output[0] if isinstance(output, tuple) else output).cpu()
 
+    def inputs(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        hidden: torch.Tensor,
+        modules: Iterable[str],
+        last: str | None = None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """(What goes into each of the modules, by name in the layer; the layer's output.)
 
-def _accumulate(moments: dict[str, torch.Tensor], key: str) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
-        product = x.T @ x
-        moments[key] = moments[key].add_(product) if key in moments else product
+        last: the module after whose call the rest is left out, and there is no output.
+        """
+        found: dict[str, torch.Tensor] = {}
 
-    return hook
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                found[name] = args[0].detach()
+                if name == last:
+                    raise _Reached
+
+            return hook
+
+        by_name = dict(layer.named_modules())
+        missing = next((name for name in modules if name not in by_name), None)
+        if missing is not None:
+            raise self._unknown(f"no module {self.prefix(index)}{missing}")
+        handles = [by_name[n].register_forward_pre_hook(note(n)) for n in modules]
+        try:
+            output = self.run(layer, index, hidden)
+        except _Reached:
+            output = None
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = sorted(set(modules) - set(found))
+        if unseen:
+            raise self._unknown(
+                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
+            )
+        return found, output
 
 
 def _plain_config(folder: Path) -> Any:

