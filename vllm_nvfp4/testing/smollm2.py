@@ -77,5 +77,4 @@ def _set_sampling(folder: Path) -> None:
     path = folder / "generation_config.json"
     config = json.loads(path.read_text())
     config.update(do_sample=True, temperature=0.2, top_p=0.9)
-    path.write_text(json.dumps(config, indent=2) + "
-")
+    path.write_text(json.dumps(config, indent=2) + "\n")
