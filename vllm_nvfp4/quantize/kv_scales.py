@@ -83,14 +83,16 @@ def measure_kv_scales(
     plain KV cache.
     """
     names, load = _dequantized(folder)
-    model = LayerwiseModel(folder, names, load, calibration.samples(folder), device, remedy=_REMEDY)
-    scales, hidden = {}, model.hidden
+    samples = calibration.samples(folder)
+    model = LayerwiseModel(folder, names, load, samples, device, remedy=_REMEDY)
+    hidden = model.hidden
+    scales = {}
     for index in range(model.num_layers):
         prefix = model.prefix(index)
         progress(prefix)
         seen = KvRange()
         layer = model.layer(index, {})
-        hidden = [model.run(layer, index, sample, cache=seen) for sample in hidden]
+        hidden = [model.run(layer, index, h, seen) for h in hidden]
         if not (seen.k > 0 and seen.v > 0) or not math.isfinite(seen.k + seen.v):
             raise CheckpointError(
                 str(folder),
