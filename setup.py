@@ -54,7 +54,7 @@ class BuildPyWithCubins(build_py):
 
     def _build_cubins(self) -> None:
         sys.path.insert(0, str(ROOT))
-        from vllm_nvfp4.kernels import configs, cubins, nvrtc
+        from vllm_nvfp4.kernels import configs, cubins, moe_configs, nvrtc
 
         if WANTED != "1" and not re.fullmatch(r"\d+(,\d+)*", WANTED):
             raise SystemExit(
@@ -67,7 +67,8 @@ class BuildPyWithCubins(build_py):
                 f"none. pip install {' '.join(BUILD_REQUIRES)}"
             )
         pattern = os.environ.get("NVFP4_BUILD_KERNELS", "*")
-        chosen = [c for c in configs.ALL_CONFIGS if fnmatch.fnmatch(c.symbol, pattern)]
+        kernels = [*configs.ALL_CONFIGS, *moe_configs.ALL_MOE_CONFIGS]
+        chosen = [c for c in kernels if fnmatch.fnmatch(c.symbol, pattern)]
         out = Path(self.build_lib) / "vllm_nvfp4" / "cubins"
         count = cubins.build(chosen, out, archs, jobs=os.cpu_count() or 1)
         print(f"vllm-nvfp4: {count} cubins for {', '.join(f'sm_{a}' for a in archs)}")

@@ -124,7 +124,7 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         source = getattr(layer, "nvfp4_tied_to", [layer])[0]
         if self.fmt == NVFP4.name:
             return apply_weight(source, x, bias, self.config.options.activation)
-        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias)
+        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias, 16)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         dtype = layer.nvfp4_dtype

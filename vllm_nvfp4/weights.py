@@ -69,6 +69,7 @@ def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     The parameter is called ``weight_packed`` because vLLM's LoRA finds a layer's device by it.
     """
     packed = ops.backend(weight.codes.device.type).pack_weight(weight)
+    layer.nvfp4_weight = None  # of parameters that are replaced now
     layer.weight_packed = frozen(packed.codes)
     layer.weight_block_scale = frozen(packed.block_scale)
     layer.weight_global_scale = frozen(packed.global_scale)
@@ -123,6 +124,9 @@ def apply_weight(
     layer: Any, x: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """y = x W^T + bias with the weight that :func:`attach_weight` registered."""
+    bits = ACTIVATION_BITS[activation]
+    if not torch.compiler.is_compiling():
+        return ops.multiply(x, packed_weight(layer), bias, bits)
     return torch.ops.vllm_nvfp4.linear(
         x,
         layer.weight_packed,
@@ -131,21 +135,33 @@ def apply_weight(
         bias,
         *layer.nvfp4_shape,
         layer.nvfp4_format,
-        ACTIVATION_BITS[activation],
+        bits,
     )
+
+
+def packed_weight(layer: Any) -> PackedWeight:
+    """What :func:`attach_weight` registered, as one; made again after the layer's parameters were
+    replaced."""
+    tensors = layer._parameters
+    codes, block_scale = tensors["weight_packed"], tensors["weight_block_scale"]
+    global_scale = tensors["weight_global_scale"]
+    found: PackedWeight | None = layer.__dict__.get("nvfp4_weight")
+    if (
+        found is None
+        or found.codes is not codes
+        or found.block_scale is not block_scale
+        or found.global_scale is not global_scale
+    ):
+        num_rows, num_cols = layer.nvfp4_shape
+        fmt = FORMATS[layer.nvfp4_format]
+        found = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, fmt)
+        layer.nvfp4_weight = found
+    return found
 
 
 def unpack_weight(layer: Any) -> BlockScaledWeight:
     """The inverse of :func:`attach_weight`."""
-    num_rows, num_cols = layer.nvfp4_shape
-    packed = PackedWeight(
-        layer.weight_packed.data,
-        layer.weight_block_scale.data,
-        layer.weight_global_scale.data,
-        num_rows,
-        num_cols,
-        FORMATS[layer.nvfp4_format],
-    )
+    packed = packed_weight(layer)
     return ops.backend(packed.codes.device.type).unpack_weight(packed)
 
 

@@ -12,12 +12,12 @@ from vllm_nvfp4.checkpoints.fields import as_table, as_text
 from vllm_nvfp4.checkpoints.files import file_in_folder, read_table
 from vllm_nvfp4.checkpoints.fp_quant import FpQuantDialect
 from vllm_nvfp4.checkpoints.modelopt import ModelOptDialect
-from vllm_nvfp4.checkpoints.mxfp4 import refuse_experts_only
+from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect
 from vllm_nvfp4.checkpoints.online import OnlineDialect
 from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
 WHERE = "config.json (quantization_config)"
-SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant")
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4")
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
 _OTHER_FP4 = {
@@ -46,7 +46,7 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
     if method == "fp_quant":
         return FpQuantDialect(quant_config)
     if method in ("mxfp4", "gpt_oss_mxfp4"):
-        refuse_experts_only(quant_config)
+        return Mxfp4Dialect(quant_config)
     raise CheckpointError(
         WHERE,
         "quant_method",

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.inventory import LayerRecord
-from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind
 
 _COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICE_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_top_k")
@@ -36,7 +36,7 @@ def check_experts(
 ) -> None:
     """Raise CheckpointError for an expert, or a part of one, that is missing or stored unlike the
     others of its layer; for more choices than experts; and for quantised experts that are stacked
-    in one tensor, which have no loader.
+    in one tensor, which have no loader but in gpt-oss's own format.
 
     records, modules: of the whole checkpoint; config: config.json's, of the language model
     """
@@ -50,7 +50,8 @@ def check_experts(
             f"at most {num_experts[0]} = {num_experts[1]}",
             "Correct config.json.",
         )
-    _refuse_stacked(modules)
+    records = tuple(records)
+    _refuse_stacked(modules, {r.name for r in records if r.spec.kind is LayerKind.MICROSCALED})
     layers: dict[str, dict[int, dict[str, LayerRecord]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if match := _NAME.fullmatch(record.name):
@@ -136,8 +137,12 @@ def _stored(record: LayerRecord) -> str:
     return f"{record.format} ({record.spec.algo})" if record.spec.algo else record.format
 
 
-def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorHeader]]) -> None:
+def _refuse_stacked(
+    modules: Mapping[str, Mapping[str, TensorHeader]], understood: set[str]
+) -> None:
     for name, tensors in modules.items():
+        if name in understood:
+            continue
         for leaf, header in tensors.items():
             if name.rpartition(".")[2] == "experts" and header.dtype in ("U8", "F8_E4M3"):
                 raise CheckpointError(

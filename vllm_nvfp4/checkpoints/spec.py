@@ -28,6 +28,7 @@ class Role(Enum):
     UNUSED = "unused"  # stored by the tool and of no use here
     WEIGHT = "weight"  # [N, K], FP8 or unquantised
     WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
+    BIAS = "bias"  # [N], added; where a format stacks it with the experts' weights
     ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
 
 

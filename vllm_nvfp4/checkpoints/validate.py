@@ -27,6 +27,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     part_of,
     record,
 )
+from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect, is_stacked, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -101,6 +102,8 @@ def _check_module(
 ) -> LayerRecord:
     """Check one module's tensors; its record, with UNQUANTIZED as spec where it is stored so."""
     spec = dialect.layer_spec(name)
+    if dialect.name == Mxfp4Dialect.name and is_stacked(tensors):
+        return stacked_record(name, tensors, config)
     is_quantized = _is_quantized(tensors)
     if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8) and is_quantized:
         _check_tensors(name, tensors, spec)

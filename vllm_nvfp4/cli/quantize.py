@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-nvfp4 quantize MODEL -o OUT``: a 16-bit model becomes an NVFP4 checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.checkpoints.write import WriteReport
+    from vllm_nvfp4.quantize.calibration import Calibration
+
+DATA_FREE = ("rtn", "mse")
+CALIBRATED = ("hessian", "gptq")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="make an NVFP4 checkpoint from a 16-bit model",
+        description="Make an NVFP4 checkpoint from a 16-bit model, layer by layer. A run that was "
+        "stopped goes on where it was when it is started again with the same arguments.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, cached hub name, or .gguf file")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to make")
+    parser.add_argument(
+        "--method",
+        choices=(*DATA_FREE, *CALIBRATED),
+        help="rtn: round to nearest; mse: best block scale by the weights alone (default); "
+        "hessian: best block scale by the layer's inputs; gptq: codes and scales by the layer's "
+        "inputs (default with --calibration)",
+    )
+    parser.add_argument(
+        "--format", choices=("modelopt", "compressed-tensors"), default="modelopt", help="dialect"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE|builtin",
+        help="text for hessian and gptq (default: builtin)",
+    )
+    parser.add_argument("--samples", type=_positive, default=16, help="sequences (default: 16)")
+    parser.add_argument(
+        "--sample-length", type=_positive, default=1024, help="tokens in each (default: 1024)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which parts of the text (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from vllm_nvfp4.checkpoints.work import work_folder
+    from vllm_nvfp4.quantize.calibration import Calibration
+
+    method = args.method or ("gptq" if args.calibration else "mse")
+    if args.calibration and method in DATA_FREE:
+        raise ValueError(
+            f"--method {method} looks at no text; drop --calibration, or use --method gptq"
+        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    calibration = None
+    if method in CALIBRATED:
+        calibration = Calibration(
+            args.calibration or "builtin", args.samples, args.sample_length, args.seed
+        )
+    target = Path(args.output).expanduser().absolute()
+    started = time.monotonic()
+    try:
+        report = _quantize(args, method, calibration, target)
+    except KeyboardInterrupt:
+        if work_folder(target).is_dir():
+            print(f"\nstopped; the same command goes on ({work_folder(target)})", file=sys.stderr)
+        raise
+    _print_summary(report, target, method, time.monotonic() - started)
+    return 0
+
+
+def _quantize(
+    args: argparse.Namespace, method: str, calibration: Calibration | None, target: Path
+) -> WriteReport:
+    from vllm_nvfp4.checkpoints.source import Source
+    from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
+    from vllm_nvfp4.checkpoints.written import FORMATS
+    from vllm_nvfp4.quantize.calibrated import Calibrated
+
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another folder")
+    folder = _source_folder(args.model, target)
+    source = Source(folder)
+    source.config()
+    arguments: dict[str, Any] = {"method": method, "device": args.device}
+    if calibration is not None:
+        arguments |= calibration.identity()
+
+    def make(progress: Callable[[str], None]) -> WriteReport:
+        quantizer: Any = DataFree(method)
+        if calibration is not None:
+            quantizer = Calibrated(source, method, calibration, args.device)
+        options = WriteOptions(
+            stored=FORMATS[args.format],
+            device=args.device,
+            arguments=arguments,
+            progress=progress,
+        )
+        return write_resumable(folder, target, quantizer, options)
+
+    report = _with_progress(source, make)
+    if folder == _gguf_folder(target):
+        shutil.rmtree(folder)
+        folder.with_suffix(".txt").unlink(missing_ok=True)
+    return report
+
+
+def _gguf_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.gguf-as-bf16"
+
+
+def _source_folder(model: str, target: Path) -> Path:
+    from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
+    from vllm_nvfp4.checkpoints.locate import find_folder
+
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return find_folder(model)
+    folder = _gguf_folder(target)
+    # Beside the folder, whose companions all go along to the checkpoint.
+    origin = folder.with_suffix(".txt")
+    stat = path.stat()
+    identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n"
+    if folder.is_dir() and origin.is_file() and origin.read_text() == identity:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"reading {path.name} (the whole model is in memory for this step)", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        gguf_to_folder(path, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    origin.write_text(identity)
+    return folder
+
+
+def _with_progress(
+    source: Any, make: Callable[[Callable[[str], None]], WriteReport]
+) -> WriteReport:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, by_layer
+
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    groups = [g for unit in by_layer(source.tensors, quantized) for g in unit.groups]
+    # The bar counts weights, not layers: a feed-forward layer takes several times an attention's.
+    size = {
+        g[0].removesuffix(".weight"): sum(
+            source.tensors[n].shape[0] * source.tensors[n].shape[1] for n in g
+        )
+        for g in groups
+        if g[0] in quantized
+    }
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("preparing", total=sum(size.values()))
+        pending = 0
+
+        def progress(layer: str) -> None:
+            nonlocal pending
+            bar.update(task, advance=pending, description=layer)
+            pending = size[layer]
+
+        report = make(progress)
+        bar.update(task, advance=pending, description="written")
+    return report
+
+
+def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:
+    mebi = 2**20
+    for layer in report.odd:
+        print(f"kept in 16 bits: {layer} (K is not a multiple of 16)")
+    num_weights = report.layer_bytes_before // 2
+    bits = report.layer_bytes_after * 8 / max(num_weights, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{target}\n"
+        f"  {len(report.quantized)} layers in NVFP4 by {method}, {bits:.2f} bits per weight; "
+        f"{len(report.kept)} matrices kept\n"
+        f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
+        f"  {seconds:.1f} s, peak memory {peak:.0f} MiB"
+    )
