@@ -170,3 +170,23 @@ def add_compile_range_end(compilation_config: Any, tokens: int) -> None:
     ends = compilation_config.compile_ranges_endpoints
     if ends and tokens < max(ends):
         compilation_config.compile_ranges_endpoints = sorted({*ends, tokens})
+
+
+@functools.cache
+def fp8_kv_write_truncates() -> bool:
+    """Whether vLLM's CPU backend cuts K and V off to E4M3 where it should round, as 0.32 does.
+
+    It is asked: 1.12 lies between 1 and 1.125, nearer to the latter.
+    """
+    import torch
+    from vllm import _custom_ops
+
+    block, head_size = 128, 64
+    token = torch.full((1, 1, head_size), 1.12, dtype=torch.bfloat16)
+    cache = torch.zeros(1, 1, 2 * block, head_size, dtype=torch.uint8)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    slots = torch.zeros(1, dtype=torch.int64)
+    _custom_ops.cpu_attn_reshape_and_cache(
+        token, token, key_cache, value_cache, slots, "vec", kv_cache_dtype="fp8"
+    )
+    return cache.view(torch.float8_e4m3fn).float().amax().item() == 1.0

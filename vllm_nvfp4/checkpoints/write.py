@@ -126,6 +126,7 @@ class WriteOptions:
     device:    where weights are quantised
     arguments: what makes two runs the same, for :func:`write_resumable`
     progress:  called with the name of each layer before it is quantised
+    finish:    called with the finished folder before it appears, for :func:`write_resumable`
     """
 
     stored: StoredFormat = FORMATS["modelopt"]
@@ -133,6 +134,7 @@ class WriteOptions:
     device: torch.device | str = "cpu"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
+    finish: Callable[[Path], None] | None = None
 
 
 def write_nvfp4(
@@ -197,6 +199,8 @@ def write_resumable(
         report = job.write(by_layer(checkpoint.tensors, quantized))
         report.odd = odd
         job.complete(report)
+        if options.finish is not None:
+            options.finish(folder)
         folder.rename(target)
     shutil.rmtree(work)
     return report

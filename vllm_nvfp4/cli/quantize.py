@@ -42,7 +42,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE|builtin",
-        help="text for hessian and gptq (default: builtin)",
+        help="text for hessian, gptq and --kv-cache (default: builtin)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("keep", "fp8"),
+        default="keep",
+        help="fp8: measure scales for an FP8 KV cache on the text and ask for it (default: keep)",
     )
     parser.add_argument("--samples", type=_positive, default=16, help="sequences (default: 16)")
     parser.add_argument(
@@ -66,14 +72,15 @@ def run(args: argparse.Namespace) -> int:
     from vllm_nvfp4.quantize.calibration import Calibration
 
     method = args.method or ("gptq" if args.calibration else "mse")
-    if args.calibration and method in DATA_FREE:
+    is_measured = args.kv_cache == "fp8"
+    if args.calibration and method in DATA_FREE and not is_measured:
         raise ValueError(
             f"--method {method} looks at no text; drop --calibration, or use --method gptq"
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
     calibration = None
-    if method in CALIBRATED:
+    if method in CALIBRATED or is_measured:
         calibration = Calibration(
             args.calibration or "builtin", args.samples, args.sample_length, args.seed
         )
@@ -103,18 +110,21 @@ def _quantize(
     source = Source(folder)
     source.config()
     arguments: dict[str, Any] = {"method": method, "device": args.device}
+    if args.kv_cache != "keep":
+        arguments["kv_cache"] = args.kv_cache
     if calibration is not None:
         arguments |= calibration.identity()
 
     def make(progress: Callable[[str], None]) -> WriteReport:
         quantizer: Any = DataFree(method)
-        if calibration is not None:
+        if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device)
         options = WriteOptions(
             stored=FORMATS[args.format],
             device=args.device,
             arguments=arguments,
             progress=progress,
+            finish=_kv_scales(args, calibration),
         )
         return write_resumable(folder, target, quantizer, options)
 
@@ -123,6 +133,16 @@ def _quantize(
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
+
+
+def _kv_scales(
+    args: argparse.Namespace, calibration: Calibration | None
+) -> Callable[[Path], None] | None:
+    from vllm_nvfp4.quantize.kv_scales import add_kv_scales
+
+    if args.kv_cache == "keep" or calibration is None:
+        return None
+    return lambda folder: add_kv_scales(folder, args.format, calibration, args.device)
 
 
 def _gguf_folder(target: Path) -> Path:

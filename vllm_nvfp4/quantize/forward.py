@@ -51,6 +51,7 @@ class LayerwiseModel:
     samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
     dtype:   in which layers are computed and hidden states kept
     ``hidden``: what goes into the first layer, [1, length, hidden size] for each sample.
+    remedy:  what an error advises
 
     Raises CheckpointError where transformers does not know the architecture, or builds it from
     other modules than the checkpoint has.
@@ -64,8 +65,9 @@ class LayerwiseModel:
         samples: torch.Tensor,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        remedy: str = _REMEDY,
     ) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._remedy = device, dtype, remedy
         self._load = load
         self._names = set(names)
         self._folder = folder
@@ -87,7 +89,7 @@ class LayerwiseModel:
 
     def _unknown(self, found: str) -> CheckpointError:
         return CheckpointError(
-            str(self._folder), "architecture for calibration", found, _NEEDED, _REMEDY
+            str(self._folder), "architecture for calibration", found, _NEEDED, self._remedy
         )
 
     @property
@@ -157,10 +159,18 @@ class LayerwiseModel:
         layer.load_state_dict(state)
         return layer.to(self._dtype).requires_grad_(False).eval()
 
-    def run(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the layer makes of one sample."""
+    def run(
+        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """What the layer makes of one sample.
+
+        cache: what the attention puts its keys and values into, if anything (``update``)
+        """
+        options = self._options[index]
+        if cache is not None:
+            options = options | {"past_key_values": cache, "use_cache": True}
         with torch.inference_mode():
-            output = layer(hidden.to(self._device), **self._options[index])
+            output = layer(hidden.to(self._device), **options)
         return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def inputs(
