@@ -155,10 +155,16 @@ def whole(names: Iterable[str], quantized: set[str]) -> list[Unit]:
     return [Unit("", _groups(names, quantized))]
 
 
-def by_layer(names: Iterable[str], quantized: set[str]) -> list[Unit]:
-    """The rest first, then the decoder layers in the order of their numbers."""
+def by_layer(
+    names: Iterable[str], quantized: set[str], linear: set[str] | None = None
+) -> list[Unit]:
+    """The rest first, then the decoder layers in the order of their numbers.
+
+    linear: what could be quantised, and shows which layers there are; default ``quantized``
+    """
     found: dict[tuple[int, str], list[str]] = {}
-    prefixes = {m[1] for n in quantized if (m := _DECODER_LAYER.match(n))}
+    shown = quantized if linear is None else linear
+    prefixes = {m[1] for n in shown if (m := _DECODER_LAYER.match(n))}
     for name in names:
         match = _DECODER_LAYER.match(name)
         key = (int(match[2]), match[1]) if match and match[1] in prefixes else (-1, "")

@@ -214,6 +214,26 @@ class LayerwiseModel:
             )
         return found, output
 
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""
+        short = copy.deepcopy(_plain_config(self._folder))
+        short.num_hidden_layers = 1
+        model = _from_config(short)
+        norm, lm_head = model.get_decoder().norm, model.get_output_embeddings()
+        stem = self._stem.removesuffix("layers")
+        norm.load_state_dict({n: self._stored(f"{stem}norm.{n}") for n in norm.state_dict()})
+        tied = f"{stem}embed_tokens.weight"
+        stored = "lm_head.weight" if "lm_head.weight" in self._names else tied
+        lm_head.load_state_dict({"weight": self._stored(stored)})
+        cap = getattr(short, "final_logit_softcapping", None)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                found = lm_head(norm(hidden.float()))
+                return torch.tanh(found / cap) * cap if cap else found
+
+        return logits
+
 
 def _plain_config(folder: Path) -> Any:
     from transformers import AutoConfig
