@@ -28,7 +28,8 @@ class WeightStream {
     const int64_t first_tile_k = int64_t{work.first_step} * kTilesK + place.k;
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
-      const int64_t row_tile = work.base_row_tile() + work.row_tile(place.n * Config::kRowTiles + r);
+      const int64_t row_tile =
+          work.base_row_tile() + work.row_tile(place.n * Config::kRowTiles + r);
       const int64_t tile = row_tile * tiles_k + first_tile_k;
       codes_from_[r] = p.codes + tile * fragments::kTileCodeBytes + fragments::code_offset();
       scales_from_[r] =

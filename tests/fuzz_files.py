@@ -65,18 +65,21 @@ def read_files(folder: Path) -> Files:
     return {name: Node((folder / name).read_bytes()) for name in sorted(names)}
 
 
+def make_legacy_seed(scratch: Path) -> Files:
+    """A checkpoint with its configuration in hf_quant_config.json."""
+    return read_files(make_legacy(extract_fixture("modelopt/nvfp4-kv8-llama", scratch / "legacy")))
+
+
 def make_seeds(scratch: Path) -> dict[str, Files]:
     """Every stored checkpoint, and what they do not have: one with its configuration in the legacy
     file, one in shards with an index, and 16-bit ones."""
-    seeds = {}
+    seeds = {"legacy": make_legacy_seed(scratch)}
     for name in fixture_names():
         seeds[name] = read_files(extract_fixture(name, scratch / "stored"))
     for tool in sorted(FIXTURES.glob("moe_*.tar.xz")):
         shutil.unpack_archive(tool, scratch / tool.name, filter="data")
         for folder in sorted((scratch / tool.name).iterdir()):
             seeds[f"{tool.name.split('.')[0]}/{folder.name}"] = read_files(folder)
-    first = next(name for name in seeds if name.startswith("modelopt/nvfp4-kv8"))
-    seeds["legacy"] = read_files(make_legacy(extract_fixture(first, scratch / "legacy")))
     for name in ("modelopt/nvfp4-kv8-llama", "compressed_tensors/mixed-llama"):
         folder = split_into_shards(extract_fixture(name, scratch / "sharded"), 3)
         seeds[f"sharded {name}"] = read_files(folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 import fuzz_reference
 import torch
-from fuzz_files import Files, make_seeds, write_files
+from fuzz_files import Files, make_legacy_seed, make_seeds, write_files
 from fuzz_mutations import apply
 
 from vllm_nvfp4.checkpoints import detect, read_config
@@ -146,12 +146,14 @@ def _is_past_the_last(folder: Path, name: str) -> bool:
 
 
 class Runner:
-    """Runs cases below one scratch folder."""
+    """Runs cases below one scratch folder. has_all_seeds: else only "legacy"."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, has_all_seeds: bool = True) -> None:
         torch.set_num_threads(1)
         logging.disable(logging.CRITICAL)
-        self.seeds = make_seeds(scratch / "seeds")
+        self.seeds = {"legacy": make_legacy_seed(scratch / "seeds")}
+        if has_all_seeds:
+            self.seeds = make_seeds(scratch / "seeds")
         self.folder = scratch / "case" / "model"
         outside = scratch / "case" / "outside"
         for name, files in self.seeds.items():  # whatever is imported late is imported now
@@ -215,7 +217,7 @@ _convert = to_weight
 
 def serve(connection: Any, scratch: str, plant: str) -> None:
     """Answer cases until the other end closes: (seed, mutations, number) or (seed, entries)."""
-    runner = Runner(Path(scratch))
+    runner = Runner(Path(scratch), has_all_seeds=not plant)
     connection.send(runner.seeds)
     if plant:
         _plant(plant)

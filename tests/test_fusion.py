@@ -37,10 +37,10 @@ def product(x, packed, bias, bits):
     )  # fmt: skip
 
 
-def compile_with_pass(function, *inputs):
+def compile_with_pass(function, *inputs, graph_pass=None):
     """(results, Inductor's source)"""
     torch._dynamo.reset()
-    options = {"post_grad_custom_post_pass": fusion.QuantizeWhereComputed()}
+    options = {"post_grad_custom_post_pass": graph_pass or fusion.QuantizeWhereComputed()}
     compiled = torch.compile(function, fullgraph=True, dynamic=True, options=options)
     with torch.compiler.config.patch(force_disable_caches=True):
         result, code = run_and_get_code(compiled, *inputs)
@@ -170,7 +170,8 @@ def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
         (89, False, 0, "CUDA kernel, W4A16 or W4A8 by the batch size"),
         (86, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
         (90, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
-        (90, False, 8, "CUDA kernel, W4A8"),
+        (90, False, 8, "CUDA kernel, W4A8 (slow: FP8 mma.sync is emulated here)"),
+        (89, False, 8, "CUDA kernel, W4A8"),
         (89, True, 0, "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size"),
         (86, True, 16, "Triton kernel, W8A16"),
         (None, True, 16, "CPU kernel, W8A16"),
@@ -253,6 +254,37 @@ def test_the_least_batch_of_the_compiled_range_decides(layer, start, end, monkey
     # The second one's tokens are a part of the batch: its least size is not known.
     assert sorted(asked) == [("cpu", m, N, K, "nvfp4", 16) for m in sorted((start, 1))]
     assert ("linear_a8" in code) == (start > 100)
+
+
+def test_among_vllms_own_passes(layer):
+    """On CUDA vLLM's pass manager runs it, before vLLM's own RMSNorm becomes torch operations."""
+    import vllm.ir.ops
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config.utils import Range
+
+    weight, packed, _ = layer
+    config, gain = VllmConfig(), torch.rand(K)
+    fusion.install(config, Options.resolve({"nvfp4": {"activation": "8"}}))
+    manager = PostGradPassManager()
+    manager.configure(config)
+    manager.add(config.compilation_config.inductor_compile_config[compat.post_grad_pass_key()])
+    # The manager's last pass rewrites ops that only vLLM's CUDA build has; ours finds nothing left.
+    manager.fix_functionalization = fusion.QuantizeWhereComputed()
+
+    def block(x):
+        return product(vllm.ir.ops.rms_norm(x, gain, 1e-6), packed, None, 8)
+
+    x = torch.randn(7, K)
+    with pass_context(Range(1, 8192)), set_current_vllm_config(config):
+        y, code = compile_with_pass(block, x, graph_pass=manager)
+        assert manager.uuid()  # the key of vLLM's cache of compiled graphs
+    assert ["Float8_e4m3fn*" in kernel and "sqrt" in kernel for kernel in kernels_of(code)] == [
+        True
+    ]
+    outcome = compare_linear(y, rms_norm(x, gain), weight, None, 8)
+    assert outcome.is_match, outcome.report
 
 
 def test_a_graph_for_all_batch_sizes_is_one_for_a_single_token(layer):

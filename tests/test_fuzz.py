@@ -15,6 +15,10 @@ from fuzz_strategies import headers, quantization_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.testing.tiny_models import write_model
+
 SAMPLE = settings(
     max_examples=120,
     deadline=None,
@@ -88,6 +92,24 @@ def test_the_refusal_says_what_it_is(pool, entries, words):
     outcome = pool.run_one(("modelopt/nvfp4-kv8-llama", entries))
     assert outcome.kind == "refused"
     assert words in outcome.text
+
+
+def test_a_source_to_quantise_is_read_as_carefully(tmp_path):
+    """What `quantize` reads: neither a link out of the folder nor a file that is cut off."""
+    folder = write_model(tmp_path / "model", "llama")
+    path = folder / "model.safetensors"
+    path.rename(tmp_path / "secret.safetensors")
+    path.symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(CheckpointError, match="found a link to"):
+        Source(folder)
+    path.unlink()
+    path.write_bytes((tmp_path / "secret.safetensors").read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="truncated"):
+        Source(folder)
+    (tmp_path / "secret.safetensors").rename(path)
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="nesting without end"):
+        Source(folder).config()
 
 
 # --- the fuzz itself sees what it is to see -------------------------------------------------------

@@ -13,7 +13,11 @@ import torch
 from vllm_nvfp4.planning import kv
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
 from vllm_nvfp4.planning.shapes import built_in, find_shape
-from vllm_nvfp4.testing.checkpoints import extract_fixture, fixture_names
+from vllm_nvfp4.testing.checkpoints import (
+    extract_fixture,
+    fixture_names,
+    to_gpt_oss_mxfp4,
+)
 from vllm_nvfp4.testing.engine import ENVIRONMENT
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model, write_model
 
@@ -118,6 +122,11 @@ def test_weights_are_those_of_the_loaded_model(load, folders, family, fmt, monke
     monkeypatch.setenv("VLLM_NVFP4_ONLINE_METHOD", "rtn")
     folder = folders(family)
     assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), fmt).total
+
+
+def test_gpt_oss_as_stored(load, tmp_path):
+    folder = to_gpt_oss_mxfp4(write_model(tmp_path / "gpt-oss", "gpt_oss"))
+    assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), AS_STORED).total
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -77,8 +77,8 @@ def experts_spec(config: NvFp4Config, layer: Any, prefix: str) -> LayerSpec:
 def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) -> NvFp4MoEMethod:
     """The method for experts stored, or to be quantised, as ``spec`` says.
 
-    Raises CheckpointError for what has no kernel: experts in FP8 or with a rotation, biases, an
-    unknown activation.
+    Raises CheckpointError for what has no kernel: experts in FP8 or with a rotation, biases, LoRA
+    adapters, experts that move between ranks, an unknown activation.
     """
     moe = layer.moe_config
     obstacle = None
@@ -86,6 +86,10 @@ def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) ->
         obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
     elif moe.has_bias and spec.tensor(Role.BIAS) is None:
         obstacle = "experts with biases", "experts without, or gpt-oss's own MXFP4 checkpoint"
+    elif getattr(moe, "is_lora_enabled", False):
+        obstacle = "--enable-lora", "serving without adapters: they have no kernel for experts"
+    elif moe.moe_parallel_config.enable_eplb:
+        obstacle = "--enable-eplb", "experts that stay on their rank, without --enable-eplb"
     if obstacle:
         raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
     if spec.kind is LayerKind.ONLINE:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_nvfp4.checkpoints.fields import as_texts
 from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.inventory import LINEAR, LayerRecord
 from vllm_nvfp4.checkpoints.spec import (
@@ -53,7 +54,8 @@ class Mxfp4Dialect:
     kv_cache = KvCacheSpec()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._ignore = [str(name) for name in config.get("modules_to_not_convert") or []]
+        key = "modules_to_not_convert"
+        self._ignore = as_texts(config.get(key), "config.json (quantization_config)", key)
 
     def has_microscaled_layers(self) -> bool:
         return True
@@ -90,7 +92,7 @@ def stacked_record(
     sizes = {key: config.get(key) for key in ("num_local_experts", "intermediate_size")}
     sizes["hidden_size"] = config.get("hidden_size")
     for key, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise CheckpointError("config.json", key, value, "a number", "Restore the file.")
     num_experts, inner, hidden = (int(value or 0) for value in sizes.values())
     for leaf, rows, cols in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):

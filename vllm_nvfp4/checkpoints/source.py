@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.files import file_in_folder
+from vllm_nvfp4.checkpoints.headers import read_file_header
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.formats import NVFP4
 
@@ -73,6 +75,8 @@ class Source:
         self._file_of: dict[str, Path] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for path in files:
+            file_in_folder(folder, path.name, str(folder), "Download the model again.")
+            read_file_header(path, path.name)
             with safe_open(path, "pt") as reader:
                 for name in reader.keys():  # noqa: SIM118 (not a mapping)
                     part = reader.get_slice(name)
@@ -85,7 +89,7 @@ class Source:
 
     def config(self) -> dict[str, Any]:
         """config.json. Raises CheckpointError where it says that the weights are quantised."""
-        config = json.loads((self.folder / "config.json").read_text())
+        config, _ = read_config(self.folder)
         if "quantization_config" in config:
             raise CheckpointError(
                 str(self.folder / "config.json"),
@@ -151,10 +155,16 @@ def whole(names: Iterable[str], quantized: set[str]) -> list[Unit]:
     return [Unit("", _groups(names, quantized))]
 
 
-def by_layer(names: Iterable[str], quantized: set[str]) -> list[Unit]:
-    """The rest first, then the decoder layers in the order of their numbers."""
+def by_layer(
+    names: Iterable[str], quantized: set[str], linear: set[str] | None = None
+) -> list[Unit]:
+    """The rest first, then the decoder layers in the order of their numbers.
+
+    linear: what could be quantised, and shows which layers there are; default ``quantized``
+    """
     found: dict[tuple[int, str], list[str]] = {}
-    prefixes = {m[1] for n in quantized if (m := _DECODER_LAYER.match(n))}
+    shown = quantized if linear is None else linear
+    prefixes = {m[1] for n in shown if (m := _DECODER_LAYER.match(n))}
     for name in names:
         match = _DECODER_LAYER.match(name)
         key = (int(match[2]), match[1]) if match and match[1] in prefixes else (-1, "")

@@ -8,6 +8,7 @@ is said of the activations.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ from vllm_nvfp4.checkpoints.source import (
 )
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.work import work_in
-from vllm_nvfp4.checkpoints.written import FORMATS, StoredFormat
+from vllm_nvfp4.checkpoints.written import FORMATS, FP8, Fp8Format, StoredFormat, mixed_config
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -47,13 +48,16 @@ _SPARE_BYTES = 64 << 20
 
 @dataclass
 class WriteReport:
-    """What became of the model: bytes of all weights and of the quantised layers, and names;
-    ``odd`` are the kept linear layers whose K is not a multiple of 16."""
+    """What became of the model: bytes of all weights and of the quantised layers, the number of
+    weights in these and of FP8 layers among them, and names; ``odd`` are the kept
+    linear layers whose K is not a multiple of 16."""
 
     bytes_before: int = 0
     bytes_after: int = 0
     layer_bytes_before: int = 0
     layer_bytes_after: int = 0
+    num_weights: int = 0
+    num_fp8: int = 0
     quantized: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
@@ -126,6 +130,8 @@ class WriteOptions:
     device:    where weights are quantised
     arguments: what makes two runs the same, for :func:`write_resumable`
     progress:  called with the name of each layer before it is quantised
+    precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
+               "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
     finish:    called with the finished folder before it appears, for :func:`write_resumable`
     """
 
@@ -134,6 +140,7 @@ class WriteOptions:
     device: torch.device | str = "cpu"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
+    precision: Callable[[Path, set[str]], Mapping[str, str]] | None = None
     finish: Callable[[Path], None] | None = None
 
 
@@ -195,8 +202,12 @@ def write_resumable(
     with work_in(target, arguments) as work:
         folder = work / "checkpoint"
         folder.mkdir(exist_ok=True)
-        job = _Job(checkpoint, folder, quantizer, options, quantized)
-        report = job.write(by_layer(checkpoint.tensors, quantized))
+        linear = quantized
+        formats = options.precision(work, linear) if options.precision else {}
+        quantized = {n for n in linear if formats.get(n) != "bf16"}
+        fp8 = {n for n in linear if formats.get(n) == "fp8"}
+        job = _Job(checkpoint, folder, quantizer, options, quantized, fp8)
+        report = job.write(by_layer(checkpoint.tensors, quantized, linear))
         report.odd = odd
         job.complete(report)
         if options.finish is not None:
@@ -223,6 +234,10 @@ class _Job:
     quantizer: Quantizer
     options: WriteOptions
     quantized: set[str]
+    fp8: set[str] = field(default_factory=set)
+
+    def _layout(self, name: str) -> StoredFormat | Fp8Format:
+        return FP8 if name in self.fp8 else self.options.stored
 
     def write(self, units: Sequence[Unit]) -> WriteReport:
         """Write each unit's file that is not there yet."""
@@ -242,7 +257,7 @@ class _Job:
                 for group in unit.groups:
                     self._announce(group)
             else:
-                self.quantizer.start(unit, self.quantized)
+                self.quantizer.start(unit, self.quantized - self.fp8)
                 # A file under its own name is whole: what a kill leaves has another one.
                 part = path.with_suffix(".part")
                 with SafetensorsWriter(part, entries) as writer:
@@ -269,9 +284,8 @@ class _Job:
             info = self.source.tensors[name]
             is_quantized = name in self.quantized
             layer = name.removesuffix(".weight")
-            stored = (
-                self.options.stored.entries(layer, info.shape) if is_quantized else {name: info}
-            )
+            layout = self._layout(name)
+            stored = layout.entries(layer, info.shape) if is_quantized else {name: info}
             entries |= stored
             after = sum(i.num_bytes for i in stored.values())
             report.bytes_before += info.num_bytes
@@ -279,6 +293,8 @@ class _Job:
             if is_quantized:
                 report.layer_bytes_before += info.num_bytes
                 report.layer_bytes_after += after
+                report.num_weights += math.prod(info.shape)
+                report.num_fp8 += name in self.fp8
                 report.quantized.append(layer)
             elif len(info.shape) >= 2:
                 report.kept.append(layer)
@@ -303,6 +319,11 @@ class _Job:
             self._announce(group)
             for name, tensor in tensors.items():
                 self._check_finite(name, tensor)
+            if group[0] in self.fp8:
+                for name, tensor in tensors.items():
+                    for entry, part in FP8.tensors(name.removesuffix(".weight"), tensor).items():
+                        writer.write(entry, part)
+                continue
             representable = self.options.stored.representable
             for name, weight in self.quantizer.quantize(tensors, representable).items():
                 stored = self.options.stored.tensors(name.removesuffix(".weight"), weight)
@@ -325,9 +346,7 @@ class _Job:
 
         with safe_open(path, "pt") as reader:
             return {
-                name: self.options.stored.dequantize(
-                    name.removesuffix(".weight"), reader.get_tensor
-                )
+                name: self._layout(name).dequantize(name.removesuffix(".weight"), reader.get_tensor)
                 for name in unit.names
                 if name in self.quantized
             }
@@ -347,7 +366,12 @@ class _Job:
         config = self.source.config()
         # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
         ignored = dict.fromkeys([*report.kept, "lm_head"])
-        config["quantization_config"] = self.options.stored.config(list(ignored))
+        eight = sorted(name.removesuffix(".weight") for name in self.fp8)
+        config["quantization_config"] = (
+            mixed_config(sorted({*report.quantized} - {*eight}), eight, list(ignored))
+            if self.options.precision
+            else self.options.stored.config(list(ignored))
+        )
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in self.source.folder.iterdir():
             if path.is_file() and not matches(path.name, _NOT_COPIED):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq")
+# KL is compared token by token with the unquantised model's: few tokens order the layers.
+_SENSITIVITY_SAMPLES = 2
+_SENSITIVITY_LENGTH = 256
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,6 +58,25 @@ def add_parser(subparsers: Any) -> None:
         "--sample-length", type=_positive, default=1024, help="tokens in each (default: 1024)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which parts of the text (default: 0)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="choose NVFP4, FP8 or 16 bits for each layer: the least KL with BITS per weight, on "
+        "average over the decoder's linear layers",
+    )
+    budget.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="with either: print each layer's KL and format, and plot them to FILE (.png or .svg)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
@@ -79,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    _check_precision(args)
     calibration = None
     if method in CALIBRATED or is_measured:
         calibration = Calibration(
@@ -94,6 +117,55 @@ def run(args: argparse.Namespace) -> int:
         raise
     _print_summary(report, target, method, time.monotonic() - started)
     return 0
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    from vllm_nvfp4.quantize.precision import choose_formats
+    from vllm_nvfp4.quantize.report import check_plot
+
+    if args.target_bits is None and args.max_kl is None:
+        if args.report:
+            raise ValueError("--report shows what --target-bits or --max-kl chooses; give one")
+        return
+    choose_formats([], target_bits=args.target_bits, max_kl=args.max_kl)
+    if args.format != "modelopt":
+        raise ValueError(
+            f"--format {args.format} with --target-bits or --max-kl; formats are mixed in "
+            "ModelOpt's dialect alone: use --format modelopt"
+        )
+    if args.report:
+        check_plot(Path(args.report).expanduser())
+
+
+def _precision(
+    args: argparse.Namespace, source: Any, calibration: Calibration | None
+) -> Callable[[Path, set[str]], dict[str, str]] | None:
+    """What WriteOptions.precision asks for; the measurement is kept for a run that goes on."""
+    if args.target_bits is None and args.max_kl is None:
+        return None
+
+    def choose(work: Path, linear: set[str]) -> dict[str, str]:
+        from vllm_nvfp4.quantize import report, sensitivity
+        from vllm_nvfp4.quantize.calibration import Calibration
+        from vllm_nvfp4.quantize.precision import choose_formats
+
+        kept = work / "sensitivity.json"
+        if not kept.is_file():
+            print("measuring the sensitivity of each layer", flush=True)
+            text = calibration.text if calibration else "builtin"
+            samples = Calibration(text, _SENSITIVITY_SAMPLES, _SENSITIVITY_LENGTH, args.seed)
+            found = sensitivity.measure(source, linear, samples.samples(source.folder))
+            sensitivity.save(kept, found)
+        groups = sensitivity.load(kept)
+        formats = choose_formats(groups, target_bits=args.target_bits, max_kl=args.max_kl)
+        if args.report:
+            print(report.table(groups, formats), flush=True)
+            report.plot(groups, formats, Path(args.report).expanduser())
+        else:
+            print(report.summary(groups, formats), flush=True)
+        return {n: f for g, f in zip(groups, formats, strict=True) for n in g.names}
+
+    return choose
 
 
 def _quantize(
@@ -114,6 +186,8 @@ def _quantize(
         arguments["kv_cache"] = args.kv_cache
     if calibration is not None:
         arguments |= calibration.identity()
+    if args.target_bits is not None or args.max_kl is not None:
+        arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
 
     def make(progress: Callable[[str], None]) -> WriteReport:
         quantizer: Any = DataFree(method)
@@ -124,6 +198,7 @@ def _quantize(
             device=args.device,
             arguments=arguments,
             progress=progress,
+            precision=_precision(args, source, calibration),
             finish=_kv_scales(args, calibration),
         )
         return write_resumable(folder, target, quantizer, options)
@@ -217,7 +292,7 @@ def _with_progress(
             pending = size[layer]
 
         report = make(progress)
-        bar.update(task, advance=pending, description="written")
+        bar.update(task, completed=sum(size.values()), description="written")
     return report
 
 
@@ -225,12 +300,12 @@ def _print_summary(report: WriteReport, target: Path, method: str, seconds: floa
     mebi = 2**20
     for layer in report.odd:
         print(f"kept in 16 bits: {layer} (K is not a multiple of 16)")
-    num_weights = report.layer_bytes_before // 2
-    bits = report.layer_bytes_after * 8 / max(num_weights, 1)
+    bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
+    formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{target}\n"
-        f"  {len(report.quantized)} layers in NVFP4 by {method}, {bits:.2f} bits per weight; "
+        f"  {len(report.quantized)} layers in {formats} by {method}, {bits:.2f} bits per weight; "
         f"{len(report.kept)} matrices kept\n"
         f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
         f"  {seconds:.1f} s, peak memory {peak:.0f} MiB"

@@ -110,6 +110,8 @@ def describe_path(device_type: str, arch: int | None, is_fp8: bool, activation_b
         }[activation_bits]
     if not activation_bits and not has_fp8_mma(arch):
         return "CUDA kernel, W4A16 (no FP8 mma.sync here)"
+    if activation_bits == 8 and not has_fp8_mma(arch):
+        return "CUDA kernel, W4A8 (slow: FP8 mma.sync is emulated here)"
     by_size = "W4A16 or W4A8 by the batch size"
     return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
 

@@ -149,8 +149,8 @@ def find_shape(model: str) -> DecoderShape:
         raise ValueError(f"{model}: no such model; needs {accepted}.")
     config, quantization = read_config(find_folder(model))
     shape = shape_of(config, model)
-    if quantization is None or shape.family == "gpt_oss":
-        return shape  # gpt-oss is planned only: no dialect here reads its experts
+    if quantization is None:
+        return shape
     return as_stored(shape, detect(quantization))
 
 

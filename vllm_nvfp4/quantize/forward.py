@@ -50,8 +50,8 @@ class LayerwiseModel:
     load:    a stored tensor by name
     samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
     dtype:   in which layers are computed and hidden states kept
-    remedy:  what an error advises
     ``hidden``: what goes into the first layer, [1, length, hidden size] for each sample.
+    remedy:  what an error advises
 
     Raises CheckpointError where transformers does not know the architecture, or builds it from
     other modules than the checkpoint has.
@@ -67,8 +67,7 @@ class LayerwiseModel:
         dtype: torch.dtype = torch.float32,
         remedy: str = _REMEDY,
     ) -> None:
-        self._device, self._dtype = device, dtype
-        self._remedy = remedy
+        self._device, self._dtype, self._remedy = device, dtype, remedy
         self._load = load
         self._names = set(names)
         self._folder = folder
@@ -214,6 +213,26 @@ class LayerwiseModel:
                 f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
             )
         return found, output
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""
+        short = copy.deepcopy(_plain_config(self._folder))
+        short.num_hidden_layers = 1
+        model = _from_config(short)
+        norm, lm_head = model.get_decoder().norm, model.get_output_embeddings()
+        stem = self._stem.removesuffix("layers")
+        norm.load_state_dict({n: self._stored(f"{stem}norm.{n}") for n in norm.state_dict()})
+        tied = f"{stem}embed_tokens.weight"
+        stored = "lm_head.weight" if "lm_head.weight" in self._names else tied
+        lm_head.load_state_dict({"weight": self._stored(stored)})
+        cap = getattr(short, "final_logit_softcapping", None)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                found = lm_head(norm(hidden.float()))
+                return torch.tanh(found / cap) * cap if cap else found
+
+        return logits
 
 
 def _plain_config(folder: Path) -> Any:
