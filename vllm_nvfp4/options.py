@@ -44,7 +44,8 @@ class Options:
         ("auto", "16", "8"),
         "Activation bits of the NVFP4/MXFP4 products. `16`: weights are widened to BF16/FP16 "
         "(exact). `8`: activations are rounded to FP8 with one scale per token and run on the FP8 "
-        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says.",
+        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says. FP8 layers "
+        "of a mixed checkpoint follow it on a GPU if they were made for 8-bit activations.",
     )
     a8_partials: str = _option(
         "f32",

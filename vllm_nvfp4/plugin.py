@@ -107,6 +107,8 @@ def _patch_engine_args() -> None:
     from pydantic import ValidationError
     from vllm.engine import arg_utils
 
+    from vllm_nvfp4 import fusion
+
     engine_args: Any = arg_utils.EngineArgs
     create_engine_config = engine_args.create_engine_config
     create_model_config = engine_args.create_model_config
@@ -120,8 +122,9 @@ def _patch_engine_args() -> None:
         except ValidationError as error:
             raise _checkpoint_error(error) or error from None
         if getattr(config.model_config, "quantization", None) == METHOD_NAME:
-            options = Options.resolve(config.additional_config).non_default()
-            config.additional_config[METHOD_NAME] = options
+            options = Options.resolve(config.additional_config)
+            config.additional_config[METHOD_NAME] = options.non_default()
+            fusion.install(config, options)
         return config
 
     @functools.wraps(create_model_config)

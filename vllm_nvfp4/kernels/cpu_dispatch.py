@@ -167,7 +167,9 @@ def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> 
     for tile in _TILES_PANEL if bf16_dot and fits_panel(fmt) else ():
         fp4_compiled(fmt, tile, out, bf16_dot, True)
     if activation_bits == 8:
-        round_kernel(out, "bf16" if bf16_dot else "f32")
+        operand = "bf16" if bf16_dot else "f32"
+        round_kernel(out, operand)
+        fp8_dequantize_kernel(operand)  # of linear_a8, in a compiled graph
 
 
 def warm_up_fp8(dtype: torch.dtype) -> None:
