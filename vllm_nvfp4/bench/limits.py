@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roofline that a measured speed is held against, from ``vllm_nvfp4.planning``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_nvfp4.bench.results import Limit, VariantRecord
+from vllm_nvfp4.bench.variants import Variant, format_of, plugin_options
+from vllm_nvfp4.gpus import Gpu, find_gpu
+from vllm_nvfp4.planning import model as planning
+from vllm_nvfp4.planning.shapes import find_shape
+
+
+def cpu_as_device(name: str, gbps: float) -> Gpu:
+    """A device that reads ``gbps`` GB/s, as measured, and whose arithmetic sets no limit."""
+    unknown = float("inf")
+    return Gpu(
+        name, 0, 0, 0, gbps, 0, 0, unknown, unknown, unknown, unknown, 0,
+        "memory bandwidth measured on this machine; arithmetic sets no limit",
+    )  # fmt: skip
+
+
+def gpu_as_device(name: str) -> Gpu:
+    """The card's row in gpus.py. Raises ValueError where it has none."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        raise ValueError(f"vllm_nvfp4/gpus.py has no figures for {name}")
+    return gpu
+
+
+def weigh(variant: Variant, flags: list[str]) -> tuple[str, dict[str, float]]:
+    """(format, bytes by part) of a variant's weights as held in memory.
+
+    Raises ValueError for a model whose shape planning does not know.
+    """
+    options = plugin_options(flags)
+    online = options.online_format if variant.with_plugin else "bf16"
+    if "fp8" in flags and "--quantization" in flags:
+        online = "fp8"
+    fmt = format_of(variant.folder, online)
+    kinds = (options.lm_head, options.embedding) if variant.with_plugin else ("keep", "keep")
+    weights = planning.weights_of(find_shape(str(variant.folder)), fmt, *kinds)
+    return fmt, {
+        "linear": weights.linear,
+        "lm_head": weights.lm_head,
+        "embedding": weights.embedding,
+        "other": weights.other,
+    }
+
+
+def decode_limits(
+    record: VariantRecord, folder: Path, device: Gpu, batches: list[int], context: int
+) -> list[Limit]:
+    """The roofline per batch size, with ``context`` tokens in every sequence."""
+    shape = find_shape(str(folder))
+    weights = planning.Weights(**{k: int(v) for k, v in record.weight_parts.items()})
+    kv_bits = 8 if "fp8" in record.kv_dtype else 16
+    limits = []
+    for batch in batches:
+        step = planning.decode(
+            shape, weights, record.weight_format, kv_bits, context, batch, device
+        )
+        limits.append(Limit(batch, step.tokens_per_s, step.bound, step.num_bytes))
+    return limits
+
+
+def with_cards(device: Gpu, cards: int) -> Gpu:
+    """The device that ``cards`` of it make when work and traffic are cut evenly."""
+    return replace(
+        device,
+        dram_gbps=device.dram_gbps * cards,
+        bf16_tflops=device.bf16_tflops * cards,
+        fp8_f32_tflops=device.fp8_f32_tflops * cards,
+        fp8_f16_tflops=device.fp8_f16_tflops * cards,
+        int8_tops=device.int8_tops * cards,
+    )
