@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
 from vllm_nvfp4.bench.results import Limit, VariantRecord
 from vllm_nvfp4.bench.variants import Variant, format_of, plugin_options
@@ -30,17 +29,18 @@ def gpu_as_device(name: str) -> Gpu:
     return gpu
 
 
-def weigh(variant: Variant, flags: list[str]) -> tuple[str, dict[str, float]]:
+def weigh(variant: Variant, flags: Sequence[str]) -> tuple[str, dict[str, float]]:
     """(format, bytes by part) of a variant's weights as held in memory.
 
     Raises ValueError for a model whose shape planning does not know.
     """
-    options = plugin_options(flags)
-    online = options.online_format if variant.with_plugin else "bf16"
-    if "fp8" in flags and "--quantization" in flags:
-        online = "fp8"
+    kinds, online = ("keep", "keep"), "bf16"
+    if variant.with_plugin:
+        options = plugin_options(flags)
+        kinds, online = (options.lm_head, options.embedding), options.online_format
+    elif "--quantization" in flags:
+        online = "fp8"  # what ``against`` adds for a 16-bit checkpoint
     fmt = format_of(variant.folder, online)
-    kinds = (options.lm_head, options.embedding) if variant.with_plugin else ("keep", "keep")
     weights = planning.weights_of(find_shape(str(variant.folder)), fmt, *kinds)
     return fmt, {
         "linear": weights.linear,
@@ -51,28 +51,17 @@ def weigh(variant: Variant, flags: list[str]) -> tuple[str, dict[str, float]]:
 
 
 def decode_limits(
-    record: VariantRecord, folder: Path, device: Gpu, batches: list[int], context: int
+    record: VariantRecord, device: Gpu, batches: Sequence[int], context: int, cards: int
 ) -> list[Limit]:
     """The roofline per batch size, with ``context`` tokens in every sequence."""
-    shape = find_shape(str(folder))
+    shape = find_shape(record.model)
     weights = planning.Weights(**{k: int(v) for k, v in record.weight_parts.items()})
     kv_bits = 8 if "fp8" in record.kv_dtype else 16
     limits = []
     for batch in batches:
         step = planning.decode(
-            shape, weights, record.weight_format, kv_bits, context, batch, device
+            shape, weights, record.weight_format, kv_bits, context, batch, device, cards
         )
         limits.append(Limit(batch, step.tokens_per_s, step.bound, step.num_bytes))
     return limits
 
-
-def with_cards(device: Gpu, cards: int) -> Gpu:
-    """The device that ``cards`` of it make when work and traffic are cut evenly."""
-    return replace(
-        device,
-        dram_gbps=device.dram_gbps * cards,
-        bf16_tflops=device.bf16_tflops * cards,
-        fp8_f32_tflops=device.fp8_f32_tflops * cards,
-        fp8_f16_tflops=device.fp8_f16_tflops * cards,
-        int8_tops=device.int8_tops * cards,
-    )
