@@ -24,7 +24,7 @@ from common import EXIT_NO_GPU, copy_bandwidth_gbps, gpu_slug, header, require_g
 
 from vllm_nvfp4.testing.shapes import BENCH_M, MODELS
 
-DEFAULT_MODELS = "Qwen3-8B,Gemma3-27B,Llama-3-70B,Qwen3-30B-A3B"
+DEFAULT_MODELS = "Qwen3-8B,Gemma3-27B,Llama-3.1-70B,Qwen3-30B-A3B"
 DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,cublas-bf16,torch-fp8"
 STAND_IN = "w4a8-imma-STAND-IN"
 

@@ -28,7 +28,7 @@ COLUMNS = ("m", "n", "k", "bits", "kernel", "splits", "us", "is_choice", "is_bes
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="Qwen3-8B,Llama-3-70B")
+    parser.add_argument("--models", default="Qwen3-8B,Llama-3.1-70B")
     parser.add_argument("--m", default="1,8,16,32,64,128,256,1024")
     parser.add_argument("--bits", choices=("16", "8", "both"), default="16")
     parser.add_argument("--seconds", type=float, default=0.02, help="of timing per measurement")

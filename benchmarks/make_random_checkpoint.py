@@ -26,8 +26,8 @@ TINY = ModelShape("tiny", 128, 256, 2, 4, 2, 64, 512)
 FAMILIES = {
     "Qwen3-8B": ("Qwen3ForCausalLM", "qwen3"),
     "Qwen3-32B": ("Qwen3ForCausalLM", "qwen3"),
-    "Llama-3-8B": ("LlamaForCausalLM", "llama"),
-    "Llama-3-70B": ("LlamaForCausalLM", "llama"),
+    "Llama-3.1-8B": ("LlamaForCausalLM", "llama"),
+    "Llama-3.1-70B": ("LlamaForCausalLM", "llama"),
     "tiny": ("Qwen3ForCausalLM", "qwen3"),
 }
 INDEX_NAME = "model.safetensors.index.json"

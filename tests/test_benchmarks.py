@@ -101,7 +101,7 @@ def test_speedups_and_geometric_means(load):
 
 def test_every_shape_is_measured_once(load):
     gemm = load("bench_gemm")
-    found = gemm.layers_of(["Qwen3-8B", "Llama-3-8B"])
+    found = gemm.layers_of(["Qwen3-8B", "Llama-3.1-8B"])
     assert [place[:2] for place in found[:4]] == [
         ("Qwen3-8B", "qkv_proj"), ("Qwen3-8B", "o_proj"), ("Qwen3-8B", "gate_up_proj"),
         ("Qwen3-8B", "down_proj"),

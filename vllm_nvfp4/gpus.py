@@ -9,7 +9,7 @@ RTX 6000 Ada do not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _ADA = "NVIDIA Ada GPU Architecture whitepaper V2.01, appendices A and B"
 _PAGE = "nvidia.com product page (SMs, boost, bandwidth, TDP); rates = SMs * boost * Ada's rate"
@@ -19,6 +19,9 @@ _A100 = "NVIDIA A100 datasheet; SMs, clock and L2 from the GA100 whitepaper V1.0
 _GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2.1, appendix A"
 _H100 = "NVIDIA H100 datasheet; SMs, clock and L2 from the H100 whitepaper V1.04"
 _H200 = "NVIDIA H200 datasheet; die as H100 SXM"
+_B200 = (
+    "NVIDIA DGX B200 datasheet / 8; SMs, L2, GB/s from the driver, github.com/pytorch/ao pull 4002"
+)
 _GB202 = "NVIDIA RTX Blackwell GPU Architecture whitepaper V1.1, appendix A"
 
 
@@ -41,6 +44,9 @@ class Gpu:
     source, date:    where the figures are from, and when they were entered (ISO)
     is_estimate:     True for a card that is not in the table: rates then come from its
                      architecture, SM count and clock
+    fp4_tflops:      dense FP4, f32 accumulators; 0 where the chip has none
+    cuda_gib:        memory that CUDA reports to a program, GiB (2^30): less than ``memory_gb`` by
+                     what driver and ECC keep. 0 where it is not known
     """
 
     name: str
@@ -58,10 +64,12 @@ class Gpu:
     source: str
     date: str = "2026-11-24"
     is_estimate: bool = False
+    fp4_tflops: float = 0
+    cuda_gib: float = 0
 
 
 # fmt: off
-GPUS: tuple[Gpu, ...] = (
+_GPUS: tuple[Gpu, ...] = (
     # name, arch, SMs, GHz, GB/s, L2 MB, GB, bf16, fp8 f32acc, fp8 f16acc, int8, W, source
     Gpu("GeForce RTX 3090", 86, 82, 1.695, 936, 6, 24, 71.0, 0, 0, 284.0, 350, _GA102),
     Gpu("GeForce RTX 4060 Ti", 89, 34, 2.535, 288, 32, 16, 44.1, 88.3, 176.5, 176.5, 165, _PAGE),
@@ -83,9 +91,79 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("H100 80GB HBM3", 90, 132, 1.83, 3352, 50, 80, 989.4, 1979.0, 1979.0, 1979.0, 700, _H100),
     Gpu("H100 PCIe", 90, 114, 1.62, 2039, 50, 80, 756.0, 1513.0, 1513.0, 1513.0, 350, _H100),
     Gpu("H200", 90, 132, 1.83, 4800, 50, 141, 989.4, 1979.0, 1979.0, 1979.0, 700, _H200),
-    Gpu("GeForce RTX 5090", 120, 170, 2.407, 1792, 96, 32, 209.5, 419.0, 838.0, 838.0, 575, _GB202),
+    Gpu("GeForce RTX 5090", 120, 170, 2.407, 1792, 96, 32, 209.5, 419.0, 838.0, 838.0, 575, _GB202,
+        fp4_tflops=1676.0),
+    Gpu("B200", 100, 148, 1.85, 7672, 126.5, 180, 2250.0, 4500.0, 4500.0, 4500.0, 1000, _B200,
+        fp4_tflops=9000.0),
 )
 # fmt: on
+
+# GiB that CUDA reports, from "total capacity" in PyTorch's out-of-memory messages on Linux, the
+# least of those seen; for L4 and L40S with ECC on, for RTX 6000 Ada with ECC off.
+_CUDA_GIB = {
+    "GeForce RTX 3090": 23.69,
+    "GeForce RTX 4060 Ti": 15.57,
+    "GeForce RTX 4070": 11.6,
+    "GeForce RTX 4070 SUPER": 11.6,
+    "GeForce RTX 4070 Ti": 11.6,
+    "GeForce RTX 4070 Ti SUPER": 15.57,
+    "GeForce RTX 4080": 15.57,
+    "GeForce RTX 4080 SUPER": 15.57,
+    "GeForce RTX 4090": 23.64,
+    "GeForce RTX 4090 D": 23.64,
+    "L4": 22.03,
+    "L40S": 44.39,
+    "RTX 6000 Ada Generation": 47.37,
+    "A100-SXM4-40GB": 39.39,
+    "A100-SXM4-80GB": 79.15,
+    "A100 80GB PCIe": 79.15,
+    "H100 80GB HBM3": 79.1,
+    "H100 PCIe": 79.1,
+    "H200": 139.8,
+    "GeForce RTX 5090": 31.36,
+    "B200": 178.35,
+}
+GPUS = tuple(replace(gpu, cuda_gib=_CUDA_GIB[gpu.name]) for gpu in _GPUS)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a card costs, US dollars; None where no price is known.
+
+    rent_per_h: one card for one hour
+    buy:        its price when it was launched, without the computer around it
+    """
+
+    rent_per_h: float | None
+    buy: float | None = None
+
+
+PRICE_DATE = "2026-03"
+PRICE_SOURCE = (
+    "rent: lowest hourly price on RunPod, March 2026, as listed on "
+    "deploybase.ai/articles/runpod-gpu-pricing; buy: NVIDIA's launch prices"
+)
+PRICES = {
+    "GeForce RTX 3090": Price(0.22, 1499),
+    "GeForce RTX 4060 Ti": Price(None, 499),
+    "GeForce RTX 4070": Price(None, 599),
+    "GeForce RTX 4070 SUPER": Price(None, 599),
+    "GeForce RTX 4070 Ti": Price(None, 799),
+    "GeForce RTX 4070 Ti SUPER": Price(None, 799),
+    "GeForce RTX 4080": Price(None, 1199),
+    "GeForce RTX 4080 SUPER": Price(None, 999),
+    "GeForce RTX 4090": Price(0.34, 1599),
+    "L4": Price(0.44),
+    "L40S": Price(0.79),
+    "RTX 6000 Ada Generation": Price(None, 6800),
+    "A100 80GB PCIe": Price(1.19),
+    "A100-SXM4-80GB": Price(1.39),
+    "H100 PCIe": Price(1.99),
+    "H100 80GB HBM3": Price(2.69),
+    "H200": Price(3.59),
+    "GeForce RTX 5090": Price(0.69, 1999),
+    "B200": Price(5.98),
+}
 
 # Dense FLOP per clock and SM: (bf16 f32acc, fp8 f32acc, fp8 f16acc, int8) for GeForce cards and
 # for the others. Derived from the rows above; a test holds each row to its rate.
@@ -101,6 +179,7 @@ RATES_PROFESSIONAL = {
     86: (1024, 0, 0, 2048),
     89: (1024, 2048, 2048, 2048),
     90: (4096, 8192, 8192, 8192),
+    100: (8192, 16384, 16384, 16384),
     120: (1024, 2048, 2048, 2048),
 }
 

@@ -89,7 +89,7 @@ def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path
         _draw_capacities(axes, bars, bottoms, top)
         axes.set_xticks(range(len(bars)), [bar.label for bar in bars])
         axes.set_xlim(-0.5, len(bars) - 0.5)
-        axes.set_ylim(0, 1.12 * top)
+        axes.set_ylim(0, 1.16 * top)
         axes.set_ylabel("memory, GB (10$^9$ bytes)")
         axes.grid(axis="x", visible=False)
         _legend_beside(axes, is_reversed=True)
@@ -114,7 +114,7 @@ def _draw_capacities(axes: Any, bars: Sequence[MemoryBar], used: list[float], to
                 axes.text(x, used[x] + free / 2, f"{free:.1f}", ha="center", va="center")
         axes.plot([x - 0.38, x + 0.38], [capacity] * 2, "k-", lw=2, label=line_label)
         line_label = None
-        verdict = "fits" if free >= 0 else f"{-free:.1f} too much"
+        verdict = "fits" if free >= 0 else f"{-free:.1f}\ntoo much"
         y = max(capacity, used[x]) + 0.02 * top
         axes.text(x, y, verdict, ha="center", va="bottom", fontweight="bold")
 
@@ -221,7 +221,7 @@ def _require(items: Any, function: str, kind: str) -> None:
 
 def _inside(axes: Any, x: float, y: float, text: str) -> None:
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    axes.text(x, y, text, ha="center", va="center", bbox=box)
+    axes.text(x, y, text, ha="center", va="center", bbox=box, zorder=5)
 
 
 def _legend_beside(axes: Any, is_reversed: bool = False) -> None:

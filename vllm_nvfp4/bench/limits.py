@@ -29,8 +29,8 @@ def gpu_as_device(name: str) -> Gpu:
     return gpu
 
 
-def weigh(variant: Variant, flags: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """(format, bytes by part) of a variant's weights as held in memory.
+def weigh(variant: Variant, flags: Sequence[str], cards: int) -> tuple[str, planning.Weights]:
+    """(format, bytes on each of ``cards``) of a variant's weights as held in memory.
 
     Raises ValueError for a model whose shape planning does not know.
     """
@@ -41,21 +41,20 @@ def weigh(variant: Variant, flags: Sequence[str]) -> tuple[str, dict[str, float]
     elif "--quantization" in flags:
         online = "fp8"  # what ``against`` adds for a 16-bit checkpoint
     fmt = format_of(variant.folder, online)
-    weights = planning.weights_of(find_shape(str(variant.folder)), fmt, *kinds)
-    return fmt, {
-        "linear": weights.linear,
-        "lm_head": weights.lm_head,
-        "embedding": weights.embedding,
-        "other": weights.other,
-    }
+    shape = find_shape(str(variant.folder))
+    return fmt, planning.weights_of(shape, fmt, *kinds, cards=cards)
 
 
 def decode_limits(
-    record: VariantRecord, device: Gpu, batches: Sequence[int], context: int, cards: int
+    record: VariantRecord,
+    weights: planning.Weights,
+    device: Gpu,
+    batches: Sequence[int],
+    context: int,
+    cards: int,
 ) -> list[Limit]:
     """The roofline per batch size, with ``context`` tokens in every sequence."""
     shape = find_shape(record.model)
-    weights = planning.Weights(**{k: int(v) for k, v in record.weight_parts.items()})
     kv_bits = 8 if "fp8" in record.kv_dtype else 16
     limits = []
     for batch in batches:
@@ -64,4 +63,3 @@ def decode_limits(
         )
         limits.append(Limit(batch, step.tokens_per_s, step.bound, step.num_bytes))
     return limits
-

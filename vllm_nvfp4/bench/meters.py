@@ -107,9 +107,7 @@ class GpuMeter:
         rows["power limit W"] = None if limit is None else limit / 1e3
         for name, kind in (("SM", nvml.NVML_CLOCK_SM), ("memory", nvml.NVML_CLOCK_MEM)):
             rows[f"{name} clock MHz"] = self._get("nvmlDeviceGetClockInfo", first, kind)
-            rows[f"{name} clock MHz at most"] = self._get(
-                "nvmlDeviceGetMaxClockInfo", first, kind
-            )
+            rows[f"{name} clock MHz at most"] = self._get("nvmlDeviceGetMaxClockInfo", first, kind)
         return {name: "not reported" if v is None else str(v) for name, v in rows.items()}
 
     @property
@@ -153,9 +151,7 @@ def _visible(nvml: Any, selection: str | None) -> list[Any]:
     else:
         names = [name.strip() for name in selection.split(",") if name.strip()]
     if not names:
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={selection!r} leaves no GPU; unset it or name one"
-        )
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={selection!r} leaves no GPU; unset it or name one")
     return [
         nvml.nvmlDeviceGetHandleByIndex(int(name))
         if name.isdigit()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,10 @@ def batch_table(results: Results, record: VariantRecord) -> Table:
         )
         for row in batch_rows(results, record)
     )
-    note = f"Medians of {len(record.load_s)} starts. Memory: {results.memory['label']}."
+    starts = len(record.load_s)
+    note = (
+        f"Medians of {starts} start{'s' if starts != 1 else ''}. Memory: {results.memory['label']}."
+    )
     if record.no_limit:
         note += f" No roofline: {record.no_limit}."
     elif record.limits:
@@ -152,12 +155,21 @@ def ratio_table(results: Results, record: VariantRecord) -> Table:
 
 
 def run_tables(results: Results) -> list[Table]:
-    """Every table of one run that has a row."""
+    """Every table of one run that has a row, without columns that nothing could fill."""
     tables = []
     for record in results.variants:
         tables += [batch_table(results, record), rate_table(results, record)]
     tables += [ratio_table(results, record) for record in results.variants[1:]]
-    return [table for table in tables if table.rows]
+    return [_filled(table) for table in tables if table.rows]
+
+
+def _filled(table: Table) -> Table:
+    kept = [i for i in range(len(table.columns)) if any(row[i] != _NONE for row in table.rows)]
+    return replace(
+        table,
+        columns=tuple(table.columns[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in table.rows),
+    )
 
 
 def side_by_side(runs: Mapping[str, Results]) -> list[Table]:
@@ -280,7 +292,9 @@ def memory_bars(runs: Mapping[str, Results]) -> list[pictures.MemoryBar]:
     """Weights by part, KV cache, what else the server held at its peak, and what was left."""
     bars = []
     for label, run, record in _labels(runs):
-        peak = max((m.memory_bytes for m in run.measurements if m.variant == record.name), default=0)
+        peak = max(
+            (m.memory_bytes for m in run.measurements if m.variant == record.name), default=0
+        )
         if not peak or not record.weight_parts or record.kv_bytes is None:
             continue
         weights = record.weight_parts
@@ -292,7 +306,9 @@ def memory_bars(runs: Mapping[str, Results]) -> list[pictures.MemoryBar]:
         }
         # A KV cache that was not written to yet may not be resident.
         parts["everything else"] = max(peak - sum(parts.values()), 0)
-        bars.append(pictures.MemoryBar(label, parts, run.memory["total_bytes"]))
+        # A card is there for the server; a computer's memory is not.
+        capacity = run.memory["total_bytes"] if "gpu" in run.machine else None
+        bars.append(pictures.MemoryBar(label, parts, capacity))
     return bars
 
 

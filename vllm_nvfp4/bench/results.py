@@ -117,11 +117,14 @@ class Results:
             m.size for m in self.measurements if m.variant == variant and m.kind == kind
         )
         for size in sizes:
-            yield size, [
-                m
-                for m in self.measurements
-                if (m.variant, m.kind, m.size) == (variant, kind, size)
-            ]
+            yield (
+                size,
+                [
+                    m
+                    for m in self.measurements
+                    if (m.variant, m.kind, m.size) == (variant, kind, size)
+                ],
+            )
 
     def save(self, folder: Path) -> Path:
         """Write bench.json, whole or not at all."""

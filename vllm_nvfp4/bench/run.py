@@ -27,6 +27,7 @@ from vllm_nvfp4.cli import serve
 from vllm_nvfp4.cli._progress import step
 from vllm_nvfp4.cli._server import Server, ServerError
 from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.planning.model import Weights
 from vllm_nvfp4.testing import machine
 
 # Shares of the throughput without pause at which load is measured where no rates are given.
@@ -39,6 +40,8 @@ _KV_BYTES = (
     re.compile(r"Available KV cache memory: ([\d.]+) GiB"),
     re.compile(r"\(([\d.]+)/[\d.]+\) GiB for KV cache"),
 )
+# What kv_cache.py says where it makes the cache FP8; vLLM's metrics keep saying "auto" then.
+_KV_IN_FP8 = "nvfp4: KV cache in FP8"
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
 _CACHE_DTYPE = re.compile(r'^vllm:cache_config_info\{.*?\bcache_dtype="([^"]*)"', re.MULTILINE)
@@ -89,6 +92,7 @@ class Bench:
     ) -> None:
         self.settings, self.variants, self.meter, self.out = settings, variants, meter, out
         self._num_jobs = 0
+        self._weights: dict[str, Weights] = {}
         head = machine.provenance() | meter.describe() | {"cpu": machine.cpu_model()}
         self.results = Results(
             head | machine.versions(),
@@ -103,7 +107,12 @@ class Bench:
             variant.name, str(variant.folder), shlex.join(["vllm", "serve", *self._args(variant)])
         )
         try:
-            record.weight_format, record.weight_parts = limits.weigh(variant, self._args(variant))
+            args = self._args(variant)
+            cards = _num_cards(args)
+            record.weight_format, weights = limits.weigh(variant, args, cards)
+            self._weights[variant.name] = weights
+            for part in ("linear", "lm_head", "embedding", "other"):
+                record.weight_parts[part] = cards * getattr(weights, part)
         except ValueError as error:
             record.no_limit = str(error)
         return record
@@ -201,7 +210,7 @@ class Bench:
         with Server(self._args(variant), log, environ, variant.with_plugin) as server:
             server.wait_ready()
             record.load_s.append(time.monotonic() - begin)
-            record.command = shlex.join(server.command[1:])
+            record.command = shlex.join(["vllm", *server.command[3:]])
             self._learn(server, record)
             with Watch(self.meter, server.processes) as watch:
                 for kind, size, flags in self._jobs(client, server, variant):
@@ -221,15 +230,19 @@ class Bench:
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
             dtype = _CACHE_DTYPE.search(response.read().decode())
         record.kv_dtype = dtype[1] if dtype else ""
+        if record.kv_dtype == "auto" and _KV_IN_FP8 in log:
+            record.kv_dtype = "fp8"
         if loaded := _LOADED.findall(log):
             # Measured: the parts keep their proportions.
             scale = sum(map(float, loaded)) * 2**30 / (sum(record.weight_parts.values()) or 1)
             record.weight_parts = {k: v * scale for k, v in record.weight_parts.items()}
-        if self._device and record.weight_parts:
+        weights = self._weights.get(record.name)
+        if self._device and weights:
             settings = self.settings
             context = settings.prompt_tokens + settings.tokens // 2
+            cards = _num_cards(server.command)
             record.limits = limits.decode_limits(
-                record, self._device, settings.batches, context, _num_cards(server.command)
+                record, weights, self._device, settings.batches, context, cards
             )
 
     def _jobs(
@@ -244,7 +257,12 @@ class Bench:
             common += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
             common += ["--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el"]
             common += ["--metric-percentiles", "50,90,99"]
-            common += ["--seed", str(settings.seed + self._num_jobs), "--num-prompts", str(requests)]
+            common += [
+                "--seed",
+                str(settings.seed + self._num_jobs),
+                "--num-prompts",
+                str(requests),
+            ]
             common += ["--random-input-len", str(tokens_in), "--random-output-len", str(tokens_out)]
             return [*common, *more]
 

@@ -1,81 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-nvfp4 plan MODEL``: what fits on a card and how fast it can be at best."""
+"""``vllm-nvfp4 plan MODEL``: what fits on a card, how fast it can be at best, what it costs."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.gpus import GPUS, find_gpu
-from vllm_nvfp4.planning import model as planning
-from vllm_nvfp4.planning.shapes import find_shape
+from vllm_nvfp4.cli import _plan_text
+from vllm_nvfp4.gpus import GPUS, PRICE_SOURCE, Gpu, find_gpu
+from vllm_nvfp4.planning import choose as choosing
+from vllm_nvfp4.planning import rows as planning
+from vllm_nvfp4.planning.fit import Load, Setup
+from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
+from vllm_nvfp4.planning.shapes import DecoderShape, built_in, find_shape
+
+# Names that people use for a device whose own name is longer.
+_ALIASES = {
+    "rtx 4060 ti 16gb": "RTX 4060 Ti",
+    "rtx 4060 ti 16 gb": "RTX 4060 Ti",
+    "rtx 6000 ada": "RTX 6000 Ada Generation",
+    "a100": "A100-SXM4-80GB",
+    "a100 80gb": "A100-SXM4-80GB",
+    "a100 40gb": "A100-SXM4-40GB",
+    "h100": "H100 80GB HBM3",
+}
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="memory and best speed of a model on a card, from config.json alone",
-        description="Memory and the roofline of decoding, from config.json alone, dense models.",
+        help="memory, best speed and cost of a model on a card, from config.json alone",
+        description="Memory as the loader and the KV cache take it, the roofline of decoding and "
+        "prefill, cost, and one configuration to run; from config.json alone. Built-in models: "
+        f"{', '.join(built_in())}.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, a cached model or a shape's name")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a cached model or a built-in one")
     parser.add_argument("--gpu", default="RTX 4090", help="the card (default: RTX 4090)")
-    parser.add_argument("--context", type=int, default=8192, help="tokens per sequence")
-    parser.add_argument("--concurrency", type=int, default=1, help="sequences at once")
-    parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=8)
+    parser.add_argument("--context", type=int, help="tokens per sequence (default: 8192)")
+    parser.add_argument("--concurrency", type=int, default=1, help="sequences at once (default: 1)")
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt, for prefill")
+    parser.add_argument("--accuracy", choices=choosing.ACCURACIES, default="usual",
+                        help="usual: plain NVFP4; high: attention stays in 16 bits")  # fmt: skip
+    parser.add_argument("--kv-bits", type=int, choices=(8, 16), help="default: 8 where it can")
     for part in ("lm-head", "embedding"):
-        parser.add_argument(f"--{part}", choices=("keep", "fp8", "nvfp4"), default="keep")
+        parser.add_argument(f"--{part}", choices=EMBEDDING_FORMATS, default="keep")
+    price = parser.add_mutually_exclusive_group()
+    price.add_argument("--price", type=float, metavar="USD", help="rent of one card per hour")
+    price.add_argument("--buy", type=float, metavar="USD", help="price of one card, used 3 years")
+    parser.add_argument("--electricity", type=float, default=0.15, metavar="USD", help="per kWh")
+    parser.add_argument("--all-cards", action="store_true", help="the same on every known card")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one row per format; 0. Raises ValueError for wrong input."""
-    gpu = find_gpu(args.gpu)
-    if gpu is None:
-        raise ValueError(f"--gpu {args.gpu}: unknown; cards: {', '.join(g.name for g in GPUS)}.")
+    """Print the plan; 0. Raises ValueError for wrong input."""
+    gpu = _gpu(args.gpu)
     shape = find_shape(args.model)
-    if not 1 <= args.context <= shape.max_context:
-        raise ValueError(f"--context {args.context}: {shape.name} takes 1 to {shape.max_context}.")
+    asked = _asked(args, shape)
+    kv_bits = args.kv_bits or choosing.kv_bits_of(gpu)
+    base = Setup(lm_head=args.lm_head, embedding=args.embedding, kv_bits=kv_bits)
+    rows = planning.format_rows(asked, base, gpu)
+    choice = choosing.choose(shape, asked.load, gpu, args.accuracy, base)
+    chosen = planning.row_of(asked, choice.found.setup, gpu) if choice else None
+    cards = planning.card_rows(asked, chosen.found.setup if chosen else base)
+    cards = cards if args.all_cards or args.json else []
+    baseline = planning.row_of(
+        asked, Setup(fmt="bf16", kv_bits=16), _gpu(choosing.BASELINE_GPU), False
+    )
+    command = None
+    if choice and not shape.num_experts:
+        command = choosing.serve_command(shape, choice.found, asked.load)
+    if args.json:
+        value = _head(asked, gpu) | {
+            "formats": [row.to_json() for row in rows],
+            "options": planning.option_rows(asked, gpu),
+            "cards": [row.to_json() for row in cards],
+            "recommended": chosen and chosen.to_json(),
+            "reason": choice and choice.reason,
+            "command": command,
+            "bf16_on_a100": baseline.to_json(),
+        }
+        print(json.dumps(value, indent=2))
+    else:
+        _plan_text.print_plan(asked, gpu, rows, cards)
+        _plan_text.print_costs(asked, [*([chosen] if chosen else []), baseline])
+        _plan_text.print_choice(shape, choice, command)
+    if args.plot:
+        from vllm_nvfp4.cli import _plan_pictures
+
+        for path in _plan_pictures.draw(args.plot, asked, gpu, base, rows, [chosen, baseline]):
+            print(path)
+    return 0
+
+
+def _gpu(name: str) -> Gpu:
+    gpu = find_gpu(_ALIASES.get(" ".join(name.lower().split()), name))
+    if gpu is None:
+        raise ValueError(f"--gpu {name}: unknown; cards: {', '.join(g.name for g in GPUS)}.")
+    return gpu
+
+
+def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:
+    context = min(8192, shape.max_context) if args.context is None else args.context
+    if not 1 <= context <= shape.max_context:
+        raise ValueError(f"--context {context}: {shape.name} takes 1 to {shape.max_context}.")
+    prompt = min(2048, context) if args.prompt is None else args.prompt
+    if not 1 <= prompt <= context:
+        raise ValueError(f"--prompt {prompt}: needs 1 to {context}, the context.")
     if args.concurrency < 1:
         raise ValueError(f"--concurrency {args.concurrency}: needs 1 or more.")
-    budget = int(gpu.memory_gb * 1e9 * planning.UTILIZATION)
-    fixed = planning.OVERHEAD_BYTES + planning.activation_bytes(shape, args.concurrency)
-    kv = args.concurrency * planning.kv_bytes(shape, args.context, args.kv_bits)
-    rows = []
-    for fmt in planning.FORMATS:
-        weights = planning.weights_of(shape, fmt, args.lm_head, args.embedding)
-        step = planning.decode(
-            shape, weights, fmt, args.kv_bits, args.context, args.concurrency, gpu
+    for name in ("price", "buy", "electricity"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} {value:g}: needs dollars, 0 or more.")
+    if shape.tie_word_embeddings and len({args.lm_head, args.embedding} - {"keep"}) > 1:
+        raise ValueError(
+            f"--lm-head {args.lm_head} --embedding {args.embedding}: {shape.name} has one tensor "
+            "for both; set only one of the two, or both to the same format."
         )
-        rows.append(
-            {
-                "format": fmt,
-                "weight_bytes": weights.total,
-                "kv_bytes": kv,
-                "overhead_bytes": fixed,
-                "total_bytes": weights.total + kv + fixed,
-                "fits": weights.total + kv + fixed <= budget,
-                "step_bytes": step.num_bytes,
-                "step_flops": step.flops,
-                "tflops": planning.tensor_tflops(gpu, fmt),
-                "limit_tokens_per_s": step.tokens_per_s,
-                "bound": step.bound,
-            }
-        )
-    head = {"model": shape.name, "gpu": gpu.name, "budget_bytes": budget, "gbps": gpu.dram_gbps}
-    if args.json:
-        print(json.dumps(head | {"formats": rows}, indent=2))
-        return 0
-    print(f"{shape.name} on {gpu.name}: {budget / 1e9:.2f} GB usable, {gpu.dram_gbps} GB/s; "
-          f"{args.concurrency} x {args.context} tokens, {args.kv_bits}-bit KV")  # fmt: skip
-    print("GB:    weights     KV  other*   total  fits   read/step  TFLOP/step  limit tok/s  bound")
-    for r in rows:
-        print(
-            f"{r['format']:6} {r['weight_bytes'] / 1e9:7.2f} {kv / 1e9:6.2f} {fixed / 1e9:7.2f} "
-            f"{r['total_bytes'] / 1e9:7.2f}  {'yes' if r['fits'] else 'no':4} "
-            f"{r['step_bytes'] / 1e9:11.2f} {r['step_flops'] / 1e12:11.3f} "
-            f"{r['limit_tokens_per_s']:12.1f}  {r['bound']} ({r['tflops']:.0f} TFLOP/s)"
-        )
-    print("* activations, graphs and CUDA context: an estimate. The limit is the larger of bytes / "
-          "bandwidth and FLOP / rate; nothing runs faster.")  # fmt: skip
-    return 0
+    load = Load(context, args.concurrency)
+    return planning.Asked(shape, load, prompt, args.electricity, args.price, args.buy)
+
+
+def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
+    shape = asked.shape
+    return {
+        "model": shape.name,
+        "hub": shape.hub,
+        "gpu": gpu.name,
+        "context": asked.load.context,
+        "concurrency": asked.load.concurrency,
+        "prompt": asked.prompt,
+        "max_context": shape.max_context,
+        "checkpoint_bytes": planning.checkpoint_sizes(shape),
+        "price_source": PRICE_SOURCE,
+    }

@@ -1,49 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes and roofline of one configuration: a dense decoder in one weight format on one card."""
+"""Bytes and roofline of one configuration: a decoder in one weight format on one card or more."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.planning.shapes import DecoderShape
+from vllm_nvfp4.planning.kv import token_bytes
+from vllm_nvfp4.planning.shapes import (
+    ATTENTION,
+    COLUMNS,
+    EXPERTS,
+    ROUTER,
+    ROWS,
+    DecoderShape,
+    Linear,
+)
 
 FORMATS = ("bf16", "fp8", "int4", "mxfp4", "nvfp4")
-# vLLM's default gpu_memory_utilization.
-UTILIZATION = 0.92
-# Estimate: CUDA context, captured graphs and workspaces.
-OVERHEAD_BYTES = 1_000_000_000
-# Estimate: tokens of one prefill step, vLLM's max_num_batched_tokens on cards below 70 GB.
-PREFILL_TOKENS = 2048
+EMBEDDING_FORMATS = ("keep", "fp8", "nvfp4")
 # Order of the kernels' tiles: N and K of a 4-bit weight are padded to these (see layout.py).
 _TILE_N, _TILE_K = 16, 64
+# vLLM pads the vocabulary to a multiple of this.
+_VOCAB_PADDING = 64
 
 
-def held_bytes(n: int, k: int, fmt: str) -> int:
+def held_bytes(n: int, k: int, fmt: str, group: int = 128) -> int:
     """Bytes of an [n, k] weight as the loader holds it on the GPU, scales included.
 
     nvfp4, mxfp4: codes and block scales padded to tiles of 16 x 64, and a float32 per row;
-    fp8: one byte per weight, a float32 per row; int4: groups of 128, a 16-bit scale each.
+    fp8: one byte per weight, a float32 per row; int4: a 16-bit scale for ``group`` columns.
     """
     if fmt == "bf16":
         return 2 * n * k
     if fmt == "fp8":
         return n * k + 4 * n
     if fmt == "int4":
-        return n * k // 2 + 2 * n * math.ceil(k / 128)
+        return n * k // 2 + 2 * n * math.ceil(k / group)
     padded = math.ceil(n / _TILE_N) * _TILE_N * math.ceil(k / _TILE_K) * _TILE_K
     return padded // 2 + padded // (16 if fmt == "nvfp4" else 32) + 4 * n
 
 
+def stored_bytes(rows: tuple[int, ...], k: int, fmt: str, group: int = 128) -> int:
+    """Bytes of a layer's tensors in a weight-only checkpoint, one set for each shard.
+
+    bf16: safetensors; fp8: compressed-tensors float-quantized, a 16-bit scale per row;
+    int4: compressed-tensors pack-quantized, a 16-bit scale for ``group`` columns, two int64;
+    mxfp4: compressed-tensors mxfp4-pack-quantized; nvfp4: ModelOpt, a float32 per shard.
+    """
+    n = sum(rows)
+    if fmt == "bf16":
+        return 2 * n * k
+    if fmt == "fp8":
+        return n * k + 2 * n
+    if fmt == "int4":
+        return n * k // 2 + 2 * n * math.ceil(k / group) + 16 * len(rows)
+    if fmt == "mxfp4":
+        return n * k // 2 + n * k // 32
+    return n * k // 2 + n * k // 16 + 4 * len(rows)
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights in memory by part. A tied lm_head is 0: it is the embedding."""
+    """Bytes of a model's weights in the memory of one card, by part.
+
+    linear:       linear layers and experts
+    lm_head:      0 where it is the embedding (tied)
+    other:        norms, biases, and the 16-bit copies that latent attention decodes with
+    experts:      those of ``linear`` that only some tokens need
+    not_decoded:  those of ``linear`` that decoding does not read
+    """
 
     linear: int
     lm_head: int
     embedding: int
     other: int
+    experts: int = 0
+    not_decoded: int = 0
 
     @property
     def total(self) -> int:
@@ -51,85 +86,214 @@ class Weights:
 
 
 def weights_of(
-    shape: DecoderShape, fmt: str, lm_head: str = "keep", embedding: str = "keep"
-) -> Weights:
-    """Bytes held for linear layers in ``fmt``; lm_head and embedding are keep, fp8 or nvfp4."""
+    shape: DecoderShape, fmt: str, lm_head: str = "keep", embedding: str = "keep",
+    cards: int = 1, attention: str = "",
+) -> Weights:  # fmt: skip
+    """Bytes held on each of ``cards`` for linear layers in ``fmt``.
+
+    lm_head, embedding: keep, fp8 or nvfp4; a tied weight is one copy, whose format either sets
+    attention:          the format of the attention's linear layers; empty for ``fmt``
+    """
     if shape.tie_word_embeddings:
-        # One copy, whose format either option sets.
         embedding = embedding if embedding != "keep" else lm_head
-    sizes = [
-        held_bytes(shape.vocab_size, shape.hidden_size, "bf16" if f == "keep" else f)
+    vocab = math.ceil(shape.vocab_size / _VOCAB_PADDING) * _VOCAB_PADDING // cards
+    head_bytes, embedding_bytes = (
+        held_bytes(vocab, shape.hidden_size, "bf16" if f == "keep" else f)
         for f in (lm_head, embedding)
-    ]
-    linear = shape.num_layers * sum(held_bytes(n, k, fmt) for n, k, _ in shape.fused_layers())
-    return Weights(linear, 0 if shape.tie_word_embeddings else sizes[0], sizes[1],
-                   2 * shape.num_other)  # fmt: skip
+    )
+    layers = {
+        x: x.count * _on_one_card(x, shape, _format(x, fmt, attention), cards)
+        for x in shape.linears
+    }
+    other = 2 * shape.num_other
+    up = sum(size for x, size in layers.items() if x.name == "kv_b_proj")
+    if up:
+        # vLLM keeps kv_b_proj a second time in 16 bits, cut per head, for decoding.
+        other += sum(2 * x.num_weights for x in shape.linears if x.name == "kv_b_proj") // cards
+    return Weights(
+        linear=sum(layers.values()),
+        lm_head=0 if shape.tie_word_embeddings else head_bytes,
+        embedding=embedding_bytes,
+        other=other,
+        experts=sum(size for x, size in layers.items() if x.kind == EXPERTS),
+        not_decoded=up,
+    )
 
 
-def stored_nvfp4_bytes(shape: DecoderShape) -> int:
-    """Bytes of tensors in a weight-only ModelOpt NVFP4 checkpoint: a float32 scale per shard."""
-    per_layer = sum(n * k // 2 + n * k // 16 + 4 * s for n, k, s in shape.fused_layers())
-    copies = 1 if shape.tie_word_embeddings else 2
-    kept = copies * shape.vocab_size * shape.hidden_size + shape.num_other
-    return shape.num_layers * per_layer + 2 * kept
+def _format(layer: Linear, fmt: str, attention: str) -> str:
+    if layer.kind == ROUTER:
+        return "bf16"
+    return attention or fmt if layer.kind == ATTENTION else fmt
 
 
-def kv_bytes_per_token(shape: DecoderShape, bits: int, num_layers: int | None = None) -> int:
-    """Keys and values of one token in ``num_layers`` layers, all of them by default."""
-    layers = shape.num_layers if num_layers is None else num_layers
-    return 2 * layers * shape.num_key_value_heads * shape.head_dim * bits // 8
+def _on_one_card(layer: Linear, shape: DecoderShape, fmt: str, cards: int) -> int:
+    rows, k = sum(layer.rows), layer.k
+    if layer.cut == COLUMNS:
+        k //= cards
+    elif layer.name == "qkv_proj":
+        # Each card has at least one key-value head: fewer heads than cards are repeated.
+        kv = max(shape.num_key_value_heads // cards, 1) * shape.head_dim
+        rows = layer.rows[0] // cards + 2 * kv
+    elif layer.cut == ROWS:
+        rows //= cards
+    return held_bytes(rows, k, fmt, shape.int4_group)
 
 
-def kv_bytes(shape: DecoderShape, context: int, bits: int) -> int:
-    """Keys and values that a sequence needs: a sliding layer keeps its window and no more."""
-    tokens = sum(min(context, w) if w else context for w in shape.windows)
-    return tokens * kv_bytes_per_token(shape, bits, 1)
+def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
+    """{part: bytes} of a weight-only checkpoint's tensors, by inventory.py's names of the parts.
+
+    lm_head and embedding in 16 bits. A bias is counted with the norms.
+    """
+    table = 2 * shape.vocab_size * shape.hidden_size
+    linear = sum(
+        x.count * stored_bytes(x.rows, x.k, _format(x, fmt, ""), shape.int4_group)
+        for x in shape.linears
+    )
+    return {
+        LINEAR: linear,
+        HEAD: 0 if shape.tie_word_embeddings else table,
+        EMBEDDING: table,
+        OTHER: 2 * shape.num_other,
+    }
 
 
-def activation_bytes(shape: DecoderShape, concurrency: int) -> int:
-    """Estimate: gate, up and their product and two hidden states of a prefill step, and logits."""
-    step = 2 * PREFILL_TOKENS * (3 * shape.intermediate_size + 2 * shape.hidden_size)
-    return step + 4 * concurrency * shape.vocab_size
+def cards_that_can_share(shape: DecoderShape, cards: int, fmt: str) -> bool:
+    """Whether tensor parallelism can cut the model so: whole heads, and whole blocks of K."""
+    if cards == 1:
+        return True
+    block = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}.get(fmt, 1)
+    kv = shape.num_key_value_heads
+    return (
+        shape.num_attention_heads % cards == 0
+        and (shape.latent is not None or kv % cards == 0 or cards % kv == 0)
+        and all(x.k % (cards * block) == 0 for x in shape.linears if x.cut == COLUMNS)
+    )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """One step: seconds of memory traffic, seconds of arithmetic, and what they come from."""
+    """One step: seconds of memory traffic and of arithmetic, and the terms that they come from.
+
+    tokens:         that the step yields
+    weight_bytes:   of weights read, on all cards
+    kv_bytes:       of keys and values read or written, on all cards
+    linear_flops:   of the linear layers, at ``linear_tflops`` of all cards
+    other_flops:    of lm_head and attention, at ``other_tflops`` (BF16) of all cards
+    gbps:           memory bandwidth of all cards, 10^9 bytes per second
+    """
 
     tokens: int
-    num_bytes: int
-    flops: float
-    memory_s: float
-    compute_s: float
+    weight_bytes: float
+    kv_bytes: float
+    linear_flops: float
+    other_flops: float
+    gbps: float
+    linear_tflops: float
+    other_tflops: float
+
+    @property
+    def num_bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.other_flops
+
+    @property
+    def memory_s(self) -> float:
+        """seconds = (weight_bytes + kv_bytes) / gbps"""
+        return self.num_bytes / (self.gbps * 1e9)
+
+    @property
+    def compute_s(self) -> float:
+        """seconds = linear_flops / linear_tflops + other_flops / other_tflops"""
+        linear = self.linear_flops / (self.linear_tflops * 1e12)
+        return linear + self.other_flops / (self.other_tflops * 1e12)
 
     @property
     def tokens_per_s(self) -> float:
+        """tokens / max(memory_s, compute_s)"""
         return self.tokens / max(self.memory_s, self.compute_s)
 
     @property
     def bound(self) -> str:
-        return "memory" if self.memory_s >= self.compute_s else "compute"
+        """What sets the limit: reading weights, reading the KV cache, or arithmetic."""
+        if self.compute_s > self.memory_s:
+            return "compute"
+        return "weights" if self.weight_bytes >= self.kv_bytes else "KV cache"
 
 
 def tensor_tflops(gpu: Gpu, fmt: str) -> float:
-    """Dense rate of the products: FP8 where the format may use it and the card has it."""
-    return max(gpu.bf16_tflops, gpu.fp8_f32_tflops if fmt in ("fp8", "nvfp4", "mxfp4") else 0)
+    """Dense rate of the products in ``fmt``: the fastest that the format may use on the card."""
+    rate = max(gpu.bf16_tflops, gpu.fp8_f32_tflops if fmt in ("fp8", "nvfp4", "mxfp4") else 0)
+    return max(rate, gpu.fp4_tflops if fmt in ("nvfp4", "mxfp4") else 0)
 
 
 def decode(
     shape: DecoderShape, weights: Weights, fmt: str, kv_bits: int, context: int, batch: int,
     gpu: Gpu, cards: int = 1,
 ) -> Roofline:  # fmt: skip
-    """One token for each of ``batch`` sequences of ``context``; traffic and work cut evenly.
+    """One token for each of ``batch`` sequences of ``context`` tokens.
 
-    bytes = linear + lm_head + other + batch * kv(context); FLOP = 2 * batch * (weights)
-            + 4 * batch * heads * head_dim * (tokens attended over all layers)
+    weight_bytes = cards * (linear + head + other), of the experts the share that ``batch`` tokens
+                   need when each picks its own at random: 1 - (1 - per_token / experts)^batch
+    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer
+    linear_flops = 2 * batch * (weights that a token is multiplied with)
+    other_flops  = 2 * batch * vocabulary * hidden + batch * attention
+
+    What one card sends another is not counted: it can only make a step slower.
     """
-    head = weights.lm_head or weights.embedding
-    traffic = weights.linear + head + weights.other + batch * kv_bytes(shape, context, kv_bits)
-    flops = 2.0 * batch * (shape.num_linear_weights + shape.vocab_size * shape.hidden_size)
+    read = weights.linear - weights.not_decoded + (weights.lm_head or weights.embedding)
+    read += weights.other
+    if shape.num_experts:
+        idle = (1 - shape.num_experts_per_tok / shape.num_experts) ** batch
+        read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
-    flops += 4.0 * batch * shape.num_attention_heads * shape.head_dim * attended
-    rate = tensor_tflops(gpu, fmt) * 1e12
-    bandwidth = gpu.dram_gbps * 1e9
-    return Roofline(batch, traffic, flops, traffic / bandwidth / cards, flops / rate / cards)
+    return Roofline(
+        batch, cards * read, batch * attended * token_bytes(shape, kv_bits),
+        2.0 * batch * shape.num_active_weights,
+        batch * (2.0 * shape.vocab_size * shape.hidden_size
+                 + attended * _flops_per_attended(shape, is_decode=True)),
+        cards * gpu.dram_gbps, cards * tensor_tflops(gpu, fmt), cards * gpu.bf16_tflops,
+    )  # fmt: skip
+
+
+def prefill(
+    shape: DecoderShape, weights: Weights, fmt: str, kv_bits: int, prompt: int, chunk: int,
+    gpu: Gpu, cards: int = 1,
+) -> Roofline:  # fmt: skip
+    """One prompt, in steps of ``chunk`` tokens; every step reads all weights once.
+
+    weight_bytes = cards * (linear + head + other) * ceil(prompt / chunk)
+    kv_bytes     = prompt * layers * bytes of a token in one layer, written
+    linear_flops = 2 * prompt * (weights that a token is multiplied with)
+    other_flops  = 2 * vocabulary * hidden + (sum over layers and positions t of min(t, window))
+                   * attention
+    """
+    read = weights.linear + (weights.lm_head or weights.embedding) + weights.other
+    pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
+    return Roofline(
+        prompt, cards * read * math.ceil(prompt / chunk),
+        prompt * shape.num_layers * token_bytes(shape, kv_bits),
+        2.0 * prompt * shape.num_active_weights,
+        2.0 * shape.vocab_size * shape.hidden_size
+        + pairs * _flops_per_attended(shape, is_decode=False),
+        cards * gpu.dram_gbps, cards * tensor_tflops(gpu, fmt), cards * gpu.bf16_tflops,
+    )  # fmt: skip
+
+
+def _causal_pairs(tokens: int, window: int) -> int:
+    """sum over t = 1..tokens of min(t, window)"""
+    inside = min(tokens, window) if window else tokens
+    return inside * (inside + 1) // 2 + (tokens - inside) * inside
+
+
+def _flops_per_attended(shape: DecoderShape, is_decode: bool) -> int:
+    """FLOP of one query token against one cached token in one layer, scores and values."""
+    heads = shape.num_attention_heads
+    if shape.latent is None:
+        return 4 * heads * shape.head_dim
+    latent = shape.latent
+    if is_decode:  # against the latent itself
+        return 2 * heads * (2 * latent.rank + latent.rope)
+    return 2 * heads * (latent.nope + latent.rope + latent.value)

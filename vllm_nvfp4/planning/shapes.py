@@ -1,35 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder is made of, read from its config.json or built in."""
+"""What a decoder is made of, read from its config.json or built in (models.json)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.locate import find_folder
 
-_NEEDED = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "vocab_size", "max_position_embeddings",
+_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "qwen3_moe", "mixtral",
+    "gpt_oss", "deepseek_v2", "deepseek_v3",
 )  # fmt: skip
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text")
+_NEEDED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+
+ATTENTION, MLP, EXPERTS, ROUTER = "attention", "mlp", "experts", "router"
+# How tensor parallelism cuts a layer: its rows, its columns, or not at all.
+ROWS, COLUMNS, WHOLE = "rows", "columns", "whole"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One kind of linear layer as vLLM fuses it, and how often the model has it.
+
+    rows:  of each shard that a checkpoint stores on its own; N is their sum
+    k:     columns
+    count: layers of this kind, times experts for an expert's
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    k: int
+    count: int
+    kind: str
+    cut: str
+
+    @property
+    def num_weights(self) -> int:
+        return self.count * sum(self.rows) * self.k
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: one vector of rank + rope elements per token and layer."""
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A dense decoder's dimensions, named as in its config.json.
+    """A decoder's dimensions, named as in its config.json.
 
-    windows:      per layer, the tokens that its attention reaches back; 0 for all
-    num_biases:   elements of the linear layers' biases in one decoder layer
-    norm_vectors: norms of hidden_size in one layer; has_qk_norm adds two of head_dim
+    hub:        its name on the Hugging Face Hub, or the folder
+    windows:    per layer, the tokens that its attention reaches back; 0 for all
+    num_other:  elements of norms, biases and attention sinks, which stay in 16 bits
+    inner_size: the widest inner size of a layer that one token goes through
+    latent:     None where keys and values are cached per head
+    method:     the quantization that config.json names, or None for a 16-bit checkpoint
     """
 
     name: str
+    hub: str
     hidden_size: int
-    intermediate_size: int
+    inner_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -37,54 +81,38 @@ class DecoderShape:
     max_context: int
     windows: tuple[int, ...]
     tie_word_embeddings: bool
-    num_biases: int
-    norm_vectors: int
-    has_qk_norm: bool
+    linears: tuple[Linear, ...]
+    num_other: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    latent: Latent | None = None
+    method: str | None = None
+    has_vision: bool = False
 
     @property
     def num_layers(self) -> int:
         return len(self.windows)
 
-    def fused_layers(self) -> tuple[tuple[int, int, int], ...]:
-        """(N, K, shards) of each linear layer of one decoder layer, as vLLM fuses them."""
-        q = self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return (q + 2 * kv, hidden, 3), (hidden, q, 1), (2 * inner, hidden, 2), (hidden, inner, 1)
+    def num_weights(self, *kinds: str) -> int:
+        """Elements of the linear layers of these kinds, of all of them by default."""
+        return sum(x.num_weights for x in self.linears if not kinds or x.kind in kinds)
 
     @property
-    def num_linear_weights(self) -> int:
-        return self.num_layers * sum(n * k for n, k, _ in self.fused_layers())
+    def int4_group(self) -> int:
+        """Columns that share an INT4 scale: the usual 128, or less where that divides no K."""
+        return next((g for g in (128, 64) if all(x.k % g == 0 for x in self.linears)), 32)
 
     @property
-    def num_other(self) -> int:
-        """Elements of norms and biases, which stay in 16 bits."""
-        qk = 2 * self.head_dim if self.has_qk_norm else 0
-        per_layer = self.norm_vectors * self.hidden_size + qk + self.num_biases
-        return self.num_layers * per_layer + self.hidden_size
+    def num_active_weights(self) -> int:
+        """Elements of the linear layers that one token is multiplied with."""
+        active = self.num_experts_per_tok / max(self.num_experts, 1)
+        return self.num_weights() - int(self.num_weights(EXPERTS) * (1 - active))
 
 
-def _config(family: str, dims: tuple[int, ...], context: int, **more: Any) -> dict[str, Any]:
-    names = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size",
-    )  # fmt: skip
-    values = dict(zip(names, dims, strict=True))
-    return {"model_type": family, "max_position_embeddings": context, **values, **more}
-
-
-_GEMMA3 = {"sliding_window": 1024, "sliding_window_pattern": 6}
-# Source: each model's config.json.
-BUILT_IN: dict[str, dict[str, Any]] = {
-    "Qwen3-8B": _config("qwen3", (4096, 12288, 36, 32, 8, 128, 151936), 40960),
-    "Qwen3-14B": _config("qwen3", (5120, 17408, 40, 40, 8, 128, 151936), 40960),
-    "Qwen3-32B": _config("qwen3", (5120, 25600, 64, 64, 8, 128, 151936), 40960),
-    "Gemma3-12B": _config("gemma3_text", (3840, 15360, 48, 16, 8, 256, 262208), 131072, **_GEMMA3),
-    "Gemma3-27B": _config("gemma3_text", (5376, 21504, 62, 32, 16, 128, 262208), 131072, **_GEMMA3),
-    "Llama-3.1-8B": _config("llama", (4096, 14336, 32, 32, 8, 128, 128256), 131072),
-    "Llama-3.1-70B": _config("llama", (8192, 28672, 80, 64, 8, 128, 128256), 131072),
-    "Mistral-24B": _config("mistral", (5120, 32768, 40, 32, 8, 128, 131072), 32768),
-}
+@cache
+def built_in() -> dict[str, dict[str, Any]]:
+    """models.json: {name: {"hub", "source", "config", and the published size where known}}."""
+    return json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 
 
 def find_shape(model: str) -> DecoderShape:
@@ -93,56 +121,185 @@ def find_shape(model: str) -> DecoderShape:
     Raises ValueError, or CheckpointError, for what is none of these, and for a config.json that
     lacks a key or describes another kind of model.
     """
-    for name, config in BUILT_IN.items():
-        if name.lower() == model.lower():
-            return shape_of(config, name)
+    for name, entry in built_in().items():
+        if model.lower() in (name.lower(), entry["hub"].lower()):
+            return replace(shape_of(entry["config"], name), hub=entry["hub"])
+    accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
-        raise ValueError(f"{model}: a GGUF file; needs a folder with config.json, or {_names()}.")
+        raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
     if "/" not in model and not Path(model).exists():
-        raise ValueError(f"{model}: no such model; needs a folder with config.json, or {_names()}.")
-    return shape_of(read_config(find_folder(model))[0], model)
-
-
-def _names() -> str:
-    return "one of " + ", ".join(BUILT_IN)
+        raise ValueError(f"{model}: no such model; needs {accepted}.")
+    config, quantization = read_config(find_folder(model))
+    method = str(quantization.get("quant_method", "modelopt")) if quantization else None
+    return replace(shape_of(config, model), method=method)
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
     """The shape that a config.json (or its text_config) describes."""
-    text = config.get("text_config") or config
+    text: Mapping[str, Any] = config.get("text_config") or config
     family = text.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(
-            f"{name}: config.json says model_type {family!r}; plan knows the dense families "
-            f"{', '.join(_FAMILIES)}."
+            f"{name}: config.json says model_type {family!r}; plan knows {', '.join(_FAMILIES)}."
         )
     for key in _NEEDED:
-        if not isinstance(text.get(key), int) or text[key] <= 0:
-            raise ValueError(
-                f"{name}: config.json has {key}={text.get(key)!r}; needs a positive integer."
-            )
+        _positive(text, key, name)
     heads = text["num_attention_heads"]
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
     is_gemma = family.startswith("gemma3")
-    rows = (heads + 2 * kv_heads) * head_dim
-    has_bias = bool(text.get("attention_bias"))
-    biases = rows + text["hidden_size"] if has_bias else rows if family == "qwen2" else 0
-    biases += 2 * text["intermediate_size"] + text["hidden_size"] if text.get("mlp_bias") else 0
+    latent = _latent(text, name) if family.startswith("deepseek") else None
+    linears, inner = _mlp_layers(text, name)
+    attention = (_latent_layers if latent else _attention_layers)(text)
+    experts, per_token = _experts(text)
     return DecoderShape(
-        name, text["hidden_size"], text["intermediate_size"], heads, kv_heads, head_dim,
-        text["vocab_size"], text["max_position_embeddings"], _windows(text, is_gemma),
-        bool(text.get("tie_word_embeddings", is_gemma)), biases, 4 if is_gemma else 2,
-        is_gemma or family == "qwen3",
-    )  # fmt: skip
+        name=name,
+        hub=name,
+        hidden_size=text["hidden_size"],
+        inner_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=text.get("num_key_value_heads") or heads,
+        head_dim=_head_dim(text),
+        vocab_size=text["vocab_size"],
+        max_context=text["max_position_embeddings"],
+        windows=_windows(text),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", is_gemma)),
+        linears=(*attention, *linears),
+        num_other=_num_other(text, linears),
+        num_experts=experts,
+        num_experts_per_tok=per_token,
+        latent=latent,
+        has_vision=bool(config.get("vision_config")) or name.startswith("Gemma3-"),
+    )
 
 
-def _windows(text: Mapping[str, Any], is_gemma: bool) -> tuple[int, ...]:
+def _positive(text: Mapping[str, Any], key: str, name: str) -> int:
+    value = text.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}: config.json has {key}={value!r}; needs a positive integer.")
+    return value
+
+
+def _head_dim(text: Mapping[str, Any]) -> int:
+    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+
+
+def _latent(text: Mapping[str, Any], name: str) -> Latent:
+    keys = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return Latent(*(_positive(text, key, name) for key in keys))
+
+
+def _attention_layers(text: Mapping[str, Any]) -> tuple[Linear, ...]:
+    layers, hidden, dim = text["num_hidden_layers"], text["hidden_size"], _head_dim(text)
+    heads = text["num_attention_heads"]
+    q, kv = heads * dim, (text.get("num_key_value_heads") or heads) * dim
+    return (
+        Linear("qkv_proj", (q, kv, kv), hidden, layers, ATTENTION, ROWS),
+        Linear("o_proj", (hidden,), q, layers, ATTENTION, COLUMNS),
+    )
+
+
+def _latent_layers(text: Mapping[str, Any]) -> tuple[Linear, ...]:
+    layers, hidden, heads = (
+        text[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    latent = _latent(text, "config.json")
+    q = heads * (latent.nope + latent.rope)
+    kv_a, rank = latent.rank + latent.rope, text.get("q_lora_rank")
+    down = (
+        (
+            Linear("fused_qkv_a_proj", (rank, kv_a), hidden, layers, ATTENTION, WHOLE),
+            Linear("q_b_proj", (q,), rank, layers, ATTENTION, ROWS),
+        )
+        if rank
+        else (
+            Linear("q_proj", (q,), hidden, layers, ATTENTION, ROWS),
+            Linear("kv_a_proj_with_mqa", (kv_a,), hidden, layers, ATTENTION, WHOLE),
+        )
+    )
+    kv_b = heads * (latent.nope + latent.value)
+    return (
+        *down,
+        Linear("kv_b_proj", (kv_b,), latent.rank, layers, ATTENTION, ROWS),
+        Linear("o_proj", (hidden,), heads * latent.value, layers, ATTENTION, COLUMNS),
+    )
+
+
+def _experts(text: Mapping[str, Any]) -> tuple[int, int]:
+    """(experts, of which one token uses); (0, 0) for a dense model."""
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if text.get(key):
+            return text[key], text["num_experts_per_tok"]
+    return 0, 0
+
+
+def _is_sparse(text: Mapping[str, Any], layer: int) -> bool:
+    if not _experts(text)[0] or layer in (text.get("mlp_only_layers") or ()):
+        return False
+    if text["model_type"].startswith("deepseek"):
+        is_past_dense = layer >= text.get("first_k_dense_replace", 0)
+        return is_past_dense and layer % text.get("moe_layer_freq", 1) == 0
+    return (layer + 1) % text.get("decoder_sparse_step", 1) == 0
+
+
+def _mlp_layers(text: Mapping[str, Any], name: str) -> tuple[tuple[Linear, ...], int]:
+    """The layers after attention, and the widest inner size that a token goes through."""
+    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
+    experts, per_token = _experts(text)
+    sparse = sum(_is_sparse(text, i) for i in range(layers))
+    found: list[Linear] = []
+    widest = 0
+    if dense := layers - sparse:
+        widest = _positive(text, "intermediate_size", name)
+        found += _gated("", widest, hidden, dense, MLP)
+    if sparse:
+        key = "moe_intermediate_size" if "moe_intermediate_size" in text else "intermediate_size"
+        inner = _positive(text, key, name)
+        found.append(Linear("gate", (experts,), hidden, sparse, ROUTER, WHOLE))
+        found += _gated("experts.", inner, hidden, sparse * experts, EXPERTS)
+        shared = text.get("n_shared_experts") or 0
+        if shared:
+            found += _gated("shared_experts.", shared * inner, hidden, sparse, MLP)
+        widest = max(widest, (per_token + shared) * inner)
+    return tuple(found), widest
+
+
+def _gated(prefix: str, inner: int, hidden: int, count: int, kind: str) -> list[Linear]:
+    return [
+        Linear(f"{prefix}gate_up_proj", (inner, inner), hidden, count, kind, ROWS),
+        Linear(f"{prefix}down_proj", (hidden,), inner, count, kind, COLUMNS),
+    ]
+
+
+def _num_other(text: Mapping[str, Any], mlp: tuple[Linear, ...]) -> int:
+    """Elements of norms, biases and sinks: per layer, and the last norm."""
+    family, hidden = text["model_type"], text["hidden_size"]
+    heads, dim = text["num_attention_heads"], _head_dim(text)
+    rows = (heads + 2 * (text.get("num_key_value_heads") or heads)) * dim
+    per_layer = (4 if family.startswith("gemma3") else 2) * hidden
+    if family.startswith(("gemma3", "qwen3")):
+        per_layer += 2 * dim
+    if family.startswith("deepseek"):
+        per_layer += text["kv_lora_rank"] + (text.get("q_lora_rank") or 0)
+    elif family == "qwen2":
+        per_layer += rows
+    elif text.get("attention_bias"):
+        per_layer += rows + hidden
+    total = text["num_hidden_layers"] * per_layer + hidden
+    if text.get("mlp_bias"):
+        total += sum(x.count * sum(x.rows) for x in mlp)
+    if family == "gpt_oss":  # attention sinks, and biases of router and experts
+        total += text["num_hidden_layers"] * heads + sum(x.count * sum(x.rows) for x in mlp)
+    if family == "deepseek_v3":  # the router's correction, float32: two elements each
+        total += 2 * sum(sum(x.rows) * x.count for x in mlp if x.kind == ROUTER)
+    return total
+
+
+def _windows(text: Mapping[str, Any]) -> tuple[int, ...]:
     count, window = text["num_hidden_layers"], text.get("sliding_window") or 0
     if kinds := text.get("layer_types"):
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    if is_gemma:
-        pattern = text.get("sliding_window_pattern", 6)
+    pattern = {"gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}.get(text["model_type"])
+    if pattern:
+        pattern = text.get("sliding_window_pattern", pattern)
         return tuple(window if (i + 1) % pattern else 0 for i in range(count))
-    is_on = text.get("use_sliding_window", text["model_type"] == "mistral")
+    is_on = text.get("use_sliding_window", text["model_type"] in ("mistral", "mixtral"))
     return (window if is_on else 0,) * count

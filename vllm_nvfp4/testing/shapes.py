@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_nvfp4.planning.shapes import built_in
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -45,18 +47,31 @@ class ModelShape:
         }
 
 
-# Source: each model's config.json.
-MODELS = {
-    shape.name: shape
-    for shape in (
-        ModelShape("Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936),
-        ModelShape("Qwen3-32B", 5120, 25600, 64, 64, 8, 128, 151936),
-        ModelShape("Qwen3-30B-A3B", 2048, 768, 48, 32, 4, 128, 151936, False, 128, 8),
-        ModelShape("Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256),
-        ModelShape("Llama-3-70B", 8192, 28672, 80, 64, 8, 128, 128256),
-        ModelShape("Gemma3-27B", 5376, 21504, 62, 32, 16, 128, 262208, True),
+def _model_shape(name: str) -> ModelShape:
+    """The built-in model of that name; its sources are in planning/models.json."""
+    config = built_in()[name]["config"]
+    return ModelShape(
+        name,
+        config["hidden_size"],
+        config.get("moe_intermediate_size", config["intermediate_size"]),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["head_dim"],
+        config["vocab_size"],
+        config["tie_word_embeddings"],
+        config.get("num_experts", 0),
+        config.get("num_experts_per_tok", 0),
     )
-}
+
+
+# The models whose layers the benchmarks and the tests of dispatch run through.
+MODELS = {
+    name: _model_shape(name)
+    for name in (
+        "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Llama-3.1-8B", "Llama-3.1-70B", "Gemma3-27B",
+    )
+}  # fmt: skip
 
 # Token counts of the GEMM benchmark: decode batches, then prefill chunks.
 BENCH_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)

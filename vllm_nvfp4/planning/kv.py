@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV cache as vLLM allocates it: whole blocks, in groups of layers that share block tables.
+
+Follows vLLM's v1/kv_cache_interface.py (pages and blocks per sequence) and
+v1/core/kv_cache_utils.py (groups of a model with more than one kind of attention).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from vllm_nvfp4.planning.shapes import DecoderShape
+
+# vLLM's defaults: tokens in a block on a GPU, and steps in flight with asynchronous scheduling.
+BLOCK_SIZE = 16
+STEPS_IN_FLIGHT = 2
+
+
+def token_bytes(shape: DecoderShape, bits: int, cards: int = 1) -> int:
+    """Bytes of one token in one layer on one card.
+
+    2 * heads * head_dim * bits / 8, or (rank + rope) * bits / 8 with latent attention. A card has
+    at least one key-value head; a latent is on every card.
+    """
+    if shape.latent:
+        return (shape.latent.rank + shape.latent.rope) * bits // 8
+    heads = max(shape.num_key_value_heads // cards, 1)
+    return 2 * heads * shape.head_dim * bits // 8
+
+
+def groups_of(shape: DecoderShape) -> tuple[int, dict[int, int]]:
+    """(layers in a group, {window: groups}).
+
+    Layers of one kind are one group. With several kinds every group has as many layers as the
+    rarest kind, or as the commonest where that is less than half as many again; the last group of
+    a kind is padded.
+    """
+    kinds = Counter(shape.windows)
+    size = min(kinds.values())
+    if max(kinds.values()) < 1.5 * size:
+        size = max(kinds.values())
+    return size, {window: math.ceil(count / size) for window, count in kinds.items()}
+
+
+def blocks_per_sequence(
+    shape: DecoderShape, context: int, step_tokens: int, block_size: int = BLOCK_SIZE
+) -> int:
+    """Blocks that a sequence of ``context`` tokens takes in all groups.
+
+    A sliding group keeps its window and the tokens of the steps in flight (``step_tokens``), and
+    one block more, since a window need not begin at a block's edge.
+    """
+    total = 0
+    for window, groups in groups_of(shape)[1].items():
+        if window:
+            tokens = min(window - 1 + step_tokens, context)
+            total += groups * (math.ceil(tokens / block_size) + 1)
+        else:
+            total += groups * math.ceil(context / block_size)
+    return total
+
+
+def sequence_bytes(
+    shape: DecoderShape, context: int, bits: int, step_tokens: int, cards: int = 1,
+    block_size: int = BLOCK_SIZE,
+) -> int:  # fmt: skip
+    """Bytes on one card that vLLM sets aside for one sequence of ``context`` tokens.
+
+    blocks_per_sequence * layers in a group * block_size * token_bytes
+    """
+    block = groups_of(shape)[0] * block_size * token_bytes(shape, bits, cards)
+    return blocks_per_sequence(shape, context, step_tokens, block_size) * block

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan's rows: one configuration on one kind of card, with memory, limits and cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vllm_nvfp4.gpus import GPUS, Gpu
+from vllm_nvfp4.planning import fit as fitting
+from vllm_nvfp4.planning.choose import kv_bits_of
+from vllm_nvfp4.planning.costs import Cost, cost_of
+from vllm_nvfp4.planning.fit import Fit, Load, Setup
+from vllm_nvfp4.planning.model import EMBEDDING_FORMATS, FORMATS, Roofline, checkpoint_parts
+from vllm_nvfp4.planning.shapes import DecoderShape
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is about. rent, buy: the user's own prices of one card, dollars."""
+
+    shape: DecoderShape
+    load: Load
+    prompt: int
+    electricity: float
+    rent: float | None = None
+    buy: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """cards: the fewest that hold it, or None if eight do not; ``found`` is then that of one."""
+
+    gpu: Gpu
+    cards: int | None
+    found: Fit
+    longest_context: int
+    most_sequences: int
+    decode: Roofline
+    prefill: Roofline
+    cost: Cost | None
+
+    @property
+    def dollars_per_million(self) -> float | None:
+        """At the limit of decoding; None without a price or where it does not fit."""
+        if self.cost is None or self.cards is None:
+            return None
+        return self.cost.per_million_tokens(self.decode.tokens_per_s)
+
+    def to_json(self) -> dict[str, Any]:
+        setup = asdict(self.found.setup)
+        weights = asdict(self.found.weights) | {"total": self.found.weights.total}
+        return {
+            "gpu": self.gpu.name,
+            "setup": setup,
+            "cards": self.cards,
+            "weight_bytes": weights,
+            "kv_bytes": self.found.kv,
+            "overhead_bytes": self.found.overhead,
+            "total_bytes": self.found.total,
+            "budget_bytes": self.found.budget,
+            "longest_context": self.longest_context,
+            "most_sequences": self.most_sequences,
+            "decode": _roofline_json(self.decode),
+            "prefill": _roofline_json(self.prefill),
+            "cost": None if self.cost is None else asdict(self.cost),
+            "dollars_per_million_tokens": self.dollars_per_million,
+        }
+
+
+def _roofline_json(step: Roofline) -> dict[str, Any]:
+    names = ("memory_s", "compute_s", "tokens_per_s", "bound")
+    return asdict(step) | {name: getattr(step, name) for name in names}
+
+
+def row_of(asked: Asked, setup: Setup, gpu: Gpu, is_own_price: bool = True) -> Row:
+    """The row of a configuration on the fewest cards that hold it.
+
+    is_own_price: whether the user's prices are of this card
+    """
+    cards = fitting.cards_needed(asked.shape, setup, asked.load, gpu)
+    setup = replace(setup, cards=cards or 1)
+    found = fitting.fit(asked.shape, setup, asked.load, gpu)
+    decode, prefill = fitting.rooflines(asked.shape, found, asked.load, asked.prompt, gpu)
+    rent, buy = (asked.rent, asked.buy) if is_own_price else (None, None)
+    return Row(
+        gpu, cards, found,
+        fitting.longest_context(asked.shape, setup, asked.load, gpu),
+        fitting.most_sequences(asked.shape, setup, asked.load, gpu),
+        decode, prefill, cost_of(gpu, setup.cards, asked.electricity, rent, buy),
+    )  # fmt: skip
+
+
+def format_rows(asked: Asked, base: Setup, gpu: Gpu) -> list[Row]:
+    """One row for each weight format, everything else as in ``base``."""
+    return [row_of(asked, replace(base, fmt=fmt), gpu) for fmt in FORMATS]
+
+
+def option_rows(asked: Asked, gpu: Gpu) -> list[dict[str, Any]]:
+    """Bytes and cards for every weight format with every lm_head, embedding and KV option."""
+    tied = asked.shape.tie_word_embeddings
+    found = []
+    for fmt in FORMATS:
+        for head in EMBEDDING_FORMATS:
+            for embedding in (head,) if tied else EMBEDDING_FORMATS:
+                for bits in (8, 16):
+                    setup = Setup(fmt, head, embedding, kv_bits=bits)
+                    cards = fitting.cards_needed(asked.shape, setup, asked.load, gpu)
+                    one = fitting.fit(asked.shape, replace(setup, cards=cards or 1), asked.load,
+                                      gpu)  # fmt: skip
+                    found.append(
+                        {
+                            "setup": asdict(one.setup),
+                            "cards": cards,
+                            "weight_bytes": one.weights.total,
+                            "kv_bytes": one.kv,
+                            "total_bytes": one.total,
+                        }
+                    )
+    return found
+
+
+def card_rows(asked: Asked, base: Setup) -> list[Row]:
+    """The configuration on every card of gpus.py, with the KV cache that each can."""
+    return [
+        row_of(asked, replace(base, kv_bits=max(base.kv_bits, kv_bits_of(gpu))), gpu, False)
+        for gpu in GPUS
+    ]
+
+
+def checkpoint_sizes(shape: DecoderShape) -> dict[str, int]:
+    """Bytes of a checkpoint's tensors on disk in each weight format."""
+    return {fmt: sum(checkpoint_parts(shape, fmt).values()) for fmt in FORMATS}
