@@ -116,11 +116,10 @@ class Client:
 
 
 def _serve(flags: list[str]) -> dict[str, Any]:
-    import argparse
-
     from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = argparse.ArgumentParser()
+    parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     result = serve.main(parser.parse_args(flags))
     ended = time.monotonic()

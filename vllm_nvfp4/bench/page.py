@@ -69,7 +69,7 @@ def _spread(spread: Spread | None, unit: float = 1.0) -> str:
 def _ratio(spread: Spread | None) -> str:
     if spread is None:
         return _NONE
-    return f"{spread.median:.2f}x ({spread.low:.2f} to {spread.high:.2f})"
+    return f"{spread.median:.2f}x ({spread.low:.2f}-{spread.high:.2f})"
 
 
 def batch_table(results: Results, record: VariantRecord) -> Table:

@@ -54,7 +54,7 @@ class Settings:
     batches, prompt_tokens, tokens: the batch table: requests at once, tokens in, tokens out
     rates:      requests/s; empty for AUTO_SHARES of what the server does at most
     load_*:     requests at each rate (0: no load is measured), tokens in, tokens out
-    goodput:    objectives of vLLM's --goodput, "ttft:MS" and so on: a request that meets all is good
+    goodput:    objectives of vLLM's --goodput, "ttft:MS" and so on; a good request meets all
     turns:      starts of each server
     flags:      of ``vllm serve``, for every variant
     """

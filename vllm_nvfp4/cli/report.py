@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, or all of its path where two have the same."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else str(folder.resolve())
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    """Each folder's last parts, as many as tell them apart; all of the path if none do."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("the same folder twice; needs each folder once")
