@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | lint | format | clean. Each sets up what it needs in .venv first.
+# make demo | test | trust | supply | lint | format | clean. Each sets up what it needs in .venv first.
 # To run with an environment of your own instead: make test PYTHON=/path/to/python
-.PHONY: demo test lint format setup clean
+.PHONY: demo test trust supply lint format setup clean
 .DEFAULT_GOAL := demo
 
 SYSTEM_PYTHON ?= python3
@@ -20,6 +20,15 @@ demo: setup
 test: SETUP_FLAGS = --with-compiler
 test: setup
 	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The long runs, one after another so that each has the machine to itself.
+trust: SETUP_FLAGS = --with-compiler
+trust: setup
+	@$(PYTHON) -m pytest -m trust tests/trust $(ARGS)
+
+# Licences, the wheel built twice, its list of components, advisories; the results are in dist/.
+supply: setup
+	@$(PYTHON) scripts/supply.py
 
 lint: setup
 	@$(PYTHON) scripts/lint.py

@@ -29,6 +29,7 @@ from vllm_nvfp4.kernels.cpu_dispatch import use_isa
 from vllm_nvfp4.kernels.cpu_jit import ISA_LEVELS, Cpu, detect_cpu, host_cpu
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import reference_linear
+from vllm_nvfp4.options import is_batch_invariant
 
 # (name, N, K)
 SHAPES = (
@@ -220,7 +221,8 @@ def main() -> int:
                     f"{statistics.geometric_mean(speedups):.2f}, least {min(speedups):.2f}"
                 )
     if args.csv:
-        command = "python " + " ".join(sys.argv)
+        prefix = "VLLM_BATCH_INVARIANT=1 " if is_batch_invariant() else ""
+        command = f"{prefix}python " + " ".join(sys.argv)
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *machine, "command"])

@@ -3,8 +3,11 @@
 """What one product costs the host in eager mode, in microseconds, against torch's own matmul.
 
     python benchmarks/bench_launch.py --out launch.csv
+    python benchmarks/bench_launch.py --stub        # no GPU: a driver that only records
 
-Exit status: 0, or 1 where a row of ours is above --limit; 3 no CUDA GPU.
+Only eager mode pays it: in a CUDA graph, where vLLM decodes, a launch costs the host nothing.
+--stub counts the process's CPU time, so that a busy machine does not matter. Exit status: 0, or 1
+where a product with 16-bit activations is above --limit; 3 no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import csv
 import sys
 from pathlib import Path
 
+import torch
 from common import EXIT_NO_GPU, header, require_gpu
 
 from vllm_nvfp4.testing.timer import time_host
@@ -24,10 +28,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="CSV file")
     parser.add_argument("--limit", type=float, default=0, help="fail above this many us; 0: never")
     parser.add_argument("--count", type=int, default=4000, help="calls per measurement")
+    parser.add_argument("--stub", action="store_true", help="on a driver that runs nothing")
     args = parser.parse_args()
-    if not require_gpu("bench_launch"):
+    if args.stub:
+        import stub_gpu
+
+        stub_gpu.install()
+    elif not require_gpu("bench_launch"):
         return EXIT_NO_GPU
-    rows = [(name, time_host(call, args.count)) for name, call in calls()]
+    with torch.inference_mode():
+        rows = [(name, time_host(call, args.count, args.stub)) for name, call in calls(args.stub)]
     head = header()
     for name, value in head:
         print(f"# {name}: {value}")
@@ -40,43 +50,52 @@ def main() -> int:
             writer.writerows((f"# {name}", value) for name, value in head)
             writer.writerow(("call", "host_us"))
             writer.writerows((name, f"{us:.3f}") for name, us in rows)
-    slow = [name for name, us in rows if name.startswith("linear") and 0 < args.limit < us]
+    slow = [name for name, us in rows if name.startswith("linear, 16") and 0 < args.limit < us]
     return 1 if slow else 0
 
 
-def calls():
+def calls(is_stub: bool):
     """(name, call): small products, so that the GPU is never what the host waits for."""
-    import torch
-
-    from vllm_nvfp4.kernels import cuda, ops
+    import vllm_nvfp4.kernels.cuda as cuda
+    from vllm_nvfp4.kernels import devices
     from vllm_nvfp4.testing.kernel_cases import random_weight
+    from vllm_nvfp4.weights import apply_weight, frozen
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if is_stub else torch.device("cuda", torch.cuda.current_device())
     packed = cuda.pack_weight(random_weight(256, 256, "nvfp4", device))
-    loaded = cuda.prepare(device, "nvfp4", (torch.bfloat16,))
+    if is_stub:
+        loaded = devices.loaded_device(None, "nvfp4")
+    else:
+        loaded = cuda.prepare(device, "nvfp4", (torch.bfloat16,))
     a = torch.randn(1, 256, device=device).bfloat16()
     dense = torch.randn(256, 256, device=device).bfloat16()
-    arguments = (
-        a, packed.codes, packed.block_scale, packed.global_scale, None,
-        packed.num_rows, packed.num_cols, packed.fmt.name,
-    )  # fmt: skip
-    found = [
-        ("torch.empty (1 x 256)", lambda: torch.empty(1, 256, device=device)),
-        ("torch.mm bf16", lambda: torch.mm(a, dense)),
-        ("linear, 16-bit activations", lambda: cuda.linear(a, packed, None, 16)),
-        ("linear through torch.ops, 16-bit", lambda: ops_call(torch, arguments, 16)),
-    ]
-    assert ops  # registers torch.ops.vllm_nvfp4
-    if loaded.gpu.arch >= 89:
+    layer = torch.nn.Module()
+    layer.weight_packed, layer.weight_block_scale = frozen(packed.codes), frozen(packed.block_scale)
+    layer.weight_global_scale = frozen(packed.global_scale)
+    layer.nvfp4_shape, layer.nvfp4_format = (packed.num_rows, packed.num_cols), packed.fmt.name
+    operands = packed.codes, packed.block_scale, packed.global_scale, None
+    shape = packed.num_rows, packed.num_cols, packed.fmt.name
+    found = [("torch.empty (1 x 256)", lambda: torch.empty(1, 256, device=device))]
+    if not is_stub:
+        found.append(("torch.mm bf16", lambda: torch.mm(a, dense)))
+    for bits, launches in ((16, "one launch"), (8, "two launches")):
+        if bits == 8 and loaded.gpu.arch < 89:
+            continue
         found += [
-            ("linear, 8-bit activations (two launches)", lambda: cuda.linear(a, packed, None, 8)),
-            ("linear through torch.ops, 8-bit", lambda: ops_call(torch, arguments, 8)),
+            (
+                f"linear, {bits}-bit activations, {launches}",
+                lambda bits=bits: cuda.linear(a, packed, None, bits),
+            ),
+            (
+                f"linear, {bits}-bit, as vLLM's layer calls it",
+                lambda bits=bits: apply_weight(layer, a, None, str(bits)),
+            ),
+            (
+                f"op of a compiled graph, {bits}-bit",
+                lambda bits=bits: torch.ops.vllm_nvfp4.linear(a, *operands, *shape, bits),
+            ),
         ]
     return found
-
-
-def ops_call(torch, arguments, bits):
-    return torch.ops.vllm_nvfp4.linear(*arguments, bits)
 
 
 if __name__ == "__main__":

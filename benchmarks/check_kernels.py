@@ -27,22 +27,30 @@ def main() -> int:
     import torch
 
     from vllm_nvfp4.kernels.configs import GEMM_CONFIGS
-    from vllm_nvfp4.testing import kernel_cases
+    from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS, MoeConfig
+    from vllm_nvfp4.testing import kernel_cases, moe_checks
 
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     arch = major * 10 + minor
     shapes = kernel_cases.SMALL_SHAPES if args.small else kernel_cases.SHAPES
     num_checked, failed, left_out = 0, [], 0
-    for config in GEMM_CONFIGS:
+    moe_shapes = moe_checks.SMALL_SHAPES if args.small else moe_checks.SHAPES
+    for config in (*GEMM_CONFIGS, *MOE_CONFIGS):
         if args.only not in config.symbol:
             continue
         if config.min_arch > arch:
             left_out += 1
             continue
         outcomes = []
-        for case in kernel_cases.kernel_cases_of(config, shapes):
-            outcome = kernel_cases.check_case(case, device)
+        is_moe = isinstance(config, MoeConfig)
+        check = moe_checks.check_moe_case if is_moe else kernel_cases.check_case
+        for case in (
+            moe_checks.moe_cases_of(config, moe_shapes)
+            if is_moe
+            else kernel_cases.kernel_cases_of(config, shapes)
+        ):
+            outcome = check(case, device)
             num_checked += 1
             outcomes.append(outcome)
             if not outcome.is_match:

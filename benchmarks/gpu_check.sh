@@ -9,8 +9,8 @@ usage() {
 usage: benchmarks/gpu_check.sh [options]
 
   --quick          less of everything: about four minutes
-  --steps A,B,...  only these, in this order. All: env,install,kernels,sanitizer,gemm,launch,
-                   tiles,checkpoint,serving
+  --steps A,B,...  only these, in this order. All: env,install,kernels,sanitizer,gemm,moe,
+                   launch,tiles,checkpoint,serving
   --bundle DIR     unpack the offline vLLM of DIR (site.tar.xz, unpack.sh) and use it
   --out DIR        results; default $OUT, else benchmarks/results/<gpu>-<date>
   --work DIR       scratch (package, vLLM, checkpoint), kept; default /tmp/vllm-nvfp4-gpu-check
@@ -26,7 +26,7 @@ passed, 1 a step failed or ran out of time, 2 wrong usage, 3 nothing ran.
 USAGE
 }
 
-ALL_STEPS=env,install,kernels,sanitizer,gemm,launch,tiles,checkpoint,serving
+ALL_STEPS=env,install,kernels,sanitizer,gemm,moe,launch,tiles,checkpoint,serving
 root=$(cd "$(dirname "$0")/.." && pwd)
 here=$root/benchmarks
 python=${PYTHON:-python3}
@@ -149,7 +149,7 @@ step_kernels() {
     local only=()
     [ $quick = 0 ] || only=(-k 'not every_kind_of_data')
     run kernels 300 "$python" -m pytest -p no:cacheprovider -m gpu --maxfail 20 "${only[@]}" \
-      "$root/tests/test_cuda_kernels.py"
+      "$root/tests/test_cuda_kernels.py" "$root/tests/test_cuda_moe.py"
   else
     echo "[kernels] no pytest here: check_kernels.py runs the same products"
     run kernels 300 "$python" "$here/check_kernels.py"
@@ -180,6 +180,13 @@ step_gemm() {
   # FP8 mma.sync is emulated on Hopper: its twin with integer MMA shows the schedule's speed.
   [ "${arch:-0}" != 90 ] || extra+=(--stand-in)
   run gemm 300 "$python" "$here/bench_gemm.py" --out "$out/gemm.csv" "${extra[@]}"
+}
+
+step_moe() {
+  needs_gpu moe || return
+  local extra=(--budget 150)
+  [ $quick = 0 ] || extra=(--models Qwen3-30B-A3B --m 1,8,64,1024 --budget 40)
+  run moe 300 "$python" "$here/bench_moe.py" --out "$out/moe.csv" "${extra[@]}"
 }
 
 step_launch() {

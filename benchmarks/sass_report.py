@@ -4,8 +4,8 @@
     python benchmarks/sass_report.py            the table
     python benchmarks/sass_report.py --check    exit status 1 where a kernel misses a bound
 
-Compiles every shipped GEMM kernel for sm_89 with the compiler that also makes the wheel's cubins
-(NVRTC), and disassembles it. Needs no GPU and no CUDA toolkit.
+Compiles every shipped GEMM kernel, dense and grouped, for sm_89 with the compiler that also makes
+the wheel's cubins (NVRTC), and disassembles it. Needs no GPU and no CUDA toolkit.
 
 Columns: slots/mma and slots/w are instructions issued in the main loop, per MMA and (times 32
 lanes) per weight of the tile; then, for each GPU, the share of issue slots that a loop bound by its
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS, MoeConfig
 from vllm_nvfp4.kernels.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass
 
@@ -38,12 +39,33 @@ def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
     machine = sass.read_machine_code(compile_cubin(config, ARCH))
     cost = sass.main_loop_cost(config, machine)
     bounds = [sass.bound(config, cost, gpu) for gpu in cards]
+    row = format_row(config.symbol, config, machine, cost, bounds)
+    return row, sass.problems(config, machine, cost, bounds)
+
+
+def format_row(
+    name: str,
+    config: GemmConfig,
+    machine: sass.Machine,
+    cost: sass.LoopCost,
+    bounds: Sequence[sass.Bound],
+) -> str:
     weights = config.block_n * config.block_k / config.num_warps / 32
-    row = f"{config.symbol:<62}{machine.registers:>5}{config.smem_bytes:>8}"
+    row = f"{name:<62}{machine.registers:>5}{config.smem_bytes:>8}"
     row += f"{machine.stack + machine.local:>6}{cost.slots:>7}{cost.slots / cost.mmas:>11.2f}"
     row += f"{cost.slots / weights:>9.2f}"
-    row += "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
-    return row, sass.problems(config, machine, cost, bounds)
+    return row + "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
+
+
+def report_moe(config: MoeConfig, cards: Sequence[Gpu]) -> tuple[list[str], list[str]]:
+    """A row for each tile of a grouped kernel, and what the kernel misses."""
+    machine = sass.read_machine_code(compile_cubin(config, ARCH))
+    costs = sass.moe_loop_costs(config, machine)
+    rows = []
+    for tile, cost in zip(config.tiles, costs, strict=True):
+        bounds = [sass.bound(tile, cost, gpu) for gpu in cards]
+        rows.append(format_row(f"{config.symbol} m{tile.block_m}", tile, machine, cost, bounds))
+    return rows, sass.moe_problems(config, machine, costs, cards)
 
 
 def main() -> int:
@@ -57,11 +79,15 @@ def main() -> int:
     )
     print(header + f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards))
     missed = 0
-    for config in GEMM_CONFIGS:
+    for config in (*GEMM_CONFIGS, *MOE_CONFIGS):
         if not re.search(options.kernels, config.symbol):
             continue
-        row, found = report(config, cards)
-        print(row, flush=True)
+        if isinstance(config, MoeConfig):
+            rows, found = report_moe(config, cards)
+        else:
+            row, found = report(config, cards)
+            rows = [row]
+        print("\n".join(rows), flush=True)
         for problem in found:
             print(f"    MISSED {problem}", flush=True)
         missed += len(found)

@@ -194,11 +194,10 @@ __device__ __forceinline__ void compute_step(uint32_t stage,
   weights.advance();
 }
 
-template <class Config>
-__device__ __forceinline__ void run(const GemmParams& p) {
-  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
-  const pipeline::Work<Config> work(p);
-  epilogue::Accumulators<Config> accumulators = {};
+// The sums of one output tile.
+template <class Config, class Work>
+__device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
+                                         epilogue::Accumulators<Config>& accumulators) {
   if constexpr (Config::kStreamsWeights) {
     pipeline::WeightStream<Config> weights(p, work);
     pipeline::run<Config, Stage<Config>>(
@@ -207,6 +206,14 @@ __device__ __forceinline__ void run(const GemmParams& p) {
     pipeline::run<Config, Stage<Config>>(
         smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
   }
+}
+
+template <class Config>
+__device__ __forceinline__ void run(const GemmParams& p) {
+  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
+  const pipeline::Work<Config> work(p);
+  epilogue::Accumulators<Config> accumulators = {};
+  multiply<Config>(smem, p, work, accumulators);
   epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
 }
 

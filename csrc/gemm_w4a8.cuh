@@ -279,13 +279,20 @@ constexpr float kUndo =
                               ? dequant::kUndoF16Scale
                               : 1.0f);
 
+// The sums of one output tile.
+template <class Config, class Work>
+__device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
+                                         epilogue::Accumulators<Config>& accumulators) {
+  pipeline::run<Config, Stage<Config>>(
+      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+}
+
 template <class Config>
 __device__ __forceinline__ void run(const GemmParams& p) {
   const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
   const pipeline::Work<Config> work(p);
   epilogue::Accumulators<Config> accumulators = {};
-  pipeline::run<Config, Stage<Config>>(
-      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  multiply<Config>(smem, p, work, accumulators);
   epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
 }
 

@@ -33,12 +33,14 @@ struct Stage {
   }
 };
 
-// The output tile and the K steps of a thread block.
+// The output tile and the K steps of a thread block, and where its rows lie. The loaders below ask
+// a Work for them; that of the routed experts (moe.cuh) gathers its tokens.
 template <class Config>
 struct Work {
   int tile_index;  // of the output tile, tokens fastest: neighbours share weights in L2
   int first_token, first_row;
   int first_step, end_step;  // K steps of BLOCK_K
+  int num_tokens, num_row_tiles;
 
   __device__ __forceinline__ explicit Work(const GemmParams& p) {
     const int tiles_m = (p.m + Config::BLOCK_M - 1) / Config::BLOCK_M;
@@ -49,7 +51,19 @@ struct Work {
     const int split = static_cast<int>(blockIdx.y);
     first_step = steps * split / p.num_splits;
     end_step = steps * (split + 1) / p.num_splits;
+    num_tokens = p.m - first_token;
+    num_row_tiles = (p.n - first_row + fragments::kTileN - 1) / fragments::kTileN;
   }
+
+  // Packed tiles of rows, counted from the base. Rows beyond the weight repeat its last ones: they
+  // are never stored.
+  __device__ __forceinline__ int base_row_tile() const { return first_row / fragments::kTileN; }
+  __device__ __forceinline__ int row_tile(int i) const { return min(i, num_row_tiles - 1); }
+
+  // Tokens, counted from the base.
+  __device__ __forceinline__ int base_token() const { return first_token; }
+  __device__ __forceinline__ int token(int i) const { return i; }
+  __device__ __forceinline__ bool has_token(int i) const { return i < num_tokens; }
 };
 
 // A column of 16-byte pieces that one thread copies in every stage: its rows lie kRowStep apart.
@@ -71,38 +85,29 @@ struct Column {
   __device__ __forceinline__ static bool exists(int i) { return kIsWhole || row(i) < kRows; }
 };
 
-// What a thread block reads of one array: from `base` on, num_rows rows, row_bytes apart.
-struct Source {
-  const uint8_t* base;
-  int64_t row_bytes;
-  int num_rows;
-};
-
-// What becomes of rows beyond the matrix. Nothing computed from them is ever stored, so for the
-// weights the last row is simply read again; of the activations, where a single token may stand for
-// a tile of eight, they are zeros and cost no traffic.
-enum class RowsBeyond { kRepeatLast, kZero };
-
 // One thread's share of the copies of one array, stage after stage. Columns beyond the matrix
-// become zeros, without being read, so that no stray NaN meets a zero there.
-template <class Column, int kSharedPitch, int kStepBytes, RowsBeyond kRowsBeyond>
+// become zeros, without being read, so that no stray NaN meets a zero there. So do rows without a
+// token, where a single token may stand for a tile of eight: they cost no traffic.
+template <class Column, int kSharedPitch, int kStepBytes>
 struct Copier {
-  static constexpr bool kRepeats = kRowsBeyond == RowsBeyond::kRepeatLast;
   const uint8_t* from;               // the thread's pieces at the next step, without the rows'
   uint32_t offsets[Column::kCount];  // offsets: 32 bits span the rows of a tile
   bool is_row[Column::kCount];
   int column;   // of the matrix, counted from the step's first, that tells if there are pieces
   uint32_t to;  // of the first piece, in a stage
 
-  __device__ __forceinline__ Copier(const Source& source, int first_column, int stage_offset)
-      : from(source.base + Column::offset()),
+  // row_of(i), has_row(i): the i-th row of the tile, counted in rows of row_bytes from base.
+  template <class RowOf, class HasRow>
+  __device__ __forceinline__ Copier(const uint8_t* base, int64_t row_bytes, int first_column,
+                                    int stage_offset, RowOf&& row_of, HasRow&& has_row)
+      : from(base + Column::offset()),
         column(first_column),
         to(stage_offset + Column::row(0) * kSharedPitch + Column::offset()) {
 #pragma unroll
     for (int i = 0; i < Column::kCount; ++i) {
-      const int row = kRepeats ? min(Column::row(i), source.num_rows - 1) : Column::row(i);
-      is_row[i] = kRepeats || row < source.num_rows;
-      offsets[i] = static_cast<uint32_t>(row * source.row_bytes);
+      const int row = Column::row(i);
+      is_row[i] = has_row(row);
+      offsets[i] = static_cast<uint32_t>(row_of(row) * row_bytes);
     }
   }
 
@@ -126,35 +131,43 @@ class Loader {
   using CodePieces = Column<Config, Stage::kTilesN, kCodeRow / 16>;
   using ScalePieces = Column<Config, Stage::kTilesN, kScaleRow / 16>;
   using TokenPieces = Column<Config, Config::BLOCK_M, Stage::kRowBytes / 16>;
-  Copier<CodePieces, kCodeRow, kCodeRow, RowsBeyond::kRepeatLast> codes_;
-  Copier<ScalePieces, kScaleRow, kScaleRow, RowsBeyond::kRepeatLast> scales_;
-  Copier<TokenPieces, Stage::kRowPitch, Stage::kRowBytes, RowsBeyond::kZero> activations_;
+  using CodeCopier = Copier<CodePieces, kCodeRow, kCodeRow>;
+  using ScaleCopier = Copier<ScalePieces, kScaleRow, kScaleRow>;
+  using TokenCopier = Copier<TokenPieces, Stage::kRowPitch, Stage::kRowBytes>;
+  CodeCopier codes_;
+  ScaleCopier scales_;
+  TokenCopier activations_;
   int columns_left_;  // of the matrix, from the next step on
 
-  template <int kTileBytes>
-  __device__ __forceinline__ static Source packed(const uint8_t* array, const GemmParams& p,
-                                                  const Work<Config>& work) {
+  // The copier of codes or block scales.
+  template <class PackedCopier, class Pieces, int kTileBytes, class Work>
+  __device__ __forceinline__ static PackedCopier packed(const uint8_t* array, const GemmParams& p,
+                                                        const Work& work, int stage_offset) {
     const int64_t tiles_k = (p.k + fragments::kTileK - 1) / fragments::kTileK;
-    const int64_t first =
-        work.first_row / fragments::kTileN * tiles_k + work.first_step * Stage::kTilesK;
-    const int rows = (p.n - work.first_row + fragments::kTileN - 1) / fragments::kTileN;
-    return {array + first * kTileBytes, tiles_k * kTileBytes, rows};
+    const int64_t first = work.base_row_tile() * tiles_k + work.first_step * Stage::kTilesK;
+    return PackedCopier(
+        array + first * kTileBytes, tiles_k * kTileBytes,
+        Pieces::offset() / kTileBytes * fragments::kTileK, stage_offset,
+        [&](int i) { return work.row_tile(i); }, [](int) { return true; });
   }
-  __device__ __forceinline__ static Source tokens(const GemmParams& p, const Work<Config>& work) {
+  template <class Work>
+  __device__ __forceinline__ static TokenCopier tokens(const GemmParams& p, const Work& work) {
     const int64_t row_bytes = int64_t{p.a_stride} * Stage::kElementBytes;
-    return {static_cast<const uint8_t*>(p.a) + work.first_token * row_bytes +
-                int64_t{work.first_step} * Stage::kRowBytes,
-            row_bytes, p.m - work.first_token};
+    return TokenCopier(
+        static_cast<const uint8_t*>(p.a) + work.base_token() * row_bytes +
+            int64_t{work.first_step} * Stage::kRowBytes,
+        row_bytes, TokenPieces::offset() / Stage::kElementBytes, Stage::kActivations,
+        [&](int i) { return work.token(i); }, [&](int i) { return work.has_token(i); });
   }
 
  public:
-  __device__ __forceinline__ Loader(const GemmParams& p, const Work<Config>& work)
-      : codes_(packed<fragments::kTileCodeBytes>(p.codes, p, work),
-               CodePieces::offset() / fragments::kTileCodeBytes * fragments::kTileK, Stage::kCodes),
-        scales_(packed<Stage::kScaleTileBytes>(p.block_scale, p, work),
-                ScalePieces::offset() / Stage::kScaleTileBytes * fragments::kTileK, Stage::kScales),
-        activations_(tokens(p, work), TokenPieces::offset() / Stage::kElementBytes,
-                     Stage::kActivations),
+  template <class Work>
+  __device__ __forceinline__ Loader(const GemmParams& p, const Work& work)
+      : codes_(packed<CodeCopier, CodePieces, fragments::kTileCodeBytes>(p.codes, p, work,
+                                                                         Stage::kCodes)),
+        scales_(packed<ScaleCopier, ScalePieces, Stage::kScaleTileBytes>(p.block_scale, p, work,
+                                                                         Stage::kScales)),
+        activations_(tokens(p, work)),
         columns_left_(p.k - work.first_step * Config::BLOCK_K) {}
 
   __device__ __forceinline__ void load_next(uint32_t stage) {
@@ -168,8 +181,8 @@ class Loader {
 };
 
 // Calls compute(shared address of a stage) for each K step, in order.
-template <class Config, class Stage, class Compute>
-__device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Work<Config>& work,
+template <class Config, class Stage, class Work, class Compute>
+__device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Work& work,
                                     Compute&& compute) {
   constexpr int kStages = Config::kStages;
   constexpr uint32_t kRingBytes = kStages * Stage::kBytes;

@@ -20,17 +20,17 @@ class WeightStream {
   uint4 codes[kDepth][Config::kRowTiles];
   uint2 scales[kDepth][Config::kRowTiles];  // MXFP4 uses x
 
-  __device__ __forceinline__ WeightStream(const GemmParams& p, const Work<Config>& work)
+  template <class Work>
+  __device__ __forceinline__ WeightStream(const GemmParams& p, const Work& work)
       : codes{}, scales{} {
     const fragments::WarpPlace<Config> place;
     const int64_t tiles_k = (p.k + fragments::kTileK - 1) / fragments::kTileK;
-    const int tiles_n = (p.n + fragments::kTileN - 1) / fragments::kTileN;
-    const int first_tile_n = (work.first_row + place.n * Config::WARP_N) / fragments::kTileN;
     const int64_t first_tile_k = int64_t{work.first_step} * kTilesK + place.k;
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
-      // Rows beyond the weight repeat its last ones: they are never stored.
-      const int64_t tile = min(first_tile_n + r, tiles_n - 1) * tiles_k + first_tile_k;
+      const int64_t row_tile =
+          work.base_row_tile() + work.row_tile(place.n * Config::kRowTiles + r);
+      const int64_t tile = row_tile * tiles_k + first_tile_k;
       codes_from_[r] = p.codes + tile * fragments::kTileCodeBytes + fragments::code_offset();
       scales_from_[r] =
           p.block_scale + tile * kScaleTileBytes + fragments::scale_offset<Config::kFormat>();

@@ -15,11 +15,13 @@ import torch
 
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.headers import read_headers
-from vllm_nvfp4.testing.shapes import MODELS
+from vllm_nvfp4.kernels.moe_dispatch import MoeShape
+from vllm_nvfp4.testing.shapes import EXPERT_LAYERS, MODELS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS = (
-    "env", "install", "kernels", "sanitizer", "gemm", "launch", "tiles", "checkpoint", "serving",
+    "env", "install", "kernels", "sanitizer", "gemm", "moe", "launch", "tiles", "checkpoint",
+    "serving",
 )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def script(load, monkeypatch):
     ("name", "arguments"),
     [
         ("bench_gemm", []),
+        ("bench_moe", []),
         ("bench_launch", []),
         ("bench_tiles", []),
         ("check_kernels", ["--small"]),
@@ -61,10 +64,26 @@ def test_no_gpu_is_one_line_and_status_3(script, capsys, monkeypatch, name, argu
     assert "no CUDA GPU" in err
 
 
+def test_the_launch_path_runs_on_a_driver_that_only_records(tmp_path):
+    """In a process of its own: it makes CPU tensors those of a GPU."""
+    command = [sys.executable, BENCHMARKS / "bench_launch.py", "--stub", "--count", "9"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "launch.csv"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "launch.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 1) for line in lines if not line.startswith(("#", '"#'))]
+    assert rows[0] == ["call", "host_us"]
+    assert len(rows) == 8
+    assert all(float(us) > 0 for _, us in rows[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("bench_gemm", ["--models", "GPT-2"], "unknown model GPT-2; known: Qwen3-8B"),
+        ("bench_moe", ["--models", "Qwen3-8B"], "unknown model Qwen3-8B; known: Qwen3-30B-A3B"),
+        ("bench_moe", ["--routings", "even"], "unknown routing even; known: uniform, skewed"),
         ("make_random_checkpoint", ["--out", "x", "--layers", "0"], "needs at least 1"),
         ("make_random_checkpoint", [], "--out"),
     ],
@@ -121,6 +140,48 @@ def test_sampled_error_sees_a_wrong_row_and_the_quantised_activations(load):
     assert gemm.sampled_error(y8, a, weight, 8) < 3e-3 < gemm.sampled_error(y8, a, weight)
     y[:, 7] = 0
     assert gemm.sampled_error(y, a, weight) > 3e-2
+
+
+def test_moe_routings_choose_an_expert_once_and_skewed_hits_fewer(load):
+    moe = load("bench_moe")
+    shape = EXPERT_LAYERS["Qwen3-30B-A3B"]
+    hit = {}
+    for routing in moe.ROUTINGS:
+        a, weights, ids = moe.draw_tokens(64, shape, routing, torch.bfloat16, "cpu", 0)
+        assert a.shape == (64, 2048)
+        assert all(len(set(row)) == shape.num_choices for row in ids.tolist())
+        assert torch.allclose(weights.sum(1), torch.ones(64))
+        hit[routing] = torch.bincount(ids.flatten(), minlength=128).amax()
+    assert hit["skewed"] > 2 * hit["uniform"]
+
+
+def test_moe_error_is_that_of_the_layer(load):
+    moe, backends = load("bench_moe"), load("moe_backends")
+    from vllm_nvfp4.kernels import cpu, cpu_moe
+    from vllm_nvfp4.testing.moe_cases import Experts
+
+    layer = backends.Layer(MoeShape(4, 2, 64, 48), "nvfp4", torch.device("cpu"), 0)
+    a, weights, ids = tokens = moe.draw_tokens(
+        6, layer.shape, "uniform", torch.bfloat16, torch.device("cpu"), 0
+    )
+    stacks = [Experts(w, None).stacked_by(cpu.pack_weight) for w in (layer.w13, layer.w2)]
+    y = cpu_moe.moe(a, *stacks, (weights, ids), backends.SILU, False, 16)
+    assert moe.sampled_error(y, tokens, layer) < 6e-3
+    y[:, 3] += 1
+    assert moe.sampled_error(y, tokens, layer) > 6e-3
+
+
+def test_moe_speedups_are_against_the_same_routing(load):
+    moe = load("bench_moe")
+
+    def row(backend, routing, us):
+        return moe.Row("m", routing, 8, 4, backend, "k", us, 0, 0, 0, 0, math.nan, 0, "yes")
+
+    rows = moe.with_speedups(
+        [row("marlin", "uniform", 8.0), row("marlin", "skewed", 4.0), row("ours", "skewed", 2.0)]
+    )
+    assert [r.x_marlin for r in rows] == [1.0, 1.0, 2.0]
+    assert "M<=64: 2.00x Marlin (least 2.00, 1)" in moe.geometric_means(rows)[1]
 
 
 def test_tiles_report_what_the_choice_loses(load, capsys):

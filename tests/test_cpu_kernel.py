@@ -125,8 +125,8 @@ def test_each_code_lands_where_the_layout_says():
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda f: f.name)
 def test_every_code_with_every_scale(isa, fmt, dtype):
     """One row a scale, one column a code: each product on its own, exactly."""
-    nan = {0x7F, 0xFF} if fmt is NVFP4 else {0xFF}
-    scales = torch.tensor([b for b in range(256) if b not in nan], dtype=torch.uint8)
+    refused = {0x7F, 0xFF} if fmt is NVFP4 else {253, 254, 255}
+    scales = torch.tensor([b for b in range(256) if b not in refused], dtype=torch.uint8)
     n, k = len(scales), fmt.block_size
     codes = (torch.arange(k, dtype=torch.uint8) % 16).repeat(n, 1)
     block_scale = scales[:, None]

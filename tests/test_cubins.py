@@ -4,9 +4,11 @@
 import hashlib
 import logging
 import multiprocessing
+import os
 from dataclasses import dataclass
 
 import pytest
+from cache_storm import ARCH, KERNELS, storm
 
 from vllm_nvfp4.kernels import cubins, nvrtc
 
@@ -175,11 +177,51 @@ def test_everything_that_matters_is_in_the_key(cache, compilations, monkeypatch)
     assert len(cache_files(cache)) == 6
 
 
-def test_a_folder_that_others_can_write_is_refused(cache):
-    cache.mkdir(mode=0o777)
-    cache.chmod(0o777)
-    with pytest.raises(cubins.CacheError, match=r"others may write.*777.*chmod 700"):
-        cubins.get_cubin(Kernel(), 89)
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+@pytest.mark.parametrize("name", ["", "sm_89"])
+def test_a_folder_that_others_can_write_is_not_used(cache, compilations, log, mode, name):
+    image = cubins.get_cubin(Kernel(), 89)
+    (cache / name).chmod(mode)
+    log.clear()
+    assert cubins.get_cubin(Kernel(), 89) == cubins.get_cubin(Kernel(), 89) == image
+    assert len(compilations) == 3
+    (line,) = [line for line in log if "not used" in line]
+    assert f"others may write to it (mode {mode:o}, needs 700)" in line
+    assert cubins.CACHE_DIR_ENV in line
+
+
+def test_a_folder_of_another_user_is_not_used(cache, compilations, log, monkeypatch):
+    cubins.get_cubin(Kernel(), 89)
+    user = cache.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: user + 1)
+    cubins.get_cubin(Kernel(), 89)
+    assert len(compilations) == 2
+    assert [line for line in log if f"it belongs to user {user}, this process runs as" in line]
+
+
+@pytest.mark.parametrize("kind", ["writable by others", "a link"])
+def test_an_entry_that_others_can_write_is_rebuilt(cache, compilations, kind):
+    image = cubins.get_cubin(Kernel(), 89)
+    (path,) = cache_files(cache)
+    if kind == "a link":
+        path.rename(cache / "elsewhere")
+        path.symlink_to(cache / "elsewhere")
+    else:
+        path.chmod(0o666)
+    assert cubins.get_cubin(Kernel(), 89) == image
+    assert len(compilations) == 2
+    assert path.lstat().st_mode == 0o100600
+
+
+def test_what_killed_processes_left_is_removed(cache):
+    cubins.get_cubin(Kernel(), 89)
+    old, new = (cache / "sm_89" / f".tmp-{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cubins.get_cubin(Kernel("b"), 89)
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_an_unwritable_cache_compiles_and_says_so_once(cache, tmp_path, monkeypatch, log):
@@ -286,3 +328,12 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
         )
     assert trees[0] == trees[1]
     assert len(trees[0]) == 3
+
+
+def test_processes_that_are_killed_at_random(tmp_path, cache):
+    """A sample of tests/trust/test_kernel_cache.py."""
+    found = storm(tmp_path, num_processes=4, num_kills=10, num_loads=40)
+    assert found.wrong == 0
+    assert found.loads > 40
+    for kernel in KERNELS:
+        assert cubins.get_cubin(kernel, ARCH) == nvrtc.compile_cubin(kernel, ARCH)

@@ -95,6 +95,21 @@ def test_the_quantiser_is_bit_exact(dtype):
         assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("m", [0, 1, 5, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_product_of_quantised_activations_is_the_8_bit_product(layer, dtype, m):
+    if 8 not in supported_bits():
+        return
+    _, packed = layer
+    a, bias = activations(m, 2080, dtype), activations(1, 264, dtype)[0]
+    q, a_scale = quantize_fp8_per_row(a)
+    y = torch.ops.vllm_nvfp4.linear_a8(
+        q, a_scale, packed.codes, packed.block_scale, packed.global_scale, bias,
+        packed.num_rows, packed.num_cols, packed.fmt.name, dtype,
+    )  # fmt: skip
+    assert torch.equal(y, call_op(a, packed, 8, bias))
+
+
 @pytest.mark.parametrize("m", [0, 1, 5, 64, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_op(layer, dtype, m):
@@ -223,6 +238,25 @@ def test_fp8_weights(dtype, m):
     reference = a.double() @ w.T + bias.double()
     loss = a.double().abs() @ w.abs().T * 2.0**-16
     outcome = compare(y, reference, UNIT_ROUNDOFF[dtype] * reference.abs() + loss)
+    assert outcome.is_match, outcome.report
+
+
+@pytest.mark.parametrize("m", [1, 33, 700])
+def test_fp8_weights_with_fp8_activations(m):
+    weight = torch.randn(1008, 528, device=DEVICE).to(torch.float8_e4m3fn)
+    if ops.fp8_activation_bits(weight, torch.bfloat16, 8) == 16:
+        assert arch() < 89
+        return
+    row_scale = torch.rand(1008, device=DEVICE) + 0.1
+    a, bias = activations(m, 528, torch.bfloat16), activations(1, 1008, torch.bfloat16)[0]
+    y = ops.fp8_linear(a, weight, row_scale, bias, 8)
+    q, a_scale = quantize_fp8_per_row(a)
+    w = weight.double() * row_scale.double()[:, None]
+    quantized = q.double() * a_scale.double()
+    reference = quantized @ w.T + bias.double()
+    # The library accumulates in the FP8 tensor cores, 13 fractional bits on Ada.
+    loss = quantized.abs() @ w.abs().T * 2.0**-9
+    outcome = compare(y, reference, 2.0**-8 * reference.abs() + loss)
     assert outcome.is_match, outcome.report
 
 

@@ -231,6 +231,38 @@ def test_rows_that_cannot_be_read_in_16_bytes_are_copied(stub, device, view):
     assert p.a_stride == 64
 
 
+def test_quantised_activations_go_straight_to_the_kernel(stub, device):
+    packed = pack_weight(quantize_nvfp4(torch.randn(200, 1024)))
+    q = torch.randn(77, 2048).to(torch.float8_e4m3fn)[:, :1024]
+    a_scale, y = torch.rand(77, 1), torch.empty(77, 200, dtype=torch.bfloat16)
+    choice = device.choose(77, 200, 1024, "nvfp4", "bf16", "8")
+    before = stub.stub_num_launches()
+    cuda.run_a8(device, choice, q, a_scale, packed, None, y, STREAM)
+    assert stub.stub_num_launches() == before + 1
+    p = argument(last_launch(stub), GemmParams)
+    assert (p.a, p.a_stride, p.a_scale) == (q.data_ptr(), 2048, a_scale.data_ptr())
+    assert (p.m, p.y, p.num_splits) == (77, y.data_ptr(), choice.num_splits)
+    shifted = torch.zeros(77 * 1024 + 1, dtype=torch.float8_e4m3fn)[1:].view(77, 1024)
+    cuda.run_a8(device, choice, shifted, a_scale, packed, None, y, STREAM)
+    p = argument(last_launch(stub), GemmParams)
+    assert p.a % 16 == 0
+    assert p.a_stride == 1024
+
+
+def test_quantised_activations_that_do_not_fit():
+    packed = pack_weight(quantize_nvfp4(torch.randn(16, 64)))
+    q, a_scale = torch.zeros(2, 64).to(torch.float8_e4m3fn), torch.ones(2)
+    for arguments, message in (
+        ((q.float(), a_scale, packed, None, torch.half), "q is torch.float32"),
+        ((q, a_scale[:1], packed, None, torch.half), r"needs float8_e4m3fn and float32 \[2\]"),
+        ((q, a_scale, packed, None, torch.float32), "linear_a8: a is torch.float32"),
+        ((q[:, :32], a_scale, packed, None, torch.half), r"a is \[2, 32\]; needs \[M, 64\]"),
+        ((q, a_scale, packed, torch.zeros(16), torch.half), "linear_a8: bias is torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.linear_a8(*arguments)
+
+
 def test_rows_of_fp8_weights():
     weight = torch.randn(20, 48).to(torch.float8_e4m3fn)
     row_scale, ids = torch.rand(20), torch.tensor([[3, 19], [0, 3]])

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vllm_nvfp4.checkpoints import write
+from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
+from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.checkpoints.write import SafetensorsWriter, TensorInfo, write_nvfp4
+from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight

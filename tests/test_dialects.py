@@ -408,7 +408,6 @@ def test_online_leaves_encoders_routers_and_heads_alone():
         (fp_quant(pseudoquantization=True), "pseudoquantization"),
         (fp_quant(store_master_weights=True), "store_master_weights"),
         (fp_quant(hadamard_group_size=48), "a power of two"),
-        ({"quant_method": "mxfp4"}, "not supported yet.*vLLM's own mxfp4"),
         ({"quant_method": "quark", "x": 1}, "AMD Quark"),
         ({"quant_method": "gguf"}, "BF16 model"),
         ({"quant_method": "awq"}, "one of modelopt, compressed-tensors, fp_quant"),

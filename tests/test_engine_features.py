@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of
 
+from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.testing.checkpoints import extract_fixture, write_dequantized
 from vllm_nvfp4.testing.engine import ask_engine, engine
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -17,15 +18,42 @@ pytestmark = pytest.mark.vllm
 FLOAT32 = {"dtype": "float32", "additional_config": KEEP_KV}
 
 
-def test_compiled_graph_gives_the_tokens_of_eager_mode(tmp_path):
+@pytest.mark.parametrize("activation", ["16", "8"])
+def test_compiled_graph_gives_the_tokens_of_eager_mode(activation, tmp_path, monkeypatch):
+    """With 8 bits the compiled graph quantises where the activations are computed (fusion.py)."""
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    # A graph from a cache has been through the pass.
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    split = []
+    takes_8_bits = ops.takes_8_bits
+    monkeypatch.setattr(ops, "takes_8_bits", lambda *a: split.append(takes_8_bits(*a)) or split[-1])
+    options = {"nvfp4": {"kv_cache": "keep", "activation": activation}}
     answers = []
     for eager in (True, False):
-        with engine(folder, enforce_eager=eager, **FLOAT32) as llm:
+        with engine(folder, enforce_eager=eager, dtype="float32", additional_config=options) as llm:
             answers.append(ask_engine(llm, PROMPT, NUM_TOKENS))
+            layers = llm.llm_engine.model_config.hf_config.num_hidden_layers
     eager, compiled = answers
     assert eager.tokens == compiled.tokens
     assert (eager.logprobs - compiled.logprobs).abs().max() < 1e-4
+    # qkv, o, gate_up and down of every layer, each time that vLLM compiles the graph.
+    assert all(split)
+    assert len(split) % (4 * layers) == 0
+    assert bool(split) == (activation == "8")
+
+
+def test_compiled_graph_reads_the_fp8_kv_cache_as_eager_mode_does(tmp_path):
+    """In BF16 the graph rounds elsewhere: it may err as much as eager mode does, not more."""
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    with engine(folder, **FLOAT32) as llm:
+        exact = ask_engine(llm, PROMPT, 1)
+    errors = []
+    for eager in (True, False):
+        with engine(folder, dtype="bfloat16", enforce_eager=eager) as llm:
+            assert layer_of(llm, "model.layers.0.self_attn.attn").kv_cache_dtype == "fp8"
+            errors.append((ask_engine(llm, PROMPT, 1).logprobs - exact.logprobs).abs().mean())
+    assert errors[1] < 1.25 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,8 @@ FAULTS = [
         "  // every thread's partial",
     ),
     ("semaphore left as it is", "if (is_last) ptx::st_release_gpu(semaphore, 0);", ""),
-    ("tokens read past the last one", "kRepeats || row < source.num_rows", "true"),
-    ("weights read past the last row", "min(first_tile_n + r, tiles_n - 1)", "(first_tile_n + r)"),
+    ("tokens read past the last one", "return i < num_tokens; }", "return true; }"),
+    ("weights read past the last row", "return min(i, num_row_tiles - 1);", "return i;"),
     ("weights read past the last tile", "if (i * Config::kWarpsK >= tiles_left_) return;", ""),
     ("weights of the step before", "    weights.load_next(i);\n", ""),
     ("columns read past the last one", "= column < columns_left;", "= true;"),
@@ -180,8 +180,8 @@ FAULTS = [
 SHARED_FAULTS = [
     (
         "shared weights read past the last row",
-        "min(Column::row(i), source.num_rows - 1)",
-        "Column::row(i)",
+        "return min(i, num_row_tiles - 1);",
+        "return i;",
     ),
     ("weights used before they land", "cp_async_wait<kStages - 2>()", "cp_async_wait<3>()"),
     (

@@ -133,7 +133,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     [
         (b"{not json", "a JSON object"),
         (b"\xff\xfe{}", "a JSON object"),
-        ([1], "found list"),
+        ([1], "found b'\\['"),
         ({"a": 3}, "a: found 3; needed a table"),
         ({"a": {**F32, "dtype": "F31"}}, "dtype 'F31'; needed one of BOOL"),
         ({"a": {**F32, "shape": [-2]}}, "non-negative"),
@@ -212,7 +212,7 @@ def test_a_tensor_in_two_files(folder):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
 def test_an_index_that_is_none(folder, content):
     (folder / INDEX).write_text(content)
-    with pytest.raises(CheckpointError, match="weight_map"):
+    with pytest.raises(CheckpointError, match=r"index\.json: .*weight_map|index\.json: contents"):
         read_headers(folder)
 
 

@@ -128,6 +128,12 @@ def test_a_model_is_a_folder_or_in_the_hub_cache(tmp_path, monkeypatch):
     assert find_folder(str(snapshot)) == snapshot
     with pytest.raises(CheckpointError, match="a file"):
         find_folder(str(refs / "main"))
+    for way_out in ("../../../elsewhere", "/etc", "a\nb", ""):
+        (refs / "main").write_text(way_out)
+        with pytest.raises(CheckpointError, match="a branch, a tag or a commit"):
+            find_folder("owner/name")
+        with pytest.raises(CheckpointError, match="a branch, a tag or a commit"):
+            find_folder("owner/name", way_out)
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -23,6 +23,7 @@ from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning.shapes import ATTENTION, EXPERTS, ROUTER, built_in, find_shape
+from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
 
@@ -119,6 +120,21 @@ def test_published_checkpoints_to_the_byte(name):
     assert built_in()[name]["source"]
 
 
+def test_what_gemma_3_leaves_out_is_as_transformers_fills_it_in(tmp_path):
+    from transformers import Gemma3TextConfig
+
+    given = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+             "num_hidden_layers": 34}  # fmt: skip
+    outer = {"model_type": "gemma3", "text_config": given, "vision_config": {"hidden_size": 1152}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    shape, filled = find_shape(str(tmp_path)), Gemma3TextConfig(**given)
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(shape, key) == getattr(filled, key)
+    assert shape.max_context == filled.max_position_embeddings
+    assert set(shape.windows) == {0, filled.sliding_window}
+    assert shape.has_vision
+
+
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 96), (50, 160)])
 def test_held_bytes_are_those_of_packed_tensors(n, k):
     weight = torch.randn(n, k)
@@ -203,6 +219,19 @@ def test_a_window_bounds_what_is_read_and_one_token_reads_only_its_experts():
     assert many.weight_bytes == pytest.approx(resident + weights.experts)
 
 
+def test_cards_share_the_traffic_however_the_weights_are_counted():
+    shape, gpu = find_shape("Llama-3.1-70B"), find_gpu("L40S")
+    limits = [
+        planning.decode(
+            shape, planning.weights_of(shape, "bf16", cards=n), "bf16", 16, 1, 1, gpu, 4
+        )
+        for n in (1, 4)
+    ]
+    assert limits[0].gbps == 4 * gpu.dram_gbps
+    # Norms are on every card: that is all the difference.
+    assert limits[1].weight_bytes - limits[0].weight_bytes == 3 * 2 * shape.num_other
+
+
 # --- cost ---------------------------------------------------------------------------------------
 
 
@@ -243,6 +272,19 @@ def test_the_recommendation_fits_and_gives_its_reason(args, setup, words, capsys
     assert chosen["total_bytes"] <= chosen["budget_bytes"]
     assert {key: chosen["setup"][key] for key in setup} == setup
     assert words in found["reason"]
+
+
+def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path, capsys):
+    """Its quantization config alone decides: half of the layers in FP8, no weights at hand."""
+    folder = extract_fixture("modelopt/mixed-llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    found = plan(capsys, str(folder), "--accuracy", "high", "--context", "128")
+    row = found["formats"][0]
+    assert row["setup"]["fmt"] == "checkpoint"
+    totals = {r["setup"]["fmt"]: r["weight_bytes"]["linear"] for r in found["formats"]}
+    assert totals["nvfp4"] < totals["checkpoint"] < totals["bf16"]
+    assert "as it is" in found["reason"]
+    assert "additional-config" not in found["command"]
 
 
 def test_nothing_is_recommended_where_nothing_fits(capsys):
@@ -329,12 +371,16 @@ def test_wrong_input_says_what_is_accepted(args, words, capsys):
     assert error.count("\n") == 1
 
 
+_AWQ = {**built_in()["Qwen3-8B"]["config"], "quantization_config": {"quant_method": "awq"}}
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         (None, "config.json"),
         ('{"model_type": "mamba"}', "plan knows llama"),
         ('{"model_type": "llama", "hidden_size": -1}', "hidden_size=-1; needs a positive"),
+        (json.dumps(_AWQ), "one of modelopt"),
     ],
 )
 def test_a_folder_that_cannot_be_planned_says_why(config, words, tmp_path, capsys):

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from vllm_nvfp4.planning import kv
-from vllm_nvfp4.planning.model import weights_of
+from vllm_nvfp4.planning.model import AS_STORED, weights_of
 from vllm_nvfp4.planning.shapes import built_in, find_shape
+from vllm_nvfp4.testing.checkpoints import (
+    extract_fixture,
+    fixture_names,
+    to_gpt_oss_mxfp4,
+)
 from vllm_nvfp4.testing.engine import ENVIRONMENT
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model, write_model
 
@@ -89,12 +94,15 @@ def _write_latent(folder: Path, family: str) -> None:
 def held_by(model) -> int:
     """Bytes of a model's parameters, each once.
 
-    vLLM repacks a router's 16-bit weight on the CPU and leaves an empty one: it counts as it was.
+    vLLM repacks a linear layer that stays in 16 bits on the CPU and leaves an empty weight, which
+    counts as it was.
     """
+    from vllm.model_executor.layers.linear import LinearBase
+
     total, seen = 0, set()
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        if parameter.numel() == 0 and name.endswith("gate.weight"):
+        if parameter.numel() == 0 and isinstance(module, LinearBase):
             total += 2 * module.input_size * module.output_size
         elif parameter.data_ptr() not in seen:
             seen.add(parameter.data_ptr())
@@ -116,6 +124,11 @@ def test_weights_are_those_of_the_loaded_model(load, folders, family, fmt, monke
     assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), fmt).total
 
 
+def test_gpt_oss_as_stored(load, tmp_path):
+    folder = to_gpt_oss_mxfp4(write_model(tmp_path / "gpt-oss", "gpt_oss"))
+    assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), AS_STORED).total
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     ("lm_head", "embedding", "attention"),
@@ -130,16 +143,16 @@ def test_options_change_the_weights_as_planned(
         options["online_ignore"] = ["*.self_attn.*"]
     folder = folders(family)
     model = load(folder, additional_config={"nvfp4": options})[1]
-    planned = weights_of(find_shape(str(folder)), "nvfp4", lm_head, embedding, 1, attention)
-    # vLLM repacks what stays in 16 bits on the CPU and leaves empty parameters.
-    repacked = sum(
-        2 * model.get_submodule(name.rpartition(".")[0]).input_size
-        * model.get_submodule(name.rpartition(".")[0]).output_size
-        for name, parameter in model.named_parameters()
-        if parameter.numel() == 0 and "self_attn" in name
-    )  # fmt: skip
-    assert bool(repacked) == bool(attention)
-    assert held_by(model) + repacked == planned.total
+    shape = find_shape(str(folder))
+    planned = weights_of(shape, "nvfp4", lm_head, embedding, 1, attention)
+    assert held_by(model) == planned.total
+
+
+@pytest.mark.parametrize("name", fixture_names())
+def test_weights_of_a_quantised_checkpoint(load, name, tmp_path):
+    folder = extract_fixture(name, tmp_path)
+    shape = find_shape(str(folder))
+    assert held_by(load(folder)[1]) == weights_of(shape, AS_STORED).total
 
 
 def kv_of(config, specs) -> int:

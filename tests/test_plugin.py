@@ -196,19 +196,35 @@ def test_16_bit_layer_of_odd_width_stays_as_it_is():
         assert config._stays_in_16_bits(online_spec(fmt), name, width) is expected
 
 
-def test_mixture_of_experts_is_refused_on_a_gpu(registered, monkeypatch):
-    from vllm_nvfp4 import compat
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"has_bias": True}, "found experts with biases; needed experts without, or gpt-oss's"),
+        ({"is_lora_enabled": True}, "found --enable-lora; needed serving without adapters"),
+        (
+            {"moe_parallel_config": SimpleNamespace(enable_eplb=True)},
+            "found --enable-eplb; needed experts that stay on their rank",
+        ),
+    ],
+)
+def test_what_experts_cannot_do_is_refused(registered, what, message):
     from vllm_nvfp4.config import NvFp4Config
 
     class RoutedExperts(torch.nn.Module):
         moe_config = SimpleNamespace(
-            num_logical_experts=2, hidden_dim=64, intermediate_size=64, has_bias=False
+            **{
+                "num_logical_experts": 2,
+                "hidden_dim": 64,
+                "intermediate_size": 64,
+                "has_bias": False,
+                "moe_parallel_config": SimpleNamespace(enable_eplb=False),
+            }
+            | what
         )
 
-    monkeypatch.setattr(compat, "device_capability", lambda: (8, 9))
     config = NvFp4Config()
     config._options = Options()
-    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.experts.*on CUDA yet"):
+    with pytest.raises(CheckpointError, match=rf"model.layers.0.mlp.experts.*{message}"):
         config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
     config._options = Options(online_ignore=("*.experts",))
     assert config.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts") is None

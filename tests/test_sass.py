@@ -9,6 +9,12 @@ import pytest
 
 from vllm_nvfp4.gpus import find_gpu
 from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig, imma_stand_in
+from vllm_nvfp4.kernels.moe_configs import (
+    ALL_MOE_CONFIGS,
+    MOE_CONFIGS,
+    AnyMoeConfig,
+    MoeConfig,
+)
 from vllm_nvfp4.kernels.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass
 
@@ -23,6 +29,35 @@ def test_every_kernel_meets_its_bounds(config: GemmConfig) -> None:
     assert len(bounds) == 3
     assert machine.symbol == config.symbol
     assert sass.problems(config, machine, cost, bounds) == []
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS, ids=lambda c: c.symbol)
+def test_every_grouped_kernel_meets_the_bounds_of_its_tiles(config: MoeConfig) -> None:
+    machine = sass.read_machine_code(compile_cubin(config, 89))
+    costs = sass.moe_loop_costs(config, machine)
+    assert len(costs) == len(config.tiles)
+    assert sass.moe_problems(config, machine, costs, CARDS) == []
+
+
+@pytest.mark.parametrize("config", ALL_MOE_CONFIGS[-3:], ids=lambda c: c.symbol)
+def test_the_small_kernels_of_experts_spill_nothing(config: AnyMoeConfig) -> None:
+    machine = sass.read_machine_code(compile_cubin(config, 89))
+    assert (machine.symbol, machine.stack, machine.local) == (config.symbol, 0, 0)
+
+
+def test_the_bounds_of_grouped_kernels_are_not_empty_words() -> None:
+    config = MOE_CONFIGS[0]
+    machine = sass.read_machine_code(compile_cubin(config, 89))
+    costs = sass.moe_loop_costs(config, machine)
+    slow = [replace(cost, slots=4 * cost.slots) for cost in costs]
+    assert "tile of 8: " in " ".join(sass.moe_problems(config, machine, slow, CARDS))
+    crowded = replace(config, blocks_per_sm=9)
+    assert "9 blocks need" in " ".join(sass.moe_problems(crowded, machine, costs, CARDS))
+    spilled = sass.moe_problems(config, replace(machine, local=8), costs, CARDS)
+    assert "local memory" in " ".join(spilled)
+    other = next(c for c in MOE_CONFIGS if c.family == "prefill")
+    with pytest.raises(RuntimeError, match="no loop with 16 MMAs and 4 loads"):
+        sass.moe_loop_costs(other, machine)
 
 
 def test_the_bounds_are_not_empty_words() -> None:

@@ -11,6 +11,7 @@ from vllm_nvfp4.checkpoints import detect, read_config
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
 from vllm_nvfp4.testing.checkpoints import (
     dequantized_state_dict,
     edit_json,
@@ -21,6 +22,7 @@ from vllm_nvfp4.testing.checkpoints import (
     split_into_shards,
 )
 from vllm_nvfp4.testing.tiny_models import write_model
+from vllm_nvfp4.weights import quantize_online
 
 MODELOPT = "modelopt/nvfp4-kv8-llama"
 COMPRESSED = "compressed_tensors/nvfp4a16-llama"
@@ -338,3 +340,41 @@ def test_a_dialect_at_hand_is_settled(tmp_path, name, block):
     assert dialect.layer_spec(UP).scale_block == 32  # the tool's own recipe
     validate(folder, config, quant_config, dialect=dialect)
     assert dialect.layer_spec(UP).scale_block == block
+
+
+def test_an_error_is_one_short_line_whatever_the_file_holds():
+    error = CheckpointError("f", "a\nb\x1b[31m\ud800", "x" * 10**6, 1, "Do.")
+    assert error.what == "a\\nb\\x1b[31m\\ud800"
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+
+
+def test_no_layers(tmp_path):
+    folder = extract_fixture(MODELOPT, tmp_path)
+    edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=0))
+    refused(folder, "num_hidden_layers: found 0; needed 1 or more")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("modelopt/awq-llama", "model.layers.0.self_attn.o_proj.pre_quant_scale"),
+        (FP_QUANT, f"{UP}.forward_hadamard_matrix"),
+    ],
+)
+def test_what_activations_are_multiplied_by_is_finite(damaged, name, tensor, bad):
+    def edit(tensors):
+        tensors[tensor].view(-1)[3] = bad
+
+    with pytest.raises(CheckpointError, match=f"{tensor}: found 1 bad of .*finite values"):
+        dequantized_state_dict(damaged(name, edit))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda f: f.name)
+def test_a_16_bit_weight_that_is_not_finite_is_not_quantised(fmt, bad):
+    weight = torch.ones(4, 64, dtype=torch.bfloat16)
+    weight[2, 5] = bad
+    with pytest.raises(CheckpointError, match=r"a\.b\.weight: found 1 bad of 256.*at \[2, 5\]"):
+        quantize_online(weight, [2, 2], fmt, "rtn", torch.ones(2), layer="a.b")

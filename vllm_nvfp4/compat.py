@@ -64,6 +64,16 @@ def maximum_over_expert_ranks(amax: Any, num_ranks: int) -> None:
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
 
 
+def batch_invariant_module() -> Any:
+    """Where vLLM puts reductions of its own in torch's place (it moved in 0.29)."""
+    for package in ("determinism", "layers"):
+        try:
+            return importlib.import_module(f"vllm.model_executor.{package}.batch_invariant")
+        except ModuleNotFoundError:
+            continue
+    return None
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -104,6 +114,12 @@ def device_capability() -> tuple[int, int] | None:
     return None if capability is None else (capability.major, capability.minor)
 
 
+def device_arch() -> int | None:
+    """Compute capability times ten; None on a CPU."""
+    capability = device_capability()
+    return None if capability is None else capability[0] * 10 + capability[1]
+
+
 def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
     """Why the device's attention backends cannot hold an FP8 KV cache, or None if they can.
 
@@ -122,3 +138,55 @@ def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
     if head_size is None or head_size % 32:
         return f"vLLM's CPU backend needs a head size that is a multiple of 32, found {head_size}"
     return None
+
+
+@functools.cache
+def fp8_kv_write_truncates() -> bool:
+    """Whether vLLM's CPU backend cuts K and V off to E4M3 where it should round, as 0.32 does.
+
+    It is asked: 1.12 lies between 1 and 1.125, nearer to the latter.
+    """
+    import torch
+    from vllm import _custom_ops
+
+    block, head_size = 128, 64
+    token = torch.full((1, 1, head_size), 1.12, dtype=torch.bfloat16)
+    cache = torch.zeros(1, 1, 2 * block, head_size, dtype=torch.uint8)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    slots = torch.zeros(1, dtype=torch.int64)
+    _custom_ops.cpu_attn_reshape_and_cache(
+        token, token, key_cache, value_cache, slots, "vec", kv_cache_dtype="fp8"
+    )
+    return cache.view(torch.float8_e4m3fn).float().amax().item() == 1.0
+
+
+def inductor_pass_class() -> Any:
+    """The base class of passes over a graph that vLLM compiles."""
+    from vllm.compilation.passes.inductor_pass import InductorPass
+
+    return InductorPass
+
+
+def post_grad_pass_key() -> str:
+    """The key of ``inductor_compile_config`` under which vLLM takes one pass of a plugin."""
+    from vllm.platforms import current_platform
+
+    return current_platform.pass_key
+
+
+def least_compiled_size() -> int:
+    """The fewest tokens of a batch that the graph being compiled is for; 1 for one graph for all.
+
+    On the CPU vLLM compiles without ranges, and then there is no context.
+    """
+    from vllm.compilation.passes import inductor_pass
+
+    context = inductor_pass._pass_context
+    return 1 if context is None else context.compile_range.start
+
+
+def add_compile_range_end(compilation_config: Any, tokens: int) -> None:
+    """Have graphs compiled apart for up to this many tokens and for more, if batches can be so."""
+    ends = compilation_config.compile_ranges_endpoints
+    if ends and tokens < max(ends):
+        compilation_config.compile_ranges_endpoints = sorted({*ends, tokens})

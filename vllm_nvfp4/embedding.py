@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_nvfp4 import compat
-from vllm_nvfp4.checkpoints.convert import check_blocks
+from vllm_nvfp4.checkpoints.convert import check_blocks, check_dense
 from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
 from vllm_nvfp4.linear import linear_method
@@ -104,11 +104,15 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         del layer.weight
         if self.fmt == NVFP4.name:
             method = self.config.options.online_method
-            attach_weight(layer, quantize_online(weight.data, [len(weight)], NVFP4, method))
+            quantized = quantize_online(
+                weight.data, [len(weight)], NVFP4, method, layer=self.prefix
+            )
+            attach_weight(layer, quantized)
             prepare_kernels(layer, self.config.options.activation)
         else:
-            quantized, scale = quantize_fp8_per_row(weight.data)
-            attach_fp8_weight(layer, quantized, scale.squeeze(-1))
+            check_dense(weight.data, f"{self.prefix}.weight")
+            codes, scale = quantize_fp8_per_row(weight.data)
+            attach_fp8_weight(layer, codes, scale.squeeze(-1))
         logger.info_once(
             "nvfp4: %s: 16-bit %s, quantised to %s while loading",
             self.prefix,
@@ -120,7 +124,7 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         source = getattr(layer, "nvfp4_tied_to", [layer])[0]
         if self.fmt == NVFP4.name:
             return apply_weight(source, x, bias, self.config.options.activation)
-        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias)
+        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias, 16)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         dtype = layer.nvfp4_dtype

@@ -98,8 +98,9 @@ _GPUS: tuple[Gpu, ...] = (
 )
 # fmt: on
 
-# GiB that CUDA reports, from "total capacity" in PyTorch's out-of-memory messages on Linux, the
-# least of those seen; for L4 and L40S with ECC on, for RTX 6000 Ada with ECC off.
+# GiB that CUDA reports on Linux, L4 and L40S with ECC on, RTX 6000 Ada with ECC off. Traced to a
+# report: RTX 4090 (github.com/ali-vilab/VGen/issues/104), B200 (github.com/pytorch/ao/pull/4002).
+# The others are what such reports are known to say, not traced and not checked on a card.
 _CUDA_GIB = {
     "GeForce RTX 3090": 23.69,
     "GeForce RTX 4060 Ti": 15.57,
@@ -139,8 +140,9 @@ class Price:
 
 
 PRICE_DATE = "2026-03"
+# Launch prices: traced for RTX 4090 and 4080 (tomshardware.com's RTX 40 overview), not for others.
 PRICE_SOURCE = (
-    "rent: lowest hourly price on RunPod, March 2026, as listed on "
+    "rent: RunPod, March 2026, the lower of the two hourly prices (labelled spot) on "
     "deploybase.ai/articles/runpod-gpu-pricing; buy: NVIDIA's launch prices"
 )
 PRICES = {

@@ -20,9 +20,11 @@ import torch
 
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.numerics.codes import pack_codes, unpack_codes
+from vllm_nvfp4.numerics.formats import E8M0_BIAS
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ROWS = 16
+_LARGEST_E8M0 = 252
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 _NIBBLE_OF_COLUMN = tuple(COLUMN_OF_NIBBLE.index(column) for column in range(8))
 
@@ -30,8 +32,9 @@ _NIBBLE_OF_COLUMN = tuple(COLUMN_OF_NIBBLE.index(column) for column in range(8))
 def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
     """Bring a weight [N, K] into kernel order.
 
-    Raises ValueError where the shapes do not fit each other or a block scale is NaN: the kernels'
-    decoding has no NaN.
+    Raises ValueError where the shapes do not fit each other, where a block scale is NaN (the
+    kernels' decoding has none), and for an E8M0 scale of 2^126 or more: six times that is beyond
+    float32, and infinity times an activation of zero would be NaN.
     """
     _check(weight)
     n, k = weight.num_rows, weight.num_cols
@@ -89,6 +92,15 @@ def _check(weight: BlockScaledWeight) -> None:
         )
     bits = weight.block_scale.view(torch.uint8)
     is_nan = (bits & 0x7F) == 0x7F if weight.fmt.scale_type == "e4m3" else bits == 0xFF
+    is_huge = bits > (_LARGEST_E8M0 if weight.fmt.scale_type == "e8m0" else 0xFF)
+    if is_huge.any() and not is_nan.any():
+        row, block_idx = is_huge.nonzero()[0].tolist()
+        raise ValueError(
+            f"{weight.fmt.name}: the block scale at row {row}, block {block_idx} is "
+            f"2^{int(bits[row, block_idx]) - E8M0_BIAS}; weights beyond float32 need a scale of "
+            f"2^{_LARGEST_E8M0 - E8M0_BIAS} at most. The checkpoint is damaged, fetch or quantise "
+            "it again"
+        )
     if is_nan.any():
         row, block_idx = is_nan.nonzero()[0].tolist()
         raise ValueError(

@@ -100,7 +100,8 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
         if (hadamard := tensors.get(Role.HADAMARD)) is not None:
             layer.hadamard = frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
         prepare_kernels(layer, self.config.options.activation)
-        log_path(self.spec, layer.weight_packed.device, self.config.options.activation)
+        bits = ACTIVATION_BITS[self.config.options.activation]
+        log_path(self.spec, layer.weight_packed.device, bits)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.spec.tensor(Role.PRE_SCALE) is not None:
@@ -122,10 +123,16 @@ class NvFp4Fp8LinearMethod(_CheckpointLinearMethod):
             return
         weight, row_scale = fp8_to_rows(self.spec, tensors, layer.logical_widths, self.prefix)
         attach_fp8_weight(layer, weight, row_scale)
-        log_path(self.spec, weight.device, self.config.options.activation)
+        wanted = ACTIVATION_BITS[self.config.options.activation]
+        if self.spec.activation_bits == 16:
+            wanted = 16
+        dtype = torch.get_default_dtype()
+        layer.nvfp4_activation_bits = ops.fp8_activation_bits(weight, dtype, wanted)
+        log_path(self.spec, weight.device, layer.nvfp4_activation_bits)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.ops.vllm_nvfp4.fp8_linear(x, layer.weight, layer.row_scale, bias)
+        bits = layer.nvfp4_activation_bits
+        return torch.ops.vllm_nvfp4.fp8_linear(x, layer.weight, layer.row_scale, bias, bits)
 
 
 @register_weight_loader_v2_supported_method
@@ -179,10 +186,11 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
             layer.logical_widths,
             cast(BlockFormat, self.spec.fmt),
             options.online_method,
+            layer=self.prefix,
         )
         attach_weight(layer, quantized)
         prepare_kernels(layer, options.activation)
-        log_path(self.spec, layer.weight_packed.device, options.activation)
+        log_path(self.spec, layer.weight_packed.device, ACTIVATION_BITS[options.activation])
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return apply_weight(layer, x, bias, self.config.options.activation)
@@ -191,12 +199,13 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
         return unpack_weight(layer).dequantize(torch.get_default_dtype())
 
 
-def log_path(spec: LayerSpec, device: torch.device, activation: str) -> None:
+def log_path(spec: LayerSpec, device: torch.device, activation_bits: int) -> None:
     """One line for each kind of layer: what was found and which path runs it."""
     found = spec.algo or spec.kind.value
     if spec.kind is LayerKind.ONLINE and spec.fmt:
         found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
-    path = ops.describe_path(device.type, spec.kind is LayerKind.FP8, ACTIVATION_BITS[activation])
+    is_fp8 = spec.kind is LayerKind.FP8
+    path = ops.describe_path(device.type, compat.device_arch(), is_fp8, activation_bits)
     logger.info_once("nvfp4: %s: %s", found, path)
 
 

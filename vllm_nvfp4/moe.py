@@ -32,6 +32,7 @@ from vllm_nvfp4.weights import (
     ACTIVATION_BITS,
     attach_experts,
     experts_of,
+    frozen,
     quantize_online,
 )
 
@@ -76,17 +77,19 @@ def experts_spec(config: NvFp4Config, layer: Any, prefix: str) -> LayerSpec:
 def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) -> NvFp4MoEMethod:
     """The method for experts stored, or to be quantised, as ``spec`` says.
 
-    Raises CheckpointError for what has no kernel: a GPU, experts in FP8 or with a rotation, biases,
-    an unknown activation.
+    Raises CheckpointError for what has no kernel: experts in FP8 or with a rotation, biases, LoRA
+    adapters, experts that move between ranks, an unknown activation.
     """
     moe = layer.moe_config
     obstacle = None
-    if compat.device_capability() is not None:
-        obstacle = "a GPU", "a CPU: there is no NVFP4 kernel for routed experts on CUDA yet"
-    elif spec.kind is LayerKind.FP8 or spec.hadamard_size:
+    if spec.kind is LayerKind.FP8 or spec.hadamard_size:
         obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
-    elif moe.has_bias:
-        obstacle = "experts with biases", "experts without"
+    elif moe.has_bias and spec.tensor(Role.BIAS) is None:
+        obstacle = "experts with biases", "experts without, or gpt-oss's own MXFP4 checkpoint"
+    elif getattr(moe, "is_lora_enabled", False):
+        obstacle = "--enable-lora", "serving without adapters: they have no kernel for experts"
+    elif moe.moe_parallel_config.enable_eplb:
+        obstacle = "--enable-eplb", "experts that stay on their rank, without --enable-eplb"
     if obstacle:
         raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
     if spec.kind is LayerKind.ONLINE:
@@ -143,15 +146,26 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         return tensors
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        declared = _activation_of(layer, self.moe.activation.value)
         for stem in ("w13", "w2"):
             if tensors := self.take_tensors(layer, stem):
+                bias = tensors.pop(Role.BIAS, None)
                 num_experts = max(len(tensor) for tensor in tensors.values())
-                attach_experts(layer, stem, num_experts, self.weights(layer, stem, tensors))
-        self.activation = _activation_of(layer, self.activation.name)
+                weights = self.weights(layer, stem, tensors)
+                if stem == "w13" and declared.is_interleaved:
+                    weights = map(uninterleave, weights)
+                    bias = None if bias is None else torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+                if bias is not None:
+                    setattr(layer, f"{stem}_bias", frozen(bias))
+                attach_experts(layer, stem, num_experts, weights)
+        self.activation = declared.uninterleaved()
+        device = layer.w13_weight_packed.device
+        ops.check_activation(device, self.config.options.activation)
         bits = ACTIVATION_BITS[self.config.options.activation]
-        ops.warm_up(layer.w13_weight_packed.device, layer.nvfp4_format, bits)
+        ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
-        logger.info_once("nvfp4: %s experts: CPU kernel, one expert after another", found)
+        kernel = ops.describe_experts_path(device.type, bits)
+        logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
     def weights(
         self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
@@ -201,6 +215,8 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             [act.limit, act.alpha, act.beta],
             layer.apply_router_weight_on_input,
             ACTIVATION_BITS[self.config.options.activation],
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
         )
 
 
@@ -239,7 +255,14 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
         if self.moe.tp_size > 1:
             compat.maximum_over_expert_ranks(amax, self.moe.tp_size)
         for e, weight in enumerate(weights):
-            yield quantize_online(weight, rows, fmt, method, amax[e])
+            name = f"{self.prefix}.{stem} (expert {e} of this rank)"
+            yield quantize_online(weight, rows, fmt, method, amax[e], name)
+
+
+def uninterleave(w13: BlockScaledWeight) -> BlockScaledWeight:
+    """Gate rows before up rows, of a weight in which they take turns."""
+    rows = torch.arange(w13.num_rows, device=w13.codes.device)
+    return w13.rows(torch.cat([rows[::2], rows[1::2]]))
 
 
 def _gate_and_up(names: list[str]) -> str:

@@ -19,6 +19,15 @@ METHOD_NAME = "nvfp4"
 ENV_PREFIX = "VLLM_NVFP4_"
 
 
+def is_batch_invariant() -> bool:
+    """Whether vLLM was asked for results that do not depend on what else is in the batch.
+
+    vLLM's own variable, read as vLLM reads it. A product then sums in one order for any number of
+    tokens: one kernel for each weight, none of those that only many tokens pay for.
+    """
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0").strip() not in ("", "0")
+
+
 def _option(default: Any, choices: tuple[Any, ...] | None, meaning: str) -> Any:
     metadata = {"choices": choices, "meaning": meaning}
     if isinstance(default, tuple):
@@ -35,7 +44,8 @@ class Options:
         ("auto", "16", "8"),
         "Activation bits of the NVFP4/MXFP4 products. `16`: weights are widened to BF16/FP16 "
         "(exact). `8`: activations are rounded to FP8 with one scale per token and run on the FP8 "
-        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says.",
+        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says. FP8 layers "
+        "of a mixed checkpoint follow it on a GPU if they were made for 8-bit activations.",
     )
     a8_partials: str = _option(
         "f32",

@@ -151,6 +151,8 @@ def make_expert_parameter(
             data.view(torch.uint8).fill_(255)  # NaN in E4M3 and E8M0: unloaded scales show
     elif tensor.role in (Role.GLOBAL_SCALE, Role.GLOBAL_DIVISOR):
         data = torch.full((cut.num_experts, shards), torch.nan, dtype=torch.float32)
+    elif tensor.role is Role.BIAS:
+        data = torch.full((cut.num_experts, shards * n), torch.nan, dtype=params_dtype)
     else:
         data = torch.empty(0)
     parameter: Any = torch.nn.Parameter(data, requires_grad=False)
@@ -168,10 +170,14 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
         param: Any,
         loaded_weight: torch.Tensor,
         weight_name: str,
-        shard_id: str,
-        expert_id: int,
+        shard_id: str | None,
+        expert_id: int | None,
         return_success: bool = False,
     ) -> bool | None:
+        if shard_id is None or expert_id is None:
+            # gpt-oss: vLLM's model cuts this rank's part out of the stack of all experts.
+            _store_stack(param, loaded_weight, f"{prefix}.{tensor.name}")
+            return True if return_success else None
         slot = find_layer()._map_global_expert_id_to_local_expert_id(expert_id)
         is_here = slot != -1
         if is_here and tensor.role is Role.PRE_SCALE:
@@ -188,6 +194,18 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
         return is_here if return_success else None
 
     return load_expert
+
+
+def _store_stack(param: Any, loaded: torch.Tensor, name: str) -> None:
+    if loaded.shape != param.shape:
+        raise CheckpointError(
+            "checkpoint",
+            name,
+            f"{list(loaded.shape)} for this rank",
+            f"{list(param.shape)}: every rank holds as many blocks of 32",
+            "Choose a --tensor-parallel-size that divides the blocks of the intermediate size.",
+        )
+    param.data.copy_(loaded)
 
 
 def _store_expert(

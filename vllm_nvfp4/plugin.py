@@ -7,6 +7,7 @@ import contextvars
 import functools
 from typing import Any, Literal, get_args
 
+from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -24,8 +25,6 @@ def register() -> None:
     from vllm.logger import init_logger
     from vllm.model_executor.layers import quantization
 
-    from vllm_nvfp4 import compat
-
     logger = init_logger(f"vllm.{__name__}")
     if warning := compat.version_warning():
         logger.warning("nvfp4: %s; please report what breaks", warning)
@@ -35,6 +34,7 @@ def register() -> None:
     quantization.register_quantization_config(METHOD_NAME)(_lazy_config_class())
     _patch_engine_args()
     _patch_legacy_modelopt()
+    _patch_batch_invariance()
     _registered = True
 
 
@@ -107,6 +107,8 @@ def _patch_engine_args() -> None:
     from pydantic import ValidationError
     from vllm.engine import arg_utils
 
+    from vllm_nvfp4 import fusion
+
     engine_args: Any = arg_utils.EngineArgs
     create_engine_config = engine_args.create_engine_config
     create_model_config = engine_args.create_model_config
@@ -120,8 +122,9 @@ def _patch_engine_args() -> None:
         except ValidationError as error:
             raise _checkpoint_error(error) or error from None
         if getattr(config.model_config, "quantization", None) == METHOD_NAME:
-            options = Options.resolve(config.additional_config).non_default()
-            config.additional_config[METHOD_NAME] = options
+            options = Options.resolve(config.additional_config)
+            config.additional_config[METHOD_NAME] = options.non_default()
+            fusion.install(config, options)
         return config
 
     @functools.wraps(create_model_config)
@@ -164,6 +167,20 @@ def _patch_legacy_modelopt() -> None:
         return normalize(self, config)
 
     convertor._normalize_quantization_config = normalize_legacy
+
+
+def _patch_batch_invariance() -> None:
+    """Let ``VLLM_BATCH_INVARIANT=1`` run on a CPU.
+
+    There vLLM registers its Triton reductions for CPU tensors, and the first mean ends with a
+    TypeError: Triton has no CPU backend. torch's own take each row by itself on a CPU, and so do
+    the products of this plugin and vLLM's attention (tests/test_batch_invariance.py).
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or (module := compat.batch_invariant_module()) is None:
+        return
+    module.enable_batch_invariant_mode = lambda: None
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

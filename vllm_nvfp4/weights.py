@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
@@ -25,14 +26,18 @@ def quantize_online(
     fmt: BlockFormat,
     method: str,
     amax: torch.Tensor | None = None,
+    layer: str = "layer",
 ) -> BlockScaledWeight:
     """Quantise [N, K]; each shard of a fused layer gets a global scale of its own.
 
     Under tensor parallelism the global scale is that of the whole weight, the maximum over the
     ranks, so that the result does not depend on how the weight is cut.
 
-    amax: largest magnitude of each shard over the ranks, float32; None to find it here
+    amax:  largest magnitude of each shard over the ranks, float32; None to find it here
+    layer: name for messages
+    Raises CheckpointError for a weight that holds a NaN or an infinity.
     """
+    check_dense(weight, f"{layer}.weight")
     if fmt == MXFP4:
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
@@ -64,6 +69,7 @@ def attach_weight(layer: Any, weight: BlockScaledWeight) -> None:
     The parameter is called ``weight_packed`` because vLLM's LoRA finds a layer's device by it.
     """
     packed = ops.backend(weight.codes.device.type).pack_weight(weight)
+    layer.nvfp4_weight = None  # of parameters that are replaced now
     layer.weight_packed = frozen(packed.codes)
     layer.weight_block_scale = frozen(packed.block_scale)
     layer.weight_global_scale = frozen(packed.global_scale)
@@ -118,6 +124,9 @@ def apply_weight(
     layer: Any, x: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """y = x W^T + bias with the weight that :func:`attach_weight` registered."""
+    bits = ACTIVATION_BITS[activation]
+    if not torch.compiler.is_compiling():
+        return ops.multiply(x, packed_weight(layer), bias, bits)
     return torch.ops.vllm_nvfp4.linear(
         x,
         layer.weight_packed,
@@ -126,21 +135,33 @@ def apply_weight(
         bias,
         *layer.nvfp4_shape,
         layer.nvfp4_format,
-        ACTIVATION_BITS[activation],
+        bits,
     )
+
+
+def packed_weight(layer: Any) -> PackedWeight:
+    """What :func:`attach_weight` registered, as one; made again after the layer's parameters were
+    replaced."""
+    tensors = layer._parameters
+    codes, block_scale = tensors["weight_packed"], tensors["weight_block_scale"]
+    global_scale = tensors["weight_global_scale"]
+    found: PackedWeight | None = layer.__dict__.get("nvfp4_weight")
+    if (
+        found is None
+        or found.codes is not codes
+        or found.block_scale is not block_scale
+        or found.global_scale is not global_scale
+    ):
+        num_rows, num_cols = layer.nvfp4_shape
+        fmt = FORMATS[layer.nvfp4_format]
+        found = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, fmt)
+        layer.nvfp4_weight = found
+    return found
 
 
 def unpack_weight(layer: Any) -> BlockScaledWeight:
     """The inverse of :func:`attach_weight`."""
-    num_rows, num_cols = layer.nvfp4_shape
-    packed = PackedWeight(
-        layer.weight_packed.data,
-        layer.weight_block_scale.data,
-        layer.weight_global_scale.data,
-        num_rows,
-        num_cols,
-        FORMATS[layer.nvfp4_format],
-    )
+    packed = packed_weight(layer)
     return ops.backend(packed.codes.device.type).unpack_weight(packed)
 
 

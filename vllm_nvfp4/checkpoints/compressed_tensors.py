@@ -12,11 +12,17 @@ compressed-tensors 0.19, quantization/quant_config.py and utils/match.py, and vL
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_nvfp4.checkpoints.fields import (
+    Patterns,
+    as_count,
+    as_table,
+    as_text,
+    as_texts,
+)
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -72,12 +78,16 @@ class CompressedTensorsDialect:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         _refuse_online_transforms(config.get("transform_config"))
-        if (config.get("sparsity_config") or {}).get("targets"):
+        if as_table(config.get("sparsity_config"), WHERE, "sparsity_config").get("targets"):
             raise CheckpointError(
                 WHERE, "sparsity_config", "targets", "none", "Use a checkpoint without sparsity."
             )
-        self._ignore = [str(entry) for entry in config.get("ignore") or []]
+        self._ignore = as_texts(config.get("ignore"), WHERE, "ignore")
         self._targets = _parse_groups(config)
+        self._patterns = Patterns(WHERE)
+        for entry in (*self._ignore, *(t.pattern for t in self._targets)):
+            if entry.startswith("re:"):
+                self._patterns.add(entry[3:])
         self.kv_cache = _kv_cache(config.get("kv_cache_scheme"))
 
     def has_microscaled_layers(self) -> bool:
@@ -87,15 +97,25 @@ class CompressedTensorsDialect:
         if self.excludes(name):
             return UNQUANTIZED
         for target in self._targets:
-            if _matches_name(name, target.pattern):
+            if self._matches_name(name, target.pattern):
                 return target.spec
         for target in self._targets:
-            if _matches_class(target.pattern):
+            if self._matches_class(target.pattern):
                 return target.spec
         return UNQUANTIZED
 
     def excludes(self, name: str) -> bool:
-        return any(_matches_name(name, entry) for entry in self._ignore)
+        return any(self._matches_name(name, entry) for entry in self._ignore)
+
+    def _matches_name(self, name: str, pattern: str) -> bool:
+        if pattern.startswith("re:"):
+            return self._patterns.matches(pattern[3:], name)
+        return name == pattern
+
+    def _matches_class(self, pattern: str) -> bool:
+        if pattern.startswith("re:"):
+            return self._patterns.matches(pattern[3:], _LINEAR_CLASS)
+        return pattern.lower() in _LINEAR_CLASS.lower()
 
     def named_layers(self) -> tuple[str, ...]:
         return tuple(t.pattern for t in self._targets if _is_layer_path(t.pattern))
@@ -118,18 +138,6 @@ def _is_layer_path(entry: str) -> bool:
     return "." in entry and not entry.startswith("re:")
 
 
-def _matches_name(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return name == pattern
-
-
-def _matches_class(pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], _LINEAR_CLASS) is not None
-    return pattern.lower() in _LINEAR_CLASS.lower()
-
-
 def _parse_groups(config: Mapping[str, Any]) -> list[_Target]:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -138,17 +146,20 @@ def _parse_groups(config: Mapping[str, Any]) -> list[_Target]:
         )
     # A target that two groups name belongs to the later one, in the earlier one's place.
     table: dict[str, LayerSpec] = {}
-    for group_name, group in groups.items():
-        targets = [str(t) for t in group.get("targets") or []]
+    for group_name, value in groups.items():
+        key = f"config_groups.{group_name}"
+        group = as_table(value, WHERE, key)
+        targets = as_texts(group.get("targets"), WHERE, f"{key}.targets")
         if len(targets) == 1 and targets[0].endswith("Attention"):
             continue  # quantised attention: only its KV cache scales matter, and those are tensors
-        spec = _group_spec(group, f"config_groups.{group_name}", config.get("format"))
+        spec = _group_spec(group, key, config.get("format"))
         table.update(dict.fromkeys(targets, spec))
     return [_Target(pattern, spec) for pattern, spec in table.items()]
 
 
 def _group_spec(group: Mapping[str, Any], key: str, top_format: object) -> LayerSpec:
-    weights, inputs = group.get("weights"), group.get("input_activations")
+    weights = as_table(group.get("weights"), WHERE, f"{key}.weights")
+    inputs = as_table(group.get("input_activations"), WHERE, f"{key}.input_activations")
     if not weights:
         return UNQUANTIZED
     layout = group.get("format") or top_format
@@ -156,7 +167,8 @@ def _group_spec(group: Mapping[str, Any], key: str, top_format: object) -> Layer
         raise CheckpointError(
             WHERE, f"{key}.output_activations", "set", "null", "Quantise without it."
         )
-    bits = 16 if not inputs else int(inputs.get("num_bits", 16))
+    layout = as_text(layout, WHERE, f"{key}.format") or None
+    bits = as_count(inputs.get("num_bits", 16), WHERE, f"{key}.input_activations.num_bits") or 0
     if inputs and inputs.get("type") == "int":
         bits = 0
     spec = _scheme_spec(weights, bits, layout)
@@ -216,12 +228,21 @@ def _refuse_online_transforms(config: object) -> None:
     computed while the model runs."""
     if not isinstance(config, Mapping):
         return
-    for group_name, group in (config.get("config_groups") or {}).items():
-        for entry in group.get("apply") or []:
-            if entry.get("location") not in ("weight_input", "weight_output"):
+    groups = as_table(config.get("config_groups"), WHERE, "transform_config.config_groups")
+    for group_name, value in groups.items():
+        key = f"transform_config.config_groups.{group_name}"
+        group = as_table(value, WHERE, key)
+        entries = group.get("apply") or []
+        if not isinstance(entries, list):
+            entries = [entries]
+        for entry in entries:
+            if as_table(entry, WHERE, f"{key}.apply").get("location") not in (
+                "weight_input",
+                "weight_output",
+            ):
                 raise CheckpointError(
                     WHERE,
-                    f"transform_config.config_groups.{group_name}",
+                    key,
                     f"a {group.get('type')} transform at {entry.get('location')!r}",
                     "none, or only at weight_input and weight_output",
                     "Quantise the model again without online transforms (for SpinQuant: only R1 "

@@ -34,8 +34,10 @@ def to_weight(
     layer:      name for messages
 
     Each row keeps its own shard's multiplier. A divisor's reciprocal is formed once, in float64.
-    Raises CheckpointError for a wrong shape, for a NaN, infinite or negative block scale, and for
-    a global scale that is not positive and finite. A zero block scale is a legal all-zero block.
+    Raises CheckpointError for a wrong shape, for a NaN, infinite or negative block scale, for a
+    global scale that is not positive and finite, and for a NaN or an infinity among what
+    activations are multiplied by (PRE_SCALE, HADAMARD). A zero block scale is a legal all-zero
+    block.
     """
     if spec.fmt is None:
         raise ValueError(f"{layer}: to_weight needs a microscaled layer, got {spec.kind}")
@@ -48,6 +50,10 @@ def to_weight(
             layer, _name(spec, Role.BLOCK_SCALE), list(block_scale.shape), list(needed), _REBUILD
         )
     check_block_scale(block_scale, spec.fmt, f"{layer}.{_name(spec, Role.BLOCK_SCALE)}")
+    for role in (Role.PRE_SCALE, Role.HADAMARD):
+        if (values := tensors.get(role)) is not None:
+            name = f"{layer}.{_name(spec, role)}"
+            _refuse(~values.isfinite(), values, name, "finite values")
     block_scale = block_scale.view(torch.uint8)
     if spec.fmt.scale_type == "e4m3":
         block_scale = torch.where(block_scale == 0x80, 0, block_scale)  # kernels take no sign
@@ -126,6 +132,12 @@ def check_block_scale(block_scale: torch.Tensor, fmt: BlockFormat, name: str) ->
         _refuse(is_bad, block_scale, name, "block scales that are finite and not negative")
     else:
         _refuse(bits == 0xFF, block_scale, name, "E8M0 block scales below 255 (NaN)")
+
+
+def check_dense(weight: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError for a NaN or an infinity in a 16- or 32-bit weight."""
+    if weight.numel() and not all(bool(end.isfinite()) for end in weight.aminmax()):
+        _refuse(~weight.isfinite(), weight, name, "finite weights")
 
 
 def _row_multiplier(

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.compressed_tensors import CompressedTensorsDialect
+from vllm_nvfp4.checkpoints.fields import as_table, as_text
+from vllm_nvfp4.checkpoints.files import file_in_folder, read_table
 from vllm_nvfp4.checkpoints.fp_quant import FpQuantDialect
 from vllm_nvfp4.checkpoints.modelopt import ModelOptDialect
-from vllm_nvfp4.checkpoints.mxfp4 import refuse_experts_only
+from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect
 from vllm_nvfp4.checkpoints.online import OnlineDialect
 from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
-SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant")
+WHERE = "config.json (quantization_config)"
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4")
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
 _OTHER_FP4 = {
@@ -35,6 +37,7 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
     """
     if quant_config is None:
         return OnlineDialect()
+    quant_config = as_table(quant_config, "config.json", "quantization_config")
     method = method_name(quant_config)
     if method.startswith("modelopt"):
         return ModelOptDialect(quant_config)
@@ -43,9 +46,9 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
     if method == "fp_quant":
         return FpQuantDialect(quant_config)
     if method in ("mxfp4", "gpt_oss_mxfp4"):
-        refuse_experts_only(quant_config)
+        return Mxfp4Dialect(quant_config)
     raise CheckpointError(
-        "config.json (quantization_config)",
+        WHERE,
         "quant_method",
         repr(method) if method else "none",
         "one of " + ", ".join(SUPPORTED_METHODS) + ", or no quantization_config at all",
@@ -55,7 +58,8 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
 
 def method_name(quant_config: Mapping[str, Any]) -> str:
     """The normalised ``quant_method``. A legacy hf_quant_config.json carries none: ModelOpt's."""
-    method = str(quant_config.get("quant_method") or "").lower().replace("_tensors", "-tensors")
+    method = as_text(quant_config.get("quant_method"), WHERE, "quant_method")
+    method = method.lower().replace("_tensors", "-tensors")
     if method:
         return method
     producer = quant_config.get("producer")
@@ -70,26 +74,27 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
     Looked for, in this order: ``quantization_config`` and ``compression_config`` of config.json,
     the same of its ``text_config``, and hf_quant_config.json. Raises CheckpointError for a missing
-    or unreadable file.
+    or unreadable file, and for one that a link places outside the folder.
     """
-    config = _read_json(folder / "config.json", "Name a folder that holds a Hugging Face model.")
-    for owner in (config, config.get("text_config") or {}):
+    config = _read_json(folder, "config.json", "Name a folder that holds a Hugging Face model.")
+    if config is None:
+        raise CheckpointError(
+            str(folder / "config.json"),
+            "file",
+            "nothing",
+            "a JSON object",
+            "Name a folder that holds a Hugging Face model.",
+        )
+    text_config = as_table(config.get("text_config"), "config.json", "text_config")
+    for owner in (config, text_config):
         for key in ("quantization_config", "compression_config"):
             if owner.get(key):
-                return config, owner[key]
-    legacy = folder / "hf_quant_config.json"
-    if legacy.is_file():
-        return config, _read_json(legacy, "Restore the file from the checkpoint.")
-    return config, None
+                return config, dict(as_table(owner[key], "config.json", key))
+    return config, _read_json(
+        folder, "hf_quant_config.json", "Restore the file from the checkpoint."
+    )
 
 
-def _read_json(path: Path, todo: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(str(path), "file", "nothing", "a JSON object", todo)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(path), "contents", error, "a JSON object", todo) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(str(path), "contents", type(value).__name__, "a JSON object", todo)
-    return value
+def _read_json(folder: Path, name: str, todo: str) -> dict[str, Any] | None:
+    path = file_in_folder(folder, name, str(folder), todo)
+    return None if path is None else read_table(path, str(path), todo)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.inventory import LayerRecord
-from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind
 
 _COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICE_KEYS = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_top_k")
@@ -35,7 +36,7 @@ def check_experts(
 ) -> None:
     """Raise CheckpointError for an expert, or a part of one, that is missing or stored unlike the
     others of its layer; for more choices than experts; and for quantised experts that are stacked
-    in one tensor, which have no loader.
+    in one tensor, which have no loader but in gpt-oss's own format.
 
     records, modules: of the whole checkpoint; config: config.json's, of the language model
     """
@@ -49,7 +50,8 @@ def check_experts(
             f"at most {num_experts[0]} = {num_experts[1]}",
             "Correct config.json.",
         )
-    _refuse_stacked(modules)
+    records = tuple(records)
+    _refuse_stacked(modules, {r.name for r in records if r.spec.kind is LayerKind.MICROSCALED})
     layers: dict[str, dict[int, dict[str, LayerRecord]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if match := _NAME.fullmatch(record.name):
@@ -63,7 +65,7 @@ def check_experts(
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, int] | None:
     """The first of the keys that holds a positive number, with it."""
     values = ((key, config.get(key)) for key in keys)
-    return next(((k, v) for k, v in values if isinstance(v, int) and v > 0), None)
+    return next(((k, v) for k, v in values if type(v) is int and v > 0), None)
 
 
 def _check_numbers(
@@ -73,14 +75,17 @@ def _check_numbers(
 ) -> None:
     needed = num_experts[1] if num_experts else max(experts) + 1
     said = f", as {num_experts[0]} of config.json says" if num_experts else ""
-    wrong = sorted(set(range(needed)) ^ set(experts))
-    if wrong:
+    # Counted off lazily: a configuration or a name may claim any number of experts.
+    missing = (e for e in range(needed) if e not in experts)
+    beyond = (e for e in sorted(experts) if e >= needed)
+    wrong = next(chain(missing, beyond), None)
+    if wrong is not None:
         file = next(iter(next(iter(experts.values())).values())).files[0]
-        is_missing = wrong[0] < needed
+        is_missing = wrong < needed
         raise CheckpointError(
             file,
-            f"{layer}.{wrong[0]}",
-            "no such expert" if is_missing else f"expert {wrong[0]}",
+            f"{layer}.{wrong}",
+            "no such expert" if is_missing else f"expert {wrong}",
             f"experts 0 to {needed - 1}{said}",
             _RESTORE if is_missing else "Correct config.json, or quantise the model again.",
         )
@@ -132,8 +137,12 @@ def _stored(record: LayerRecord) -> str:
     return f"{record.format} ({record.spec.algo})" if record.spec.algo else record.format
 
 
-def _refuse_stacked(modules: Mapping[str, Mapping[str, TensorHeader]]) -> None:
+def _refuse_stacked(
+    modules: Mapping[str, Mapping[str, TensorHeader]], understood: set[str]
+) -> None:
     for name, tensors in modules.items():
+        if name in understood:
+            continue
         for leaf, header in tensors.items():
             if name.rpartition(".")[2] == "experts" and header.dtype in ("U8", "F8_E4M3"):
                 raise CheckpointError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_nvfp4.checkpoints.fields import as_text, as_texts
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -35,7 +36,7 @@ class FpQuantDialect:
     kv_cache = KvCacheSpec()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        fmt = FORMATS.get(str(config.get("forward_dtype")))
+        fmt = FORMATS.get(as_text(config.get("forward_dtype"), WHERE, "forward_dtype"))
         if fmt is None:
             raise CheckpointError(
                 WHERE,
@@ -54,11 +55,12 @@ class FpQuantDialect:
                     f"Quantise the model again with {key}=False.",
                 )
         size = config.get("hadamard_group_size", 32)
-        if not isinstance(size, int) or size < 1 or size & (size - 1):
+        if type(size) is not int or size < 1 or size & (size - 1):
             raise CheckpointError(
                 WHERE, "hadamard_group_size", repr(size), "a power of two", "Correct the file."
             )
-        self._ignore = [str(m) for m in config.get("modules_to_not_convert") or []]
+        key = "modules_to_not_convert"
+        self._ignore = as_texts(config.get(key), WHERE, key)
         self._spec = LayerSpec(
             LayerKind.MICROSCALED,
             fmt,

@@ -9,19 +9,25 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeGuard
 
+from vllm_nvfp4.checkpoints.files import (
+    MAX_JSON_BYTES,
+    file_in_folder,
+    parse_table,
+    read_table,
+)
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-# The limit of the safetensors library itself; a real header has about 150 bytes a tensor.
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_JSON_BYTES
+# Far beyond any model, and small enough that no product or message of theirs is a burden.
+_MAX_DIMS, _MAX_SIZE, _MAX_NAME = 16, 2**62, 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "Download the file again."
 
@@ -81,12 +87,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         raise CheckpointError(
             str(folder), "path", "no folder", "a folder with a model", "Check the path."
         )
-    index_path = folder / INDEX
-    index = _read_index(index_path) if index_path.exists() else None
+    index_path = file_in_folder(folder, INDEX, str(folder), _AGAIN)
+    index = _read_index(index_path) if index_path else None
     files = sorted(set(index.values())) if index else _find_files(folder)
     tensors: dict[str, TensorHeader] = {}
     for name in files:
-        for tensor, header in read_file_header(_safe_path(folder, name), name).items():
+        for tensor, header in read_file_header(_shard_path(folder, name), name).items():
             if tensor in tensors:
                 raise CheckpointError(
                     name,
@@ -119,17 +125,21 @@ def read_file_header(path: Path, label: str) -> dict[str, TensorHeader]:
                 _git_lfs_hint(path) or _AGAIN,
             )
         raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise CheckpointError(label, "header", f"{error}", "a JSON object", _AGAIN) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(label, "header", type(header).__name__, "a JSON object", _AGAIN)
-    header.pop("__metadata__", None)
+    if raw[:1] != b"{":  # the safetensors library takes no white space before it
+        raise CheckpointError(label, "header", repr(raw[:1]), "a JSON object", _AGAIN)
+    header = parse_table(raw, label, "header", _AGAIN, is_strict=True)
+    _check_metadata(label, header.pop("__metadata__", {}))
     data_start = 8 + length
     tensors = {name: _parse_entry(label, name, e, data_start, size) for name, e in header.items()}
     _check_layout(label, tensors, data_start, size)
     return tensors
+
+
+def _check_metadata(label: str, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            label, "__metadata__", type(metadata).__name__, "a table of strings", _AGAIN
+        )
 
 
 def _parse_entry(
@@ -138,10 +148,12 @@ def _parse_entry(
     def fail(found: object, needed: str) -> CheckpointError:
         return CheckpointError(label, name, found, needed, _AGAIN)
 
+    if not name or not name.isprintable() or len(name) > _MAX_NAME:
+        raise fail("such a name", f"a name of 1 to {_MAX_NAME} printable characters")
     if not isinstance(entry, dict):
         raise fail(repr(entry), "a table with dtype, shape and data_offsets")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail(f"dtype {dtype!r}", "one of " + ", ".join(DTYPE_BITS))
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
         raise fail(f"shape {shape}, data_offsets {offsets}", "lists of non-negative integers")
@@ -155,7 +167,11 @@ def _parse_entry(
 
 
 def _are_counts(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMS
+        and all(type(v) is int and 0 <= v <= _MAX_SIZE for v in values)
+    )
 
 
 def _check_layout(
@@ -176,17 +192,14 @@ def _check_layout(
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(
-            path.name, "contents", repr(error), "a JSON object with weight_map", _AGAIN
-        ) from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            path.name, "weight_map", repr(weight_map)[:60], "tensor -> file name", _AGAIN
-        )
-    return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    weight_map = read_table(path, path.name, _AGAIN, is_strict=True).get("weight_map")
+    if isinstance(weight_map, dict) and weight_map:
+        if all(isinstance(file, str) for file in weight_map.values()):
+            return weight_map
+        weight_map = "a table with other values"
+    raise CheckpointError(
+        path.name, "weight_map", repr(weight_map)[:60], "tensor -> file name", _AGAIN
+    )
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> None:
@@ -226,37 +239,15 @@ def _find_files(folder: Path) -> list[str]:
     )
 
 
-def _safe_path(folder: Path, name: str) -> Path:
-    """folder/name, if it stays in the folder.
-
-    A link may lead out of the folder in one case: from a snapshot of a Hugging Face cache into the
-    ``blobs`` folder of the same repository (models--x/snapshots/<commit>/f -> ../../blobs/<hash>),
-    which is how that cache stores every file.
-    """
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+def _shard_path(folder: Path, name: str) -> Path:
+    """The file that the index names, or that the folder holds. vLLM reads nothing below it."""
+    todo = "Let the download finish, or download this file again."
+    path = file_in_folder(folder, name, INDEX, todo)
+    if path is None:
+        raise CheckpointError(name, "file", "nothing", f"this shard, named in {INDEX}", todo)
+    if path.suffix != ".safetensors":
         raise CheckpointError(
-            INDEX, name, "a path that leaves the folder", "a file name", "Correct the index."
-        )
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(
-            name,
-            "file",
-            "a broken link" if path.is_symlink() else "nothing",
-            f"this shard, named in {INDEX}",
-            "Let the download finish, or download this file again.",
-        )
-    root, target = folder.resolve(), path.resolve()
-    blobs = root.parent.parent / "blobs"
-    in_cache = root.parent.name == "snapshots" and target.parent == blobs
-    if not (target.is_relative_to(root) or in_cache):
-        raise CheckpointError(
-            name,
-            "link",
-            f"a link to {target}",
-            "a file in the folder, or in the blobs folder of the same Hugging Face cache entry",
-            "Copy the file into the folder, or name the folder that holds it.",
+            INDEX, name, "no safetensors file", "names that end in .safetensors", _AGAIN
         )
     return path
 

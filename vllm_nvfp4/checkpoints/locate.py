@@ -19,9 +19,11 @@ def find_folder(model: str, revision: str = "main") -> Path:
         return path
     if path.exists():
         raise CheckpointError(model, "path", "a file", "the folder that holds it", "Name that.")
+    _refuse_way_out(revision, "revision")
     repository = hub_cache() / ("models--" + model.strip("/").replace("/", "--"))
     reference = repository / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
+    _refuse_way_out(commit, f"{reference}: commit")
     snapshot = repository / "snapshots" / commit
     if model.count("/") <= 1 and snapshot.is_dir():
         return snapshot
@@ -32,6 +34,18 @@ def find_folder(model: str, revision: str = "main") -> Path:
         "a folder with config.json and safetensors files",
         f"Check the path, or download the model first: hf download {model}",
     )
+
+
+def _refuse_way_out(name: str, what: str) -> None:
+    """Raise CheckpointError for a revision or commit that is a path out of the cache."""
+    if not name or ".." in name.split("/") or name.startswith("/") or not name.isprintable():
+        raise CheckpointError(
+            "Hugging Face cache",
+            what,
+            repr(name),
+            "a branch, a tag or a commit",
+            "Download the model again, or name its folder.",
+        )
 
 
 def hub_cache() -> Path:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from vllm_nvfp4.checkpoints.fields import as_texts
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -108,8 +109,8 @@ class ModelOptDialect:
         self.algo = _algo_name(body.get("quant_algo"), "quant_algo")
         if self.algo == "NVFP4" and _is_weight_only(config.get("config_groups")):
             self.algo = "W4A16_NVFP4"
-        self._excluded = _string_list(
-            body.get("exclude_modules", body.get("ignore")), "exclude_modules / ignore"
+        self._excluded = as_texts(
+            body.get("exclude_modules", body.get("ignore")), WHERE, "exclude_modules / ignore"
         )
         self._layers: dict[str, LayerSpec] = {}
         self._spec = UNQUANTIZED  # of a layer that _layers does not name
@@ -192,21 +193,13 @@ def _is_weight_only(groups: object) -> bool:
     )
 
 
-def _string_list(value: object, key: str) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return list(value)
-    raise CheckpointError(WHERE, key, repr(value), "a list of layer names", "Correct the file.")
-
-
 def _with_group_size(algo: str, value: Any, key: str) -> LayerSpec:
     """The algorithm's spec with a group size of the configuration, where it gives one."""
     spec = ALGOS[algo]
     if not value or spec.fmt is None:
         return spec
     block = spec.fmt.block_size
-    size = int(value) if str(value).isdigit() else 0
+    size = int(value) if str(value).isdecimal() else 0
     if size == block or (spec.fmt is NVFP4 and size > 0 and size % block == 0):
         return replace(spec, scale_block=size)
     needed = f"a multiple of {block}" if spec.fmt is NVFP4 else str(block)

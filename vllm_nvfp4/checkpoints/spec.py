@@ -28,6 +28,7 @@ class Role(Enum):
     UNUSED = "unused"  # stored by the tool and of no use here
     WEIGHT = "weight"  # [N, K], FP8 or unquantised
     WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
+    BIAS = "bias"  # [N], added; where a format stacks it with the experts' weights
     ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
 
 
@@ -131,12 +132,31 @@ class Dialect(Protocol):
 class CheckpointError(ValueError):
     """Something about a checkpoint that makes it unusable: one message, made to be read.
 
-    Format: ``<file>: <tensor or key>: found <found>; needed <needed>. <what to do>``
+    Format: ``<file>: <tensor or key>: found <found>; needed <needed>. <what to do>``, in one line
+    that a terminal or a log takes as it is, whatever the files hold.
     """
 
     def __init__(self, where: str, what: str, found: object, needed: object, todo: str) -> None:
+        where, what, found, needed, todo = (
+            _printable(part) for part in (where, what, found, needed, todo)
+        )
         self.where, self.what = where, what
         super().__init__(f"{where}: {what}: found {found}; needed {needed}. {todo}")
+
+
+_MAX_PART = 1000
+
+
+def _printable(part: object) -> str:
+    """The text with what moves a cursor or ends a line written as an escape, and cut if long."""
+    text = str(part)
+    if len(text) > _MAX_PART:
+        text = text[:_MAX_PART] + " ..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def shard_names(name: str, packed_modules: Mapping[str, Sequence[str]]) -> list[str]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.experts import check_experts
+from vllm_nvfp4.checkpoints.fields import as_table
 from vllm_nvfp4.checkpoints.headers import TensorHeader, read_headers
 from vllm_nvfp4.checkpoints.inventory import (
     EMBEDDING,
@@ -25,6 +27,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     part_of,
     record,
 )
+from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect, is_stacked, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -68,7 +71,7 @@ def validate(
     dialect = detect(quant_config) if dialect is None else dialect
     dialect.settle({name: header.shape for name, header in headers.items()})
     modules = group_by_module(headers)
-    text = config.get("text_config") or config
+    text = as_table(config.get("text_config"), "config.json", "text_config") or config
     _check_layer_numbers(modules, text.get("num_hidden_layers"), headers)
     _check_named_layers(dialect, modules)
     names = sorted(modules, key=_by_number)
@@ -99,6 +102,8 @@ def _check_module(
 ) -> LayerRecord:
     """Check one module's tensors; its record, with UNQUANTIZED as spec where it is stored so."""
     spec = dialect.layer_spec(name)
+    if dialect.name == Mxfp4Dialect.name and is_stacked(tensors):
+        return stacked_record(name, tensors, config)
     is_quantized = _is_quantized(tensors)
     if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8) and is_quantized:
         _check_tensors(name, tensors, spec)
@@ -295,8 +300,12 @@ def _check_layer_numbers(
     modules: Modules, num_layers: object, headers: Mapping[str, TensorHeader]
 ) -> None:
     """All of 0..num_hidden_layers-1 are in the files."""
-    if not isinstance(num_layers, int):
+    if type(num_layers) is not int:
         return
+    if num_layers < 1:
+        raise CheckpointError(
+            "config.json", "num_hidden_layers", num_layers, "1 or more", "Correct config.json."
+        )
     stacks: dict[str, set[int]] = defaultdict(set)
     for name in modules:
         match = re.search(r"(?:^|\.)(layers|h|blocks)\.(\d+)(?:\.|$)", name)
@@ -305,14 +314,16 @@ def _check_layer_numbers(
     if not stacks:
         return
     prefix, found = max(stacks.items(), key=lambda item: len(item[1]))
-    missing = sorted(set(range(num_layers)) - found)
-    if missing:
+    num_found = sum(number < num_layers for number in found)
+    if num_found < num_layers:
+        # Counted off lazily: a configuration may claim any number of layers.
+        missing = list(islice((n for n in range(num_layers) if n not in found), 9))
         files = sorted({h.file for h in headers.values()})
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise CheckpointError(
             files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}",
             f"{prefix}<n>",
-            f"{num_layers - len(missing)} of {num_layers} layers, without {shown}",
+            f"{num_found} of {num_layers} layers, without {shown}",
             f"layers 0 to {num_layers - 1}, as num_hidden_layers of config.json says",
             "Download the missing files, or correct config.json.",
         )
@@ -323,7 +334,7 @@ def _is_beside_the_model(name: str, config: Mapping[str, Any]) -> bool:
     layers numbered past the last one."""
     match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     num_layers = config.get("num_hidden_layers")
-    if match and isinstance(num_layers, int) and int(match.group(1)) >= num_layers:
+    if match and type(num_layers) is int and int(match.group(1)) >= num_layers:
         return True
     return "mtp" in name.split(".")
 
@@ -335,7 +346,7 @@ def _fold(name: str) -> str:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sort key under which layers.2 comes before layers.10."""
-    return [(int(p), "") if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]
+    return [(int(p), "") if p.isdecimal() else (0, p) for p in re.split(r"(\d+)", name)]
 
 
 def _canonical(name: str) -> str:

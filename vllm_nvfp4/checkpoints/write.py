@@ -1,278 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write an NVFP4 checkpoint in ModelOpt's dialect from a BF16 one, one layer in memory at a time.
+"""Write an NVFP4 checkpoint from a BF16 one, one layer in memory at a time.
 
-Per quantised layer P of shape [N, K]:
-    P.weight          uint8 [N, K/2], the low nibble holds even k
-    P.weight_scale    float8_e4m3fn [N, K/16]; multiplies
-    P.weight_scale_2  float32 []; multiplies, one value for all the shards of a fused layer
-Weights only: quant_algo is W4A16_NVFP4, which stores no input_scale. Source of the names and of
-config.json's quantization_config: NVIDIA ModelOpt's Hugging Face export.
+Each quantised layer is stored as :mod:`vllm_nvfp4.checkpoints.written` says. Weights only: nothing
+is said of the activations.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 
+from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
+from vllm_nvfp4.checkpoints.source import (
+    DEFAULT_IGNORE,
+    Source,
+    TensorInfo,
+    Unit,
+    by_layer,
+    matches,
+    whole,
+)
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.work import work_in
+from vllm_nvfp4.checkpoints.written import FORMATS, FP8, Fp8Format, StoredFormat, mixed_config
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 INDEX_NAME = "model.safetensors.index.json"
-# Layers that serving engines fuse: their shards share weight_scale_2.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_QUANTIZED = re.compile(r"(^|\.)layers\.\d+\..*(_proj|\.w[123])\.weight$")
-DEFAULT_IGNORE = ("lm_head", "*embed_tokens*", "*vision*", "*visual*", "*audio*")
 # Below torch's grain size: no step of a piece is worth a second thread to it.
 _PIECE_ELEMENTS = 32_768
-_16_BIT = ("BF16", "F16", "F32")
-# safetensors' name of each dtype, and its bits.
-_DTYPES = {
-    torch.uint8: ("U8", 8),
-    torch.float8_e4m3fn: ("F8_E4M3", 8),
-    torch.bfloat16: ("BF16", 16),
-    torch.float16: ("F16", 16),
-    torch.float32: ("F32", 32),
-    torch.float64: ("F64", 64),
-    torch.int32: ("I32", 32),
-    torch.int64: ("I64", 64),
-    torch.bool: ("BOOL", 8),
-}
-_BITS = dict(_DTYPES.values())
 # Rewritten here, or read by other tools only; every other file goes along as it is.
 _NOT_COPIED = ("*.safetensors", INDEX_NAME, "config.json", "*.bin", "*.pt", "*.pth", "*.gguf")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A stored tensor: safetensors dtype name and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        if self.dtype not in _BITS:
-            raise ValueError(f"safetensors dtype {self.dtype}; known are {', '.join(_BITS)}")
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
+# Headers, config and tokenizer beside the weights.
+_SPARE_BYTES = 64 << 20
 
 
 @dataclass
 class WriteReport:
-    """What became of the model: bytes of all weights and of the quantised layers, and names."""
+    """What became of the model: bytes of all weights and of the quantised layers, the number of
+    weights in these and of FP8 layers among them, and names; ``odd`` are the kept
+    linear layers whose K is not a multiple of 16."""
 
     bytes_before: int = 0
     bytes_after: int = 0
     layer_bytes_before: int = 0
     layer_bytes_after: int = 0
+    num_weights: int = 0
+    num_fp8: int = 0
     quantized: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
 
 
-class SafetensorsWriter:
-    """A safetensors file whose tensors are written one by one, in the order of ``entries``.
+class Quantizer(Protocol):
+    """How weights become codes. Called in the order of the units, and of the groups in them."""
 
-    The header holds every tensor's place and comes first; dtypes and shapes are known before the
-    values are, so that no more than one tensor has to be in memory.
-    """
+    def start(self, unit: Unit, quantized: set[str]) -> None:
+        """The unit's weights come next."""
 
-    def __init__(self, path: Path, entries: Mapping[str, TensorInfo]) -> None:
-        self.path = path
-        self._left = list(entries.items())
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, info in entries.items():
-            end = offset + info.num_bytes
-            header[name] = {
-                "dtype": info.dtype,
-                "shape": list(info.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data at a multiple of 8
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
+    def quantize(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        if kind is None and self._left:
-            raise ValueError(f"{self.path}: {len(self._left)} announced tensors were not written")
+        weights: Mapping[str, torch.Tensor],
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, BlockScaledWeight]:
+        """The shards of one fused layer (or one layer), by name, with one global scale that is
+        ``representable`` in the file: what is read back for one near its argument."""
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next tensor; it must be the one, and of the dtype and shape, announced."""
-        expected_name, info = self._left.pop(0) if self._left else ("nothing more", None)
-        dtype = _DTYPES[tensor.dtype][0] if tensor.dtype in _DTYPES else str(tensor.dtype)
-        found = TensorInfo(dtype, tuple(tensor.shape))
-        if name != expected_name or found != info:
-            raise ValueError(
-                f"{self.path}: got {name} {found}; the header says {expected_name} {info}"
-            )
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data)
+    def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """The unit is stored, now or by an earlier run; ``weights()`` dequantises what is there."""
 
 
-class _Source:
-    """The safetensors files of a folder as one collection of tensors."""
+class DataFree:
+    """Quantise by the weights alone. method: see quantize_nvfp4."""
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not (folder / "config.json").is_file() or not files:
-            raise CheckpointError(
-                str(folder),
-                "checkpoint",
-                f"{len(files)} .safetensors files, config.json "
-                f"{'present' if (folder / 'config.json').is_file() else 'missing'}",
-                "a Hugging Face folder with config.json and safetensors weights",
-                "Give a folder that from_pretrained can load.",
-            )
-        self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        for path in files:
-            with safe_open(path, "pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (not a mapping)
-                    part = reader.get_slice(name)
-                    self.tensors[name] = TensorInfo(part.get_dtype(), tuple(part.get_shape()))
-                    self._file_of[name] = path
+    def __init__(self, method: str = "mse") -> None:
+        self._method = method
 
-    def load(self, name: str, device: torch.device | str) -> torch.Tensor:
-        with safe_open(self._file_of[name], "pt") as reader:
-            return reader.get_tensor(name).to(device)
+    def start(self, unit: Unit, quantized: set[str]) -> None:
+        """Nothing to prepare."""
 
+    def quantize(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, BlockScaledWeight]:
+        largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
+        shared = representable(largest)
+        return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
-
-
-def _is_quantized(name: str, info: TensorInfo, ignore: Sequence[str]) -> bool:
-    layer = name.removesuffix(".weight")
-    return (
-        _QUANTIZED.search(name) is not None
-        and info.dtype in _16_BIT
-        and len(info.shape) == 2
-        and info.shape[1] % NVFP4.block_size == 0
-        and not _matches(layer, ignore)
-    )
-
-
-def _groups(names: Iterable[str], quantized: set[str]) -> list[list[str]]:
-    """Tensor names in order, each shard of a fused layer drawn to the first of its siblings."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        key = name
-        if name in quantized:
-            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-            fused = next((shards for shards in FUSED if leaf in shards), None)
-            key = f"{parent}.{'+'.join(fused)}" if fused else name
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
-
-
-def _planned(name: str, info: TensorInfo, quantized: set[str]) -> dict[str, TensorInfo]:
-    if name not in quantized:
-        return {name: info}
-    rows, cols = info.shape
-    return {
-        name: TensorInfo("U8", (rows, cols // 2)),
-        f"{name}_scale": TensorInfo("F8_E4M3", (rows, cols // NVFP4.block_size)),
-        f"{name}_scale_2": TensorInfo("F32", ()),
-    }
-
-
-def quantization_config(ignore: Sequence[str]) -> dict[str, Any]:
-    """config.json's entry for weights in NVFP4 and activations as they come."""
-    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4.block_size}
-    return {
-        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
-        "ignore": list(ignore),
-        "quant_algo": "W4A16_NVFP4",
-        "producer": {"name": "vllm-nvfp4"},
-        "quant_method": "modelopt",
-    }
-
-
-def write_nvfp4(
-    source: Path,
-    target: Path,
-    *,
-    method: str = "mse",
-    ignore: Sequence[str] = DEFAULT_IGNORE,
-    device: torch.device | str = "cpu",
-    progress: Callable[[str], None] | None = None,
-) -> WriteReport:
-    """Quantise the linear layers of the decoder blocks of ``source`` into a new folder ``target``.
-
-    source:   Hugging Face folder with 16- or 32-bit safetensors weights
-    target:   must not exist; it appears whole, or not at all
-    method:   see :func:`vllm_nvfp4.numerics.quantize.quantize_nvfp4`
-    ignore:   fnmatch patterns of layer names that stay as they are
-    progress: called with the name of each layer before it is quantised
-    Layers whose K is not a multiple of 16 stay as they are; ``WriteReport.kept`` names every
-    matrix that did, and so does the new checkpoint's ignore list.
-
-    Raises CheckpointError if ``source`` is not such a folder, is quantised already, or has no
-    layer to quantise; FileExistsError if ``target`` exists.
-    """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or choose another folder")
-    checkpoint = _Source(source)
-    config = json.loads((source / "config.json").read_text())
-    if "quantization_config" in config:
-        found = config["quantization_config"].get("quant_method", "a quantization_config")
-        raise CheckpointError(
-            str(source / "config.json"),
-            "quantization_config",
-            found,
-            "an unquantised checkpoint",
-            "Start from the model's BF16 weights.",
-        )
-    quantized = {n for n, i in checkpoint.tensors.items() if _is_quantized(n, i, ignore)}
-    if not quantized:
-        raise CheckpointError(
-            str(source),
-            "weights",
-            f"{len(checkpoint.tensors)} tensors, none to quantise",
-            "linear layers under `layers.<i>.` with K a multiple of 16, in 16 or 32 bits",
-            "Check the model and the ignore patterns.",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        folder = Path(temporary) / target.name
-        folder.mkdir()
-        report = _write_weights(checkpoint, folder, quantized, method, device, progress)
-        # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
-        ignored = dict.fromkeys([*report.kept, "lm_head"])
-        config["quantization_config"] = quantization_config(list(ignored))
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in source.iterdir():
-            if path.is_file() and not _matches(path.name, _NOT_COPIED):
-                shutil.copyfile(path, folder / path.name)
-        folder.rename(target)
-    return report
+    def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Nothing follows."""
 
 
 def _quantize(tensor: torch.Tensor, method: str, shared: torch.Tensor) -> BlockScaledWeight:
@@ -295,43 +123,256 @@ def _quantize(tensor: torch.Tensor, method: str, shared: torch.Tensor) -> BlockS
     )
 
 
-def _write_weights(
-    checkpoint: _Source,
-    folder: Path,
-    quantized: set[str],
-    method: str,
-    device: torch.device | str,
-    progress: Callable[[str], None] | None,
+@dataclass(frozen=True)
+class WriteOptions:
+    """stored:    how quantised layers are laid out
+    ignore:    fnmatch patterns of layer names that stay as they are
+    device:    where weights are quantised
+    arguments: what makes two runs the same, for :func:`write_resumable`
+    progress:  called with the name of each layer before it is quantised
+    precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
+               "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
+    finish:    called with the finished folder before it appears, for :func:`write_resumable`
+    """
+
+    stored: StoredFormat = FORMATS["modelopt"]
+    ignore: Sequence[str] = DEFAULT_IGNORE
+    device: torch.device | str = "cpu"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    progress: Callable[[str], None] | None = None
+    precision: Callable[[Path, set[str]], Mapping[str, str]] | None = None
+    finish: Callable[[Path], None] | None = None
+
+
+def write_nvfp4(
+    source: Path,
+    target: Path,
+    *,
+    method: str = "mse",
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str], None] | None = None,
 ) -> WriteReport:
-    report = WriteReport()
-    groups = _groups(checkpoint.tensors, quantized)
-    entries: dict[str, TensorInfo] = {}
-    for name in (n for group in groups for n in group):
-        info = checkpoint.tensors[name]
-        planned = _planned(name, info, quantized)
-        entries |= planned
-        after = sum(i.num_bytes for i in planned.values())
-        report.bytes_before += info.num_bytes
-        report.bytes_after += after
-        if name in quantized:
-            report.layer_bytes_before += info.num_bytes
-            report.layer_bytes_after += after
-            report.quantized.append(name.removesuffix(".weight"))
-        elif len(info.shape) >= 2:
-            report.kept.append(name.removesuffix(".weight"))
-    with SafetensorsWriter(folder / "model.safetensors", entries) as writer:
-        for group in groups:
-            tensors = {name: checkpoint.load(name, device) for name in group}
-            if group[0] not in quantized:
+    """Quantise the linear layers of the decoder blocks of ``source`` into a new folder ``target``,
+    in ModelOpt's dialect and one file.
+
+    source:   Hugging Face folder with 16- or 32-bit safetensors weights
+    target:   must not exist; it appears whole, or not at all
+    method:   see :func:`vllm_nvfp4.numerics.quantize.quantize_nvfp4`
+    ignore, device, progress: see :class:`WriteOptions`
+    Layers whose K is not a multiple of 16 stay as they are; ``WriteReport.kept`` names every
+    matrix that did, and so does the new checkpoint's ignore list.
+
+    Raises CheckpointError if ``source`` is not such a folder, is quantised already, or has no
+    layer to quantise, or one that is not finite; FileExistsError if ``target`` exists; OSError if
+    the disk is too small.
+    """
+    options = WriteOptions(ignore=ignore, device=device, progress=progress)
+    checkpoint = _checked(source, target)
+    quantized, odd = checkpoint.quantizable(ignore)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        job = _Job(checkpoint, folder, DataFree(method), options, quantized)
+        report = job.write(whole(checkpoint.tensors, quantized))
+        report.odd = odd
+        job.complete(report)
+        folder.rename(target)
+    return report
+
+
+def write_resumable(
+    source: Path, target: Path, quantizer: Quantizer, options: WriteOptions
+) -> WriteReport:
+    """As :func:`write_nvfp4`, a file for each decoder layer, with any quantizer and dialect.
+
+    A run that ends early leaves the layers that were finished in ``work_folder(target)``; the
+    same arguments on the same source go on from there. Raises FileExistsError besides, where that
+    folder is another run's: of other arguments, or one that still goes on.
+    """
+    checkpoint = _checked(source, target)
+    quantized, odd = checkpoint.quantizable(options.ignore)
+    arguments = {
+        "source": checkpoint.fingerprint(),
+        "stored": options.stored.name,
+        "ignore": list(options.ignore),
+        **options.arguments,
+    }
+    with work_in(target, arguments) as work:
+        folder = work / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        linear = quantized
+        formats = options.precision(work, linear) if options.precision else {}
+        quantized = {n for n in linear if formats.get(n) != "bf16"}
+        fp8 = {n for n in linear if formats.get(n) == "fp8"}
+        job = _Job(checkpoint, folder, quantizer, options, quantized, fp8)
+        report = job.write(by_layer(checkpoint.tensors, quantized, linear))
+        report.odd = odd
+        job.complete(report)
+        if options.finish is not None:
+            options.finish(folder)
+        folder.rename(target)
+    shutil.rmtree(work)
+    return report
+
+
+def _checked(source: Path, target: Path) -> Source:
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another folder")
+    checkpoint = Source(source)
+    checkpoint.config()
+    return checkpoint
+
+
+@dataclass
+class _Job:
+    """One checkpoint on its way into ``folder``."""
+
+    source: Source
+    folder: Path
+    quantizer: Quantizer
+    options: WriteOptions
+    quantized: set[str]
+    fp8: set[str] = field(default_factory=set)
+
+    def _layout(self, name: str) -> StoredFormat | Fp8Format:
+        return FP8 if name in self.fp8 else self.options.stored
+
+    def write(self, units: Sequence[Unit]) -> WriteReport:
+        """Write each unit's file that is not there yet."""
+        report = WriteReport()
+        planned = [self._plan(unit, report) for unit in units]
+        paths = [self.folder / self._file_name(i, len(units)) for i in range(len(units))]
+        self._check_disk(
+            sum(
+                info.num_bytes
+                for path, entries in zip(paths, planned, strict=True)
+                if not path.is_file()
+                for info in entries.values()
+            )
+        )
+        for unit, entries, path in zip(units, planned, paths, strict=True):
+            if path.is_file():
+                for group in unit.groups:
+                    self._announce(group)
+            else:
+                self.quantizer.start(unit, self.quantized - self.fp8)
+                # A file under its own name is whole: what a kill leaves has another one.
+                part = path.with_suffix(".part")
+                with SafetensorsWriter(part, entries) as writer:
+                    self._write_unit(unit, writer)
+                part.replace(path)
+            self.quantizer.finish(unit, lambda unit=unit, path=path: self._stored(unit, path))  # type: ignore[misc]
+        if len(units) > 1:
+            self._write_index(paths, planned)
+        return report
+
+    @staticmethod
+    def _file_name(index: int, count: int) -> str:
+        if count == 1:
+            return "model.safetensors"
+        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def _announce(self, group: Sequence[str]) -> None:
+        if group[0] in self.quantized and self.options.progress is not None:
+            self.options.progress(group[0].removesuffix(".weight"))
+
+    def _plan(self, unit: Unit, report: WriteReport) -> dict[str, TensorInfo]:
+        entries: dict[str, TensorInfo] = {}
+        for name in unit.names:
+            info = self.source.tensors[name]
+            is_quantized = name in self.quantized
+            layer = name.removesuffix(".weight")
+            layout = self._layout(name)
+            stored = layout.entries(layer, info.shape) if is_quantized else {name: info}
+            entries |= stored
+            after = sum(i.num_bytes for i in stored.values())
+            report.bytes_before += info.num_bytes
+            report.bytes_after += after
+            if is_quantized:
+                report.layer_bytes_before += info.num_bytes
+                report.layer_bytes_after += after
+                report.num_weights += math.prod(info.shape)
+                report.num_fp8 += name in self.fp8
+                report.quantized.append(layer)
+            elif len(info.shape) >= 2:
+                report.kept.append(layer)
+        return entries
+
+    def _check_disk(self, num_bytes: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes + _SPARE_BYTES:
+            raise OSError(
+                f"{self.folder.parent}: {free / 1e9:.2f} GB free, "
+                f"{(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB needed for the checkpoint; "
+                "make room or choose another disk"
+            )
+
+    def _write_unit(self, unit: Unit, writer: SafetensorsWriter) -> None:
+        for group in unit.groups:
+            tensors = {name: self.source.load(name, self.options.device) for name in group}
+            if group[0] not in self.quantized:
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
                 continue
-            if progress is not None:
-                progress(group[0].removesuffix(".weight"))
-            shared = torch.stack([nvfp4_global_scale(t) for t in tensors.values()]).amax()
+            self._announce(group)
             for name, tensor in tensors.items():
-                weight = _quantize(tensor, method, shared)
-                writer.write(name, weight.codes)
-                writer.write(f"{name}_scale", weight.block_scale)
-                writer.write(f"{name}_scale_2", shared)
-    return report
+                self._check_finite(name, tensor)
+            if group[0] in self.fp8:
+                for name, tensor in tensors.items():
+                    for entry, part in FP8.tensors(name.removesuffix(".weight"), tensor).items():
+                        writer.write(entry, part)
+                continue
+            representable = self.options.stored.representable
+            for name, weight in self.quantizer.quantize(tensors, representable).items():
+                stored = self.options.stored.tensors(name.removesuffix(".weight"), weight)
+                for entry, tensor in stored.items():
+                    writer.write(entry, tensor)
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        num_bad = int((~tensor.isfinite()).sum())
+        if num_bad:
+            raise CheckpointError(
+                str(self.source.folder),
+                name,
+                f"{num_bad} of {tensor.numel()} weights are NaN or infinite",
+                "finite weights",
+                "Download the checkpoint again, or keep to another revision of it.",
+            )
+
+    def _stored(self, unit: Unit, path: Path) -> dict[str, torch.Tensor]:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as reader:
+            return {
+                name: self._layout(name).dequantize(name.removesuffix(".weight"), reader.get_tensor)
+                for name in unit.names
+                if name in self.quantized
+            }
+
+    def _write_index(self, paths: list[Path], planned: list[dict[str, TensorInfo]]) -> None:
+        weight_map = {
+            name: path.name
+            for path, entries in zip(paths, planned, strict=True)
+            for name in entries
+        }
+        total = sum(info.num_bytes for entries in planned for info in entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def complete(self, report: WriteReport) -> None:
+        """Everything beside the weights."""
+        config = self.source.config()
+        # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
+        ignored = dict.fromkeys([*report.kept, "lm_head"])
+        eight = sorted(name.removesuffix(".weight") for name in self.fp8)
+        config["quantization_config"] = (
+            mixed_config(sorted({*report.quantized} - {*eight}), eight, list(ignored))
+            if self.options.precision
+            else self.options.stored.config(list(ignored))
+        )
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for path in self.source.folder.iterdir():
+            if path.is_file() and not matches(path.name, _NOT_COPIED):
+                shutil.copyfile(path, self.folder / path.name)

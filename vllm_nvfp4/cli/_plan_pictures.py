@@ -9,21 +9,29 @@ from pathlib import Path
 from vllm_nvfp4 import pictures
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.pictures import MemoryBar, Series
-from vllm_nvfp4.planning.fit import Setup, fit, rooflines
+from vllm_nvfp4.planning.fit import Fit, Setup, fit, rooflines
 from vllm_nvfp4.planning.rows import Asked, Row
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def draw(
-    folder: Path, asked: Asked, gpu: Gpu, base: Setup, rows: list[Row], costs: list[Row | None]
-) -> list[Path]:
+    folder: Path, asked: Asked, gpu: Gpu, base: Setup, rows: list[Row],
+    chosen: Row | None, baseline: Row,
+) -> list[Path]:  # fmt: skip
     """Write memory.png, speed.png where something fits, and cost.png where prices are known.
 
     Returns their paths.
     """
     load, name = asked.load, f"{asked.shape.name} on {gpu.name}"
-    bars = [_bar(asked, replace(base, fmt=row.found.setup.fmt), gpu) for row in rows]
+    bars = []
+    for row in rows:
+        setup = replace(base, fmt=row.found.setup.fmt)
+        bars.append(_bar(setup.fmt, fit(asked.shape, setup, load, gpu)))
+    if chosen:
+        cards = chosen.found.setup.cards
+        label = f"recommended:\n{cards} cards, each" if cards > 1 else "recommended"
+        bars.append(_bar(label, chosen.found))
     title = f"{load.concurrency} x {load.context} tokens"
     drawn = [
         pictures.memory_stack(
@@ -42,7 +50,7 @@ def draw(
         )
     values = {
         f"{row.cards} x {row.gpu.name}, {row.found.setup.fmt}": row.dollars_per_million
-        for row in costs
+        for row in (chosen, baseline)
         if row and row.dollars_per_million is not None
     }
     if values:
@@ -57,8 +65,7 @@ def draw(
     return drawn
 
 
-def _bar(asked: Asked, setup: Setup, gpu: Gpu) -> MemoryBar:
-    found = fit(asked.shape, setup, asked.load, gpu)
+def _bar(label: str, found: Fit) -> MemoryBar:
     parts = {
         "linear layers": found.weights.linear + found.weights.other,
         "lm_head": found.weights.lm_head,
@@ -66,7 +73,7 @@ def _bar(asked: Asked, setup: Setup, gpu: Gpu) -> MemoryBar:
         "KV cache": found.kv,
         "activations, graphs": found.overhead,
     }
-    return MemoryBar(setup.fmt, {k: v for k, v in parts.items() if v}, found.budget)
+    return MemoryBar(label, {k: v for k, v in parts.items() if v}, found.budget)
 
 
 def _limits(asked: Asked, base: Setup, rows: list[Row]) -> list[Series]:

@@ -179,13 +179,14 @@ def layer_paths() -> dict[str, str]:
     from vllm_nvfp4.linear import ACTIVATION_BITS
 
     options = Options.resolve()
-    device = "cpu" if compat.device_capability() is None else "cuda"
+    arch = compat.device_arch()
+    device = "cpu" if arch is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
     obstacle = compat.fp8_kv_cache_obstacle(128)
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
-        "NVFP4 and MXFP4 linear": ops.describe_path(device, False, bits),
-        "FP8 linear": ops.describe_path(device, True, bits),
+        "NVFP4 and MXFP4 linear": ops.describe_path(device, arch, False, bits),
+        "FP8 linear": ops.describe_path(device, arch, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
         "KV cache": f"16 bits: {obstacle}" if obstacle else "FP8",

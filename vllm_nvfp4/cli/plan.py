@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from vllm_nvfp4.cli import _plan_pictures
 
-        for path in _plan_pictures.draw(args.plot, asked, gpu, base, rows, [chosen, baseline]):
+        for path in _plan_pictures.draw(args.plot, asked, gpu, base, rows, chosen, baseline):
             print(path)
     return 0
 

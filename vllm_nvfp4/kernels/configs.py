@@ -154,10 +154,7 @@ class GemmConfig:
         """The translation unit but for its #include: several may stand in one file."""
         space, config = _NAMESPACE[self.stem], f"{self.symbol}_config"
         return (
-            f"using {config} = GemmConfig<"
-            f"Dtype::{_ENUM[self.dtype]}, Format::{_ENUM[self.fmt_name]},"
-            f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
-            f" {self.warps_m}, {self.warps_n}, {self.warps_k}, {self._options}>;\n"
+            f"using {config} = {self.cpp_type};\n"
             f"static_assert(sizeof(GemmParams) == {ctypes.sizeof(GemmParams)},\n"
             '              "configs.py and gemm_params.cuh disagree about the parameters");\n'
             f"static_assert({space}::Smem<{config}>::kBytes == {self.smem_bytes},\n"
@@ -169,10 +166,16 @@ class GemmConfig:
         )
 
     @property
-    def _options(self) -> str:
+    def cpp_type(self) -> str:
+        """The instantiation of gemm_params.cuh's GemmConfig."""
         partial = "kF16" if self.variant == "f16_partials" else "kF32"
         weights = "kStreamed" if self.streams_weights else "kShared"
-        return f"Partial::{partial}, Weights::{weights}"
+        return (
+            f"GemmConfig<Dtype::{CPP_NAMES[self.dtype]}, Format::{CPP_NAMES[self.fmt_name]},"
+            f" {self.block_m}, {self.block_n}, {self.block_k}, {self.stages},"
+            f" {self.warps_m}, {self.warps_n}, {self.warps_k},"
+            f" Partial::{partial}, Weights::{weights}>"
+        )
 
     @property
     def num_warps(self) -> int:
@@ -206,7 +209,7 @@ class GemmConfig:
         return max(self.stages * self.stage_bytes, tile)
 
 
-_ENUM = {"bf16": "kBf16", "fp16": "kFp16", "nvfp4": "kNvfp4", "mxfp4": "kMxfp4"}
+CPP_NAMES = {"bf16": "kBf16", "fp16": "kFp16", "nvfp4": "kNvfp4", "mxfp4": "kMxfp4"}
 _NAMESPACE = {"gemm_w4a16": "w4a16", "gemm_w4a8": "w4a8"}
 
 
@@ -240,7 +243,7 @@ class QuantizeConfig:
             '              "configs.py and quantize_a8.cuh disagree about the parameters");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads})\n'
             f"{self.symbol}(const __grid_constant__ QuantizeParams p) {{\n"
-            f"  quantize_a8::run<Dtype::{_ENUM[self.dtype]}, {self.threads}>(p);\n"
+            f"  quantize_a8::run<Dtype::{CPP_NAMES[self.dtype]}, {self.threads}>(p);\n"
             "}\n"
         )
 

@@ -19,6 +19,7 @@ from vllm_nvfp4.kernels.cpu_dispatch import (
     fp8_kernel,
     has_fast_bf16_matmul,
     round_kernel,
+    uses_matmul,
     warm_up,
     warm_up_fp8,
 )
@@ -27,13 +28,17 @@ from vllm_nvfp4.kernels.cpu_fp8 import panel_bytes
 from vllm_nvfp4.kernels.cpu_jit import thread_pool
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.layout_cpu import ROWS, pack_weight, unpack_weight
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row as quantize
+from vllm_nvfp4.options import is_batch_invariant
 
 __all__ = [
     "fp8_linear",
     "gather_fp8_rows",
     "gather_rows",
     "linear",
+    "linear_a8",
     "pack_weight",
+    "quantize",
     "unpack_weight",
     "warm_up",
     "warm_up_fp8",
@@ -43,9 +48,6 @@ _ArgBlock = ctypes.c_int64 * len(ARGS)
 # The default type is not float32 while vLLM builds a model: name the type.
 _ONE = torch.ones(1, dtype=torch.float32)
 
-# From this many tokens on, without the BF16 dot product or beside faster hardware for it, a tile of
-# rows is decoded for torch's own matrix product.
-_MATMUL_TOKENS = 48
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
@@ -73,22 +75,71 @@ def linear(
     y = torch.empty(m, n, dtype=out_dtype)
     if m == 0:
         return y
-    is_bf16 = out_dtype == torch.bfloat16 or activation_bits == 8
-    bf16_dot = fp4_bf16_dot(out_dtype, activation_bits)
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
-    a_type = torch.bfloat16 if use_bf16 else torch.float32
-    a_scale = None
+    a_type = _operand_type(out_dtype, activation_bits, m)
     if activation_bits == 8:
-        a, a_scale = _round_per_token(a.contiguous(), a_type)
-    else:
-        a = a.to(a_type).contiguous()
-    if m >= _MATMUL_TOKENS and (not bf16_dot or has_fast_bf16_matmul()):
+        rounded, a_scale = _round_per_token(a.contiguous(), a_type)
+        return _product(rounded, a_scale, packed, bias, y, activation_bits)
+    return _product(a.to(a_type).contiguous(), None, packed, bias, y, activation_bits)
+
+
+def linear_a8(
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y[m, n] = a_scale[m] * sum_k q[m, k] * w[n, k] + bias[n], accumulated in f32.
+
+    :func:`linear` with 8-bit activations, of activations that are quantised already.
+
+    q:       [M, K] float8_e4m3fn
+    a_scale: [M] or [M, 1] float32
+    bias:    [N] floating point, or None
+    dtype:   of the result: bfloat16, float16 or float32
+    Returns [M, N]. Raises ValueError for a shape or a dtype that does not fit.
+    """
+    n, m = packed.num_rows, q.shape[0]
+    if q.dtype != torch.float8_e4m3fn or q.shape[1:] != (packed.num_cols,) or a_scale.numel() != m:
+        raise ValueError(
+            f"linear_a8: q is {list(q.shape)} {q.dtype}, a_scale {list(a_scale.shape)}; needs "
+            f"[M, {packed.num_cols}] in float8_e4m3fn and [M]"
+        )
+    y = torch.empty(m, n, dtype=dtype)
+    if m == 0:
+        return y
+    a = _dequantize_fp8(q.contiguous().view(torch.uint8), _operand_type(dtype, 8, m))
+    return _product(a, a_scale.reshape(-1).contiguous(), packed, bias, y, 8)
+
+
+def _operand_type(dtype: torch.dtype, activation_bits: int, m: int) -> torch.dtype:
+    """As which type M tokens of ``dtype`` meet the weight."""
+    bf16_dot = fp4_bf16_dot(dtype, activation_bits)
+    is_bf16 = dtype == torch.bfloat16 or activation_bits == 8
+    by_matmul = uses_matmul(m, bf16_dot, is_batch_invariant())
+    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
+    return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def _product(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    activation_bits: int,
+) -> torch.Tensor:
+    """y = (a * a_scale) @ w^T + bias; a: contiguous, of :func:`_operand_type`."""
+    (m, n), k = y.shape, packed.num_cols
+    bf16_dot = fp4_bf16_dot(y.dtype, activation_bits)
+    is_invariant = is_batch_invariant()
+    if uses_matmul(m, bf16_dot, is_invariant):
 
         def dequantize(first: int, last: int) -> torch.Tensor:
             return _dequantize_rows(packed, first, last, a.dtype).T
 
         return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
-    function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[out_dtype], bf16_dot)
+    function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
     weight = (packed.codes, packed.block_scale, packed.global_scale)
     a = _spread_rows(a)
@@ -128,16 +179,18 @@ def fp8_linear(
         return y
     bf16_dot = fp8_bf16_dot(a.dtype)
     is_bf16 = a.dtype == torch.bfloat16
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and m >= _MATMUL_TOKENS)
+    is_invariant = is_batch_invariant()
+    by_matmul = uses_matmul(m, bf16_dot, is_invariant)
+    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
     # e4m3 is exact in bf16 and in f32.
     a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
-    if m >= _MATMUL_TOKENS and (not bf16_dot or has_fast_bf16_matmul()):
+    if by_matmul:
 
         def dequantize(first: int, last: int) -> torch.Tensor:
             return _dequantize_fp8(weight[first:last], a.dtype)
 
         return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
-    function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot)
+    function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
     weights = (weight, weight, row_scale)
     a = _spread_rows(a)

@@ -27,6 +27,8 @@ _TILES_BF16 = (1, 2, 3, 4, 6, 8, 10, 12)
 _TILES_F32_AVX512 = (1, 2, 3, 4, 6, 8)
 _TILES_F32 = (1, 2, 3, 4)
 _TILES_FP8 = (1, 2, 3, 4)
+# Tiles that sum as one token does: in two chains.
+_TILES_INVARIANT = (1, 2, 3, 4)
 _TILES_FP8_PANEL = (6,)
 _TILES_PANEL = (8, 12, 16)
 # Decoding the codes for one more pass costs about as much as this many tokens' products.
@@ -34,6 +36,9 @@ _DECODE_COST = 3
 # From this many tokens on sixteen rows are decoded to a panel first.
 _PANEL_TOKENS = 40
 _FP8_PANEL_TOKENS = 12
+# From this many tokens on, without the BF16 dot product or beside faster hardware for it, a tile of
+# rows is decoded for torch's own matrix product.
+_MATMUL_TOKENS = 48
 
 
 @functools.cache
@@ -62,11 +67,18 @@ def fp4_compiled(fmt: BlockFormat, tile: int, out: str, bf16_dot: bool, is_panel
 
 
 @functools.lru_cache(maxsize=4096)
-def fp4_kernel(fmt: BlockFormat, tokens: int, out: str, bf16_dot: bool) -> tuple[int, bool]:
-    """(address, whether it needs a panel) of the kernel for M = tokens."""
-    is_panel = bf16_dot and tokens >= _PANEL_TOKENS and fits_panel(fmt)
+def fp4_kernel(
+    fmt: BlockFormat, tokens: int, out: str, bf16_dot: bool, is_invariant: bool = False
+) -> tuple[int, bool]:
+    """(address, whether it needs a panel) of the kernel for M = tokens.
+
+    is_invariant: only kernels that form the same sums for any M
+    """
+    is_panel = bf16_dot and tokens >= _PANEL_TOKENS and fits_panel(fmt) and not is_invariant
     if is_panel:
         tile = best_tile(tokens, _TILES_PANEL, decode_cost=1)
+    elif is_invariant:
+        tile = best_tile(tokens, _TILES_INVARIANT)
     else:
         tile = best_tile(tokens, fp4_tiles(bf16_dot))
     return fp4_compiled(fmt, tile, out, bf16_dot, is_panel), is_panel
@@ -83,9 +95,11 @@ def fp8_compiled(tile: int, out: str, bf16_dot: bool, is_panel: bool) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def fp8_kernel(tokens: int, out: str, bf16_dot: bool) -> tuple[int, bool]:
-    """(address, whether it needs a panel) of the kernel for M = tokens."""
-    is_panel = bf16_dot and tokens >= _FP8_PANEL_TOKENS
+def fp8_kernel(
+    tokens: int, out: str, bf16_dot: bool, is_invariant: bool = False
+) -> tuple[int, bool]:
+    """(address, whether it needs a panel) of the kernel for M = tokens; as :func:`fp4_kernel`."""
+    is_panel = bf16_dot and tokens >= _FP8_PANEL_TOKENS and not is_invariant
     tile = best_tile(tokens, _TILES_FP8_PANEL if is_panel else _TILES_FP8)
     return fp8_compiled(tile, out, bf16_dot, is_panel), is_panel
 
@@ -123,6 +137,12 @@ def has_fast_bf16_matmul() -> bool:
     return bool(probe())
 
 
+def uses_matmul(tokens: int, bf16_dot: bool, is_invariant: bool) -> bool:
+    """Whether torch's matrix product, on decoded rows, answers for M = tokens."""
+    is_worth_it = not bf16_dot or has_fast_bf16_matmul()
+    return tokens >= _MATMUL_TOKENS and is_worth_it and not is_invariant
+
+
 def use_isa(isa: str | None) -> None:
     """Run every kernel at a lower level of instructions than the machine's, for tests and
     comparisons: one of ``cpu_jit.ISA_LEVELS``; None undoes it. ValueError for one it lacks.
@@ -147,7 +167,9 @@ def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> 
     for tile in _TILES_PANEL if bf16_dot and fits_panel(fmt) else ():
         fp4_compiled(fmt, tile, out, bf16_dot, True)
     if activation_bits == 8:
-        round_kernel(out, "bf16" if bf16_dot else "f32")
+        operand = "bf16" if bf16_dot else "f32"
+        round_kernel(out, operand)
+        fp8_dequantize_kernel(operand)  # of linear_a8, in a compiled graph
 
 
 def warm_up_fp8(dtype: torch.dtype) -> None:

@@ -19,14 +19,16 @@ def moe(
     activation: ExpertActivation,
     is_weight_on_input: bool,
     activation_bits: int,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
-    """y[m] = sum_j weight[m, j] * w2[e] act(w13[e] a[m]),  e = expert[m, j]
+    """y[m] = sum_j weight[m, j] * (w2[e] act(w13[e] a[m] + b13[e]) + b2[e]),  e = expert[m, j]
 
     a:       [M, H] bf16, fp16 or f32
     w13, w2: the packed weights of all local experts, stacked: a leading dimension E on each tensor;
              num_rows and num_cols are those of one expert
     routing: weight [M, k] float; expert [M, k] integer, -1 where another rank has the expert
     is_weight_on_input: the weight multiplies a instead
+    biases:  b13 [E, rows of w13] and b2 [E, H] of a's dtype, or None
     Only experts that a token chose are read. The sum over j is formed in float32, in the order of
     the experts' numbers, so that it does not depend on threads. Returns [M, H] of a's dtype.
     Raises ValueError for shapes that do not fit.
@@ -54,9 +56,10 @@ def moe(
         x = a[token]
         if is_weight_on_input:
             x = (x.float() * factor).to(a.dtype)
-        h = linear(x, _expert(w13, e), None, activation_bits)
+        b13, b2 = (None if bias is None else bias[e] for bias in biases)
+        h = linear(x, _expert(w13, e), b13, activation_bits)
         h = activation(h.float()).to(a.dtype)
-        out = linear(h, _expert(w2, e), None, activation_bits).float()
+        out = linear(h, _expert(w2, e), b2, activation_bits).float()
         # A token chooses an expert once, so each row of y is added to once.
         y.index_add_(0, token, out if is_weight_on_input else out * factor)
     return y.to(a.dtype)

@@ -19,14 +19,15 @@ import json
 import logging
 import math
 import os
-import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_nvfp4.kernels import nvrtc
 from vllm_nvfp4.kernels.nvrtc import CompileError, KernelSource
+from vllm_nvfp4.kernels.private_dir import is_private, make_private
 
 # Under vLLM's logger, so that its handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -36,19 +37,18 @@ BUILD_ARCHS = (80, 86, 89, 90, 120)
 
 _TRAILER_MAGIC = b"vllm-nvfp4 sha256:"
 _TRAILER_BYTES = len(_TRAILER_MAGIC) + 32
+_TEMPORARY = ".tmp-"
+_LEFTOVER_SECONDS = 3600.0  # writing takes milliseconds
 _COMPILE_THREADS = 8
 _COMPILE_SECONDS = 0.5  # one kernel, on one core; for the log line
-
-
-class CacheError(RuntimeError):
-    """The cache folder is not safe to load machine code from."""
 
 
 def prepare(configs: Sequence[KernelSource], arch: int) -> dict[str, bytes]:
     """The cubin of every configuration for one architecture: {symbol: image}.
 
     arch: compute capability times ten
-    Raises CompileError (nothing packaged and no compiler) or CacheError.
+    Raises CompileError: nothing packaged and no compiler. A cache folder that others may write to,
+    or that can't be written, is not used, and one log line says so.
     """
     unique = {config.symbol: config for config in configs}
     found = {symbol: _at_hand(config, arch) for symbol, config in unique.items()}
@@ -197,43 +197,22 @@ def _cache_path(config: KernelSource, arch: int) -> Path | None:
 
 
 def _open_cache_dir(arch: int) -> Path | None:
-    """The cache folder of one architecture; None (and one log line) where it can't be written."""
+    """The cache folder of one architecture; None (and one log line) where it can't be used."""
     folder = cache_dir() / f"sm_{arch}"
-    try:
-        for path in (folder.parent, folder):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(path)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError as error:
-        _warn_uncached(folder, str(error))
-        return None
-    if not writable:
-        _warn_uncached(folder, "not writable")
-        return None
+    for path in (folder.parent, folder):
+        if obstacle := make_private(path):
+            _warn_uncached(path, obstacle)
+            return None
     return folder
 
 
 @functools.cache
 def _warn_uncached(folder: Path, reason: str) -> None:
     logger.warning(
-        "%s: %s; kernels are compiled in every process. Set %s to a folder you can write",
+        "kernel cache %s is not used: %s; kernels are compiled in every process. "
+        "Set %s to a folder of your own",
         folder, reason, CACHE_DIR_ENV,
     )  # fmt: skip
-
-
-def _check_private(path: Path) -> None:
-    # What is read from here runs on the GPU with this process's memory: nobody else may write it.
-    info = path.stat()
-    if info.st_uid != os.geteuid():
-        raise CacheError(
-            f"{path}: the kernel cache belongs to user {info.st_uid}, this process runs as "
-            f"{os.geteuid()}. Set {CACHE_DIR_ENV} to a folder of your own"
-        )
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheError(
-            f"{path}: others may write to the kernel cache (mode {stat.S_IMODE(info.st_mode):o}, "
-            f"needs 700). chmod 700 {path}, or set {CACHE_DIR_ENV} to another folder"
-        )
 
 
 def _cache_key(config: KernelSource, arch: int, version: tuple[int, int]) -> str:
@@ -245,10 +224,14 @@ def _trailer(image: bytes) -> bytes:
 
 
 def _read_cached(path: Path) -> bytes | None:
-    """The image of a cache file; None if there is none or its hash does not match."""
+    """The image of a cache file; None if there is none, its hash does not match or it is not this
+    user's alone."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            if not is_private(os.fstat(file.fileno())):
+                return None
+            content = file.read()
+    except OSError:  # none, a link, or not readable
         return None
     image = content[:-_TRAILER_BYTES]
     return image if image and content[len(image) :] == _trailer(image) else None
@@ -256,7 +239,8 @@ def _read_cached(path: Path) -> bytes | None:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     # mkstemp makes the file 0600; the rename is atomic within one folder.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    _remove_leftovers(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -264,6 +248,14 @@ def _write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What processes that were killed while they wrote have left."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -37,13 +37,18 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 __all__ = [
     "check_activation",
     "fp8_linear",
+    "fp8_takes_8_bits",
     "gather_fp8_rows",
     "gather_rows",
+    "has_fp8",
     "linear",
+    "linear_a8",
     "pack_weight",
     "prepare",
     "quantize",
     "run",
+    "run_a8",
+    "takes_8_bits",
     "unpack_weight",
 ]
 
@@ -74,9 +79,11 @@ def linear(
     Returns [M, N] of a's dtype. Sums are formed in float32, in an order that depends on the shape
     alone. Raises ValueError for a dtype, device or shape that does not fit.
     """
-    _check_operands(a, packed, bias, activation_bits)
-    m, n, k = a.shape[0], packed.num_rows, packed.num_cols
-    y = a.new_empty((m, n))
+    _check_operands("linear", a, a.dtype, packed, bias)
+    if activation_bits not in _ACTIVATIONS:
+        raise ValueError(f"linear: activation_bits is {activation_bits}; needs 16, 8 or 0 (auto)")
+    m, n, k = len(a), packed.num_rows, packed.num_cols
+    y = a.new_empty(m, n)  # a tuple would cost half a microsecond more
     if m == 0:
         return y
     dtype, activation = DTYPE_NAMES[a.dtype], _ACTIVATIONS[activation_bits]
@@ -90,6 +97,44 @@ def linear(
     return y
 
 
+def linear_a8(
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y[m, n] = a_scale[m] * sum_k q[m, k] * w[n, k] + bias[n]
+
+    The 8-bit product of activations that are quantised already (by :func:`quantize`, or by what a
+    compiled graph made of numerics' quantize_fp8_per_row).
+
+    q:       [M, K] float8_e4m3fn on a CUDA device
+    a_scale: [M] or [M, 1] float32
+    bias:    [N] of ``dtype``, or None
+    dtype:   of the result: bfloat16 or float16
+    Returns [M, N]. Raises ValueError for a dtype, device or shape that does not fit.
+    """
+    m, n, k = q.shape[0], packed.num_rows, packed.num_cols
+    if q.dtype != torch.float8_e4m3fn or a_scale.dtype != torch.float32 or a_scale.numel() != m:
+        raise ValueError(
+            f"linear_a8: q is {q.dtype}, a_scale {a_scale.dtype} {list(a_scale.shape)}; needs "
+            f"float8_e4m3fn and float32 [{m}]"
+        )
+    _check_operands("linear_a8", q, dtype, packed, bias)
+    y = torch.empty((m, n), dtype=dtype, device=q.device)
+    if m == 0:
+        return y
+    device_idx = q.device.index
+    if device_idx != torch.cuda.current_device():
+        with torch.cuda.device(device_idx):
+            return linear_a8(q, a_scale, packed, bias, dtype)
+    device = loaded_device(device_idx, packed.fmt.name)
+    choice = device.choose(m, n, k, packed.fmt.name, DTYPE_NAMES[dtype], "8")
+    run_a8(device, choice, q, a_scale, packed, bias, y, current_stream(device_idx))
+    return y
+
+
 def run(
     device: Device,
     choice: Choice,
@@ -99,44 +144,83 @@ def run(
     y: torch.Tensor,
     stream: int,
 ) -> None:
-    """Launch one choice into y. For tests and benchmarks that pick the kernel themselves."""
+    """Launch one choice into y [M, N], contiguous. For tests and benchmarks that pick the kernel
+    themselves."""
+    a = _aligned_rows(a)
+    if choice.activation_bits == 16:
+        _launch(device, choice, (a.data_ptr(), a.stride(0), 0), packed, bias, y, stream)
+        return
+    # One allocation for all scratch memory: partial sums, then q and a_scale.
+    m, k = a.shape
+    scratch = packed.codes.new_empty(choice.workspace_bytes + m * (k + 4))
+    partials = scratch.data_ptr()
+    q = partials + choice.workspace_bytes
+    a_scale = q + m * k  # K is a multiple of 16, so q and a_scale are aligned
+    _quantize(device, a, q, a_scale, stream)
+    _launch(device, choice, (q, k, a_scale), packed, bias, y, stream, partials)
+
+
+def run_a8(
+    device: Device,
+    choice: Choice,
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    stream: int,
+) -> None:
+    """Launch an 8-bit choice on quantised activations into y."""
+    q, a_scale = _aligned_rows(q), a_scale.contiguous()
+    operand = (q.data_ptr(), q.stride(0), a_scale.data_ptr())
+    _launch(device, choice, operand, packed, bias, y, stream)
+
+
+def _aligned_rows(a: torch.Tensor) -> torch.Tensor:
+    """a, or a copy where its rows cannot be read in pieces of 16 bytes."""
+    # The usual case first: K is a multiple of 16, so contiguous rows are aligned if the first is.
+    if a.is_contiguous() and a.data_ptr() % _ROW_ALIGNMENT == 0:
+        return a
     if (
         a.stride(1) != 1
         or a.stride(0) * a.element_size() % _ROW_ALIGNMENT
         or a.data_ptr() % _ROW_ALIGNMENT
     ):
         # Not contiguous(): that returns a contiguous view as it is, wherever it starts.
-        a = a.clone(memory_format=torch.contiguous_format)
-    m, k = a.shape
-    # One allocation for all scratch memory: partial sums, then q and a_scale.
-    a_ptr, a_stride, a_scale, scratch_ptr = a.data_ptr(), a.stride(0), 0, 0
-    scratch_bytes = choice.workspace_bytes
-    is_8_bit = choice.activation_bits == 8
-    if is_8_bit:
-        scratch_bytes += m * (k + 4)
-    if scratch_bytes:
-        scratch = packed.codes.new_empty(scratch_bytes)
-        scratch_ptr = scratch.data_ptr()
-    if is_8_bit:
-        q_ptr = scratch_ptr + choice.workspace_bytes
-        a_scale = q_ptr + m * k  # K is a multiple of 16, so q and a_scale are aligned
-        _quantize(device, a, q_ptr, a_scale, stream)
-        a_ptr, a_stride = q_ptr, k
+        return a.clone(memory_format=torch.contiguous_format)
+    return a
+
+
+def _launch(
+    device: Device,
+    choice: Choice,
+    a: tuple[int, int, int],
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    stream: int,
+    partials: int = 0,
+) -> None:
+    """a: (address, elements from row to row, address of a_scale or 0); partials: scratch memory of
+    choice.workspace_bytes, allocated here unless given."""
+    if choice.workspace_bytes and not partials:
+        scratch = packed.codes.new_empty(choice.workspace_bytes)
+        partials = scratch.data_ptr()
     params = (
-        a_ptr,
-        a_scale,
+        a[0],
+        a[2],
         packed.codes.data_ptr(),
         packed.block_scale.data_ptr(),
         packed.global_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        scratch_ptr if choice.workspace_bytes else 0,
+        partials if choice.workspace_bytes else 0,
         device.semaphores(stream),
-        m,
+        len(y),
         packed.num_rows,
-        k,
-        a_stride,
-        y.stride(0),
+        packed.num_cols,
+        a[1],
+        packed.num_rows,  # y is contiguous
         choice.num_splits,
     )
     device.launch(choice.config, choice.grid, stream, _GEMM_LAYOUT, params)
@@ -149,6 +233,23 @@ def check_activation(device: torch.device, activation: str) -> None:
     """
     gpu = prepare(device, "nvfp4").gpu
     dispatch.choose_activation_bits(gpu, 1, 64, 64, "nvfp4", activation)
+
+
+def takes_8_bits(device: torch.device, m: int, n: int, k: int, fmt_name: str) -> bool:
+    """Whether the batch size M, and every larger one, gets 8-bit activations."""
+    gpu, variant = loaded_device(device.index, fmt_name).figures
+    return dispatch.choose_activation_bits(gpu, m, n, k, fmt_name, "auto", variant) == 8
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device has FP8 tensor cores; loads what quantises activations for them."""
+    return prepare(device, "nvfp4").gpu.fp8_f32_tflops > 0
+
+
+def fp8_takes_8_bits(device: torch.device, m: int, n: int, k: int) -> bool:
+    """Whether the batch size M, and every larger one, meets a weight in FP8 with 8 bits."""
+    gpu, _ = loaded_device(device.index, "nvfp4").figures
+    return m >= dispatch.fp8_activation_switch(gpu, n, k)
 
 
 def gather_fp8_rows(
@@ -168,9 +269,10 @@ def gather_fp8_rows(
 def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q[m, k] = e4m3(a[m, k] / a_scale[m]), a_scale[m] = amax(|a[m]|) / 448 (1 for a row of zeros).
 
-    a: [M, K] bf16 or fp16, contiguous, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
-    a_scale [M] float32. The products do this themselves; it stands alone for tests.
+    a: [M, K] bf16 or fp16, K a multiple of 16. Returns q [M, K] float8_e4m3fn and
+    a_scale [M] float32. :func:`linear` does this itself, in memory of its own.
     """
+    a = _aligned_rows(a)
     q = torch.empty(a.shape, dtype=torch.float8_e4m3fn, device=a.device)
     a_scale = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     if a.shape[0]:
@@ -188,7 +290,7 @@ def _quantize(device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int
 
 # --- arguments -----------------------------------------------------------------------------------
 
-_CODES = {ctypes.c_void_p: "Q", ctypes.c_int32: "i"}
+_CODES = {ctypes.c_void_p: "Q", ctypes.c_int32: "i", ctypes.c_float: "f"}
 
 
 def params_layout(params: type[ctypes.Structure]) -> struct.Struct:
@@ -203,19 +305,21 @@ _QUANTIZE_LAYOUT = params_layout(QuantizeParams)
 
 
 def _check_operands(
-    a: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation_bits: int
+    name: str,
+    a: torch.Tensor,
+    dtype: torch.dtype,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
 ) -> None:
-    if a.dtype not in DTYPE_NAMES:
-        raise ValueError(f"linear: a is {a.dtype}; the CUDA kernels take bfloat16 or float16")
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"{name}: a is {dtype}; the CUDA kernels take bfloat16 or float16")
     if a.dim() != 2 or a.shape[1] != packed.num_cols:
-        raise ValueError(f"linear: a is {list(a.shape)}; needs [M, {packed.num_cols}]")
+        raise ValueError(f"{name}: a is {list(a.shape)}; needs [M, {packed.num_cols}]")
     if a.device != packed.codes.device:
-        raise ValueError(f"linear: a is on {a.device}, the weight on {packed.codes.device}")
-    if activation_bits not in _ACTIVATIONS:
-        raise ValueError(f"linear: activation_bits is {activation_bits}; needs 16, 8 or 0 (auto)")
-    if bias is not None and (bias.dtype != a.dtype or bias.shape != (packed.num_rows,)):
+        raise ValueError(f"{name}: a is on {a.device}, the weight on {packed.codes.device}")
+    if bias is not None and (bias.dtype != dtype or bias.shape != (packed.num_rows,)):
         raise ValueError(
-            f"linear: bias is {bias.dtype} {list(bias.shape)}; needs {a.dtype} [{packed.num_rows}]"
+            f"{name}: bias is {bias.dtype} {list(bias.shape)}; needs {dtype} [{packed.num_rows}]"
         )
     if bias is not None and not bias.is_contiguous():
-        raise ValueError("linear: bias is strided; needs to be contiguous")
+        raise ValueError(f"{name}: bias is strided; needs to be contiguous")

@@ -11,14 +11,17 @@ import functools
 import logging
 import struct
 import threading
+from collections.abc import Sequence
 
 import torch
 
 from vllm_nvfp4.gpus import Gpu, estimate_gpu, find_gpu, short_name
 from vllm_nvfp4.kernels import cubins, dispatch
-from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS, KernelConfig
+from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.dispatch import Choice
 from vllm_nvfp4.kernels.driver import Driver, Function, driver
+from vllm_nvfp4.kernels.nvrtc import KernelSource
+from vllm_nvfp4.options import is_batch_invariant
 
 # Under vLLM's logger, so that its handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -41,14 +44,14 @@ class Device:
         self._driver = driver
         self._functions: dict[str, Function] = {}
         # By identity of the configuration: its symbol is a property that takes 1 us to spell.
-        self._functions_by_id: dict[int, tuple[KernelConfig, Function]] = {}
+        self._functions_by_id: dict[int, tuple[KernelSource, Function]] = {}
         self._lock = threading.Lock()
         self._semaphores = semaphores
         self._semaphores_of_stream: dict[int, int] = {}  # address of each stream's set
         self._choices: dict[tuple[int, int, int, str, str, str], Choice] = {}
         self._variant = "exact"
 
-    def load(self, wanted: list[KernelConfig]) -> None:
+    def load(self, wanted: Sequence[KernelSource]) -> None:
         """Load kernels that are not loaded yet; the device's context must be current."""
         with self._lock:
             missing = [config for config in wanted if config.symbol not in self._functions]
@@ -59,26 +62,32 @@ class Device:
                 )
 
     def choose(self, m: int, n: int, k: int, fmt_name: str, dtype: str, activation: str) -> Choice:
-        """:func:`dispatch.choose` for this GPU, remembered."""
+        """:func:`dispatch.choose` for this GPU, or ``choose_invariant``; remembered."""
         key = (m, n, k, fmt_name, dtype, activation)
         choice = self._choices.get(key)
         if choice is None:
             if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
-            choice = self._choices[key] = dispatch.choose(self.gpu, *key, self._variant)
+            choose = dispatch.choose_invariant if is_batch_invariant() else dispatch.choose
+            choice = self._choices[key] = choose(self.gpu, *key, self._variant)
         return choice
+
+    @property
+    def figures(self) -> tuple[Gpu, str]:
+        """What :mod:`dispatch` chooses by: the GPU and the variant of the 8-bit kernel."""
+        return self.gpu, self._variant
 
     def use_variant(self, variant: str) -> None:
         """Take this variant of the 8-bit kernel from now on."""
         self._variant = variant
         self._choices.clear()
 
-    def is_loaded(self, config: KernelConfig) -> bool:
+    def is_loaded(self, config: KernelSource) -> bool:
         return config.symbol in self._functions
 
     def launch(
         self,
-        config: KernelConfig,
+        config: KernelSource,
         grid: tuple[int, int, int],
         stream: int,
         layout: struct.Struct,
@@ -88,7 +97,7 @@ class Device:
         found = self._functions_by_id.get(id(config)) or self._find(config)
         self._driver.launch(found[1], grid, stream, layout, params)
 
-    def _find(self, config: KernelConfig) -> tuple[KernelConfig, Function]:
+    def _find(self, config: KernelSource) -> tuple[KernelSource, Function]:
         function = self._functions.get(config.symbol)
         if function is None:
             raise RuntimeError(
@@ -152,9 +161,9 @@ def prepare(
 
 def wanted_kernels(
     arch: int, fmt_name: str, dtypes: tuple[torch.dtype, ...], variant: str = "exact"
-) -> list[KernelConfig]:
+) -> list[KernelSource]:
     """Everything that a weight of this format can need on an architecture."""
-    wanted: list[KernelConfig] = []
+    wanted: list[KernelSource] = []
     for dtype in dtypes:
         name = DTYPE_NAMES[dtype]
         wanted += dispatch.reachable(fmt_name, name, 16)

@@ -28,6 +28,9 @@ VARIANTS = tuple(
 # then be allocated once.
 MAX_SPLIT_TILES = 16384
 
+# The M that a kernel for any M is chosen by: decoding a full batch.
+INVARIANT_TOKENS = 64
+
 # The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
 _MMA_SYNC_SHARE = {90: 0.62}
 # FP8 mma.sync is one instruction from sm_89 on, but on sm_90 the compiler emulates it: six
@@ -98,6 +101,20 @@ def choose(
     return launch_geometry(gpu, config, m, n, k)
 
 
+def choose_invariant(
+    gpu: Gpu, m: int, n: int, k: int, fmt_name: str, dtype: str,
+    activation: str = "auto", variant: str = "exact",
+) -> Choice:  # fmt: skip
+    """As :func:`choose`, but the order of sums depends on the weight alone, never on M.
+
+    One configuration for each N and K, the one for ``INVARIANT_TOKENS``, with K unsplit; "auto"
+    means 16 bits. A few tokens pay for it with idle SMs where N is small.
+    """
+    bits = "16" if activation == "auto" else activation
+    config = choose(gpu, INVARIANT_TOKENS, n, k, fmt_name, dtype, bits, variant).config
+    return launch_geometry(gpu, config, m, n, k, num_splits=1)
+
+
 def launch_geometry(
     gpu: Gpu, config: GemmConfig, m: int, n: int, k: int, num_splits: int | None = None
 ) -> Choice:
@@ -121,13 +138,15 @@ def activation_bits_of(config: GemmConfig) -> int:
 
 
 def choose_activation_bits(
-    gpu: Gpu, m: int, n: int, k: int, fmt_name: str,
-    activation: str = "auto", variant: str = "exact",
+    gpu: Gpu, m: float, n: int, k: int, fmt_name: str,
+    activation: str = "auto", variant: str = "exact", quantized_rows: float = 1.0,
 ) -> int:  # fmt: skip
     """16 or 8: 8 where the rooflines cross, which is where 16 bits become compute-bound.
 
     time16(M) = max(weight bytes / DRAM, 2MNK / bf16 rate)
     time8(M)  = max(weight bytes / DRAM, 2MNK / fp8 rate) + quantising M rows of K
+
+    quantized_rows: rows of K that are quantised for each of the M, where experts share tokens
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; needs one of {', '.join(ACTIVATIONS)}")
@@ -140,13 +159,20 @@ def choose_activation_bits(
                 f"sm_{_FIRST_FP8_ARCH}. Use activation=auto or 16"
             )
         return 8
-    return 8 if m >= activation_switch(gpu, n, k, fmt_name, variant) else 16
+    return 8 if m >= activation_switch(gpu, n, k, fmt_name, variant, quantized_rows) else 16
+
+
+def has_fp8_mma(arch: int) -> bool:
+    """Whether FP8 mma.sync is an instruction there: no compute capability gains without it."""
+    return arch >= _FIRST_FP8_ARCH and arch not in _EMULATED_FP8_ARCHS
 
 
 @functools.lru_cache(maxsize=4096)
-def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "exact") -> float:
+def activation_switch(
+    gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "exact", quantized_rows: float = 1.0
+) -> float:
     """The M from which 8-bit activations are faster; infinity where they never are."""
-    if gpu.arch < _FIRST_FP8_ARCH or gpu.arch in _EMULATED_FP8_ARCHS or not gpu.fp8_f32_tflops:
+    if not has_fp8_mma(gpu.arch) or not gpu.fp8_f32_tflops:
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
@@ -154,7 +180,32 @@ def activation_switch(gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "e
     _, per_token = _INSTRUCTIONS["gemm_w4a8", variant, fmt_name]
     issue_us_per_m = n * k * per_token / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
     us8_per_m = max(2 * n * k / _tensor_flops_per_us(gpu, 8, variant), issue_us_per_m)
-    quantize_per_m = _quantize_us(gpu, 1, k) - _LAUNCH_US
+    return _crossing(gpu, k, memory_us, us16_per_m, us8_per_m, quantized_rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def fp8_activation_switch(gpu: Gpu, n: int, k: int) -> float:
+    """The M from which a weight in FP8 is multiplied faster with FP8 activations, by torch's
+    library product, than with 16-bit ones; infinity where they never are."""
+    if gpu.arch < _FIRST_FP8_ARCH or not gpu.fp8_f32_tflops:
+        return math.inf
+    memory_us = n * k / _dram_bytes_per_us(gpu)
+    us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, "exact")
+    # The library uses the card's own instructions, on Hopper wgmma.
+    us8_per_m = 2 * n * k / (gpu.fp8_f32_tflops * 1e6 * _TENSOR_SHARE)
+    return _crossing(gpu, k, memory_us, us16_per_m, us8_per_m)
+
+
+def _crossing(
+    gpu: Gpu,
+    k: int,
+    memory_us: float,
+    us16_per_m: float,
+    us8_per_m: float,
+    quantized_rows: float = 1.0,
+) -> float:
+    """The M from which max(memory, us8 * M) + quantising is less than max(memory, us16 * M)."""
+    quantize_per_m = quantized_rows * (_quantize_us(gpu, 1, k) - _LAUNCH_US)
     # Where the 8-bit product is still bound by memory: us16 * M = memory + launch + quantize * M.
     if us16_per_m > quantize_per_m:
         crossing = (memory_us + _LAUNCH_US) / (us16_per_m - quantize_per_m)
@@ -226,7 +277,7 @@ def _dram_bytes_per_us(gpu: Gpu) -> float:
 def _tensor_flops_per_us(gpu: Gpu, activation_bits: int, variant: str) -> float:
     # FP8 on a chip that emulates it is only ever asked for by name, and the 16-bit rate is what
     # the emulation can reach at best.
-    is_native = gpu.fp8_f32_tflops > 0 and gpu.arch not in _EMULATED_FP8_ARCHS
+    is_native = gpu.fp8_f32_tflops > 0 and has_fp8_mma(gpu.arch)
     tflops = gpu.bf16_tflops
     if activation_bits == 8 and is_native:
         tflops = gpu.fp8_f16_tflops if variant == "f16_partials" else gpu.fp8_f32_tflops

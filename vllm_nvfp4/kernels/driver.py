@@ -60,6 +60,7 @@ class _Buffers:
         default_factory=lambda: (ctypes.c_uint64 * (_LAUNCH_CONFIG.size // 8))()
     )
     size: ctypes.c_size_t = field(default_factory=ctypes.c_size_t)
+    layout: struct.Struct | None = None  # whose size that is
     extra: ctypes.Array = field(default_factory=lambda: (ctypes.c_void_p * 5)())
 
     def __post_init__(self) -> None:
@@ -140,7 +141,8 @@ class Driver:
         except AttributeError:
             buffers = self._local.buffers = _Buffers()
         layout.pack_into(buffers.params, 0, *params)
-        buffers.size.value = layout.size
+        if buffers.layout is not layout:
+            buffers.layout, buffers.size.value = layout, layout.size
         _LAUNCH_CONFIG.pack_into(
             buffers.config, 0, *grid, function.threads, 1, 1, function.smem_bytes, stream, 0, 0
         )

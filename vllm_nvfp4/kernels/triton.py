@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_nvfp4.kernels.dispatch import INVARIANT_TOKENS
 from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.options import is_batch_invariant
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def fp8_linear(
         return y
     if a.stride(1) != 1:
         a = a.contiguous()
-    tile = fp8_tile(m)
+    tile = fp8_tile(INVARIANT_TOKENS if is_batch_invariant() else m)
     grid = (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"]))
     _fp8_linear_kernel[grid](
         a, weight.view(torch.uint8), row_scale, bias if bias is not None else row_scale, y,

@@ -24,6 +24,20 @@ SUPPORTED = (*_GATED, *_PLAIN)
 
 
 @dataclass(frozen=True)
+class KernelActivation:
+    """y = f(min(g, limit)) * (clamp(u, -limit, limit) + beta) of (g, u), or y = f(h).
+
+    function: "linear", "silu" (v * sigmoid(alpha * v)), "gelu", "gelu_tanh" or "relu2"
+    """
+
+    function: str = "linear"
+    is_gated: bool = False
+    limit: float = math.inf
+    alpha: float = 1.0
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
 class ExpertActivation:
     """y = act(gate) * up, on h [..., 2 I] = (gate, up), or y = act(h) on h [..., I].
 
@@ -51,6 +65,29 @@ class ExpertActivation:
     @property
     def is_gated(self) -> bool:
         return self.name in _GATED
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether the rows of gate and up take turns, in the place of two halves."""
+        return self.name == "swigluoai"
+
+    def uninterleaved(self) -> ExpertActivation:
+        """The same on two halves."""
+        if not self.is_interleaved:
+            return self
+        return ExpertActivation("swigluoai_uninterleave", _OAI_LIMIT, _OAI_ALPHA, _OAI_BETA)
+
+    def for_kernel(self) -> KernelActivation:
+        """The same in a kernel's terms. Raises ValueError where gate and up rows take turns."""
+        if self.is_interleaved:
+            raise ValueError(
+                "activation of the experts: swigluoai takes interleaved rows of gate and up; the "
+                "kernels need gate rows before up rows, and swigluoai_uninterleave"
+            )
+        function = self.name.removesuffix("_no_mul").replace("swigluoai_uninterleave", "silu")
+        if self.is_gated and function == "silu":
+            return KernelActivation(function, True, self.limit, self.alpha, self.beta)
+        return KernelActivation(function, self.is_gated)
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., 2 I] if gated, else [..., I]; computed in h's own type. Returns [..., I]."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
@@ -36,17 +38,33 @@ def nvfp4_scale_from_amax(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
 
-def _block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 scale = amax(block) / (6 * global_scale); blocks: [N, K/16, 16] f32."""
+def block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 scale = amax(block) / (6 * global_scale), never 0; 1 for a block of zeros.
+
+    blocks: [..., 16] f32. Returns float8_e4m3fn, one per block.
+    """
     scale = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
     # A block that is not all zero must not get scale 0: it would be lost entirely.
     nonzero = scale.clamp(min=E4M3_MIN_SUBNORMAL)
     return to_e4m3(torch.where(scale > 0, nonzero, torch.ones_like(scale)))
 
 
-# Candidate factors of the absolute-maximum scale. 2/3 maps the largest element of a block to 4
-# instead of 6 ("four over six"); the others let the scale shrink (clip) or grow.
-_MSE_FACTORS = (1.0, 1.5, 1.25, 1.125, 1.0625, 0.9375, 0.875, 0.8125, 0.75, 1.375, 1.625)
+# Candidates around the scale of the absolute maximum, in steps of E4M3's own grid (8 to an octave):
+# from 0.68 of it (the block's largest elements are clipped) to 1.7 times. 1.5 times, which maps
+# the largest element to 4 instead of 6 ("four over six"), is among them.
+_CANDIDATE_OFFSETS = (0, -1, 1, 2, 3, 4, -2, -3, 5, 6, -4)
+_E4M3_MAX_BITS = 0x7E
+
+
+def block_scale_candidates(rtn: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The block scales to try instead of ``rtn``, as float32, ``rtn`` itself first.
+
+    rtn: float8_e4m3fn, positive, any shape
+    """
+    bits = rtn.view(torch.uint8).to(torch.int16)
+    for offset in _CANDIDATE_OFFSETS:
+        candidate = (bits + offset).clamp_(1, _E4M3_MAX_BITS).to(torch.uint8)
+        yield candidate.view(torch.float8_e4m3fn).float()
 
 
 # Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch
@@ -55,7 +73,7 @@ _SWEEP_ELEMENTS = 1 << 14
 
 
 def _block_scale_mse(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """The e4m3 scale, among ``_MSE_FACTORS`` times the RTN scale, with the least squared error."""
+    """The e4m3 scale, among the candidates, with the least squared error."""
     if blocks.device.type != "cpu":
         return _sweep(blocks, global_scale)
     rows = max(1, _SWEEP_ELEMENTS // (blocks.shape[1] * blocks.shape[2]))
@@ -63,14 +81,13 @@ def _block_scale_mse(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.
 
 
 def _sweep(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    base = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
-    best_scale = _block_scale_rtn(blocks, global_scale).float()
-    best_error = torch.full_like(base, torch.inf)
-    for factor in _MSE_FACTORS:
-        scale = to_e4m3((base * factor).clamp(min=E4M3_MIN_SUBNORMAL)).float()
+    rtn = block_scale_rtn(blocks, global_scale)
+    best_scale = rtn.float()
+    best_error = torch.full_like(best_scale, torch.inf)
+    for scale in block_scale_candidates(rtn):
         step = scale[..., None] * global_scale
         error = round_e2m1(blocks / step).mul_(step).sub_(blocks).square_().sum(-1)
-        better = (error < best_error) & (base > 0)
+        better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
     return best_scale.to(torch.float8_e4m3fn)
@@ -89,7 +106,7 @@ def quantize_nvfp4(
     blocks = _blocks(weight, NVFP4)
     if global_scale is None:
         global_scale = nvfp4_global_scale(weight)
-    choose = {"rtn": _block_scale_rtn, "mse": _block_scale_mse}[method]
+    choose = {"rtn": block_scale_rtn, "mse": _block_scale_mse}[method]
     block_scale = choose(blocks, global_scale)
     step = block_scale.float()[..., None] * global_scale
     codes = encode_e2m1(blocks / step).flatten(1)

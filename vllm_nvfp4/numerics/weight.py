@@ -48,6 +48,16 @@ class BlockScaledWeight:
     def num_cols(self) -> int:
         return self.codes.shape[1] * 2
 
+    def rows(self, index: torch.Tensor) -> BlockScaledWeight:
+        """The chosen rows, in that order. index: [R] int64"""
+        scale = self.block_scale
+        return BlockScaledWeight(
+            self.codes[index],
+            scale.view(torch.uint8)[index].view(scale.dtype),  # FP8 has no indexing of its own
+            self.global_scale[index],
+            self.fmt,
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as numbers, [N, K]. Products are formed in float64 and rounded once."""
         value = decode_e2m1(unpack_codes(self.codes), torch.float64)

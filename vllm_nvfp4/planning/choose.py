@@ -11,6 +11,7 @@ from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.options import METHOD_NAME
 from vllm_nvfp4.planning import fit as fitting
 from vllm_nvfp4.planning.fit import Fit, Load, Setup
+from vllm_nvfp4.planning.model import AS_STORED
 from vllm_nvfp4.planning.shapes import DecoderShape
 
 ACCURACIES = ("usual", "high")
@@ -43,15 +44,15 @@ def choose(shape: DecoderShape, load: Load, gpu: Gpu, accuracy: str, base: Setup
     base: what the user fixed; its lm_head, embedding and KV bits stand where they are not "keep"
     """
     kv_words = f"{'FP8' if base.kv_bits == 8 else '16-bit'} KV cache"
-    usual = replace(base, fmt="nvfp4")
-    if accuracy == "high" and shape.method is None:
+    usual = replace(base, fmt=AS_STORED if shape.stored else "nvfp4")
+    if accuracy == "high" and not shape.stored:
         what = f"attention in 16 bits, the rest in NVFP4, {kv_words}: accuracy asked is high"
         candidates = [(replace(usual, attention="bf16"), what)]
     else:
-        plain = f"plain NVFP4, {kv_words}"
-        if shape.method:
-            plain = f"the checkpoint as it is ({shape.method}), counted as {plain}"
-        candidates = [(usual, f"{plain}: 4.5 bits per weight, the usual accuracy")]
+        what, why = "plain NVFP4", "4.5 bits per weight, the usual accuracy"
+        if shape.stored:
+            what, why = "the checkpoint as it is", "its layers are quantised already"
+        candidates = [(usual, f"{what}, {kv_words}: {why}")]
         if "keep" in (base.lm_head, base.embedding):
             small = replace(
                 usual,
@@ -59,7 +60,7 @@ def choose(shape: DecoderShape, load: Load, gpu: Gpu, accuracy: str, base: Setup
                 embedding=_small_embedding(shape, base),
             )
             why = "lm_head and embedding in FP8, since 16-bit ones leave no room"
-            candidates.append((small, f"{plain}; {why}"))
+            candidates.append((small, f"{what}, {kv_words}; {why}"))
     for cards in fitting.CARD_COUNTS:
         for setup, reason in candidates:
             if not fitting.cards_that_can_share(shape, cards, setup.fmt):
@@ -97,7 +98,7 @@ def serve_command(shape: DecoderShape, found: Fit, load: Load) -> str:
         for key, value in (("lm_head", setup.lm_head), ("embedding", setup.embedding))
         if value != "keep"
     }
-    if setup.attention and shape.method is None:
+    if setup.attention:
         options["online_ignore"] = [_ATTENTION_PATTERN]
     words = [
         "vllm-nvfp4", "serve", shape.hub,

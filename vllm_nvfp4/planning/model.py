@@ -20,6 +20,8 @@ from vllm_nvfp4.planning.shapes import (
 )
 
 FORMATS = ("bf16", "fp8", "int4", "mxfp4", "nvfp4")
+# Every layer in the format that a quantised checkpoint has it in.
+AS_STORED = "checkpoint"
 EMBEDDING_FORMATS = ("keep", "fp8", "nvfp4")
 # Order of the kernels' tiles: N and K of a 4-bit weight are padded to these (see layout.py).
 _TILE_N, _TILE_K = 16, 64
@@ -64,7 +66,7 @@ def stored_bytes(rows: tuple[int, ...], k: int, fmt: str, group: int = 128) -> i
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights in the memory of one card, by part.
+    """Bytes of a model's weights in the memory of one card of ``cards``, by part.
 
     linear:       linear layers and experts
     lm_head:      0 where it is the embedding (tied)
@@ -79,6 +81,7 @@ class Weights:
     other: int
     experts: int = 0
     not_decoded: int = 0
+    cards: int = 1
 
     @property
     def total(self) -> int:
@@ -89,7 +92,7 @@ def weights_of(
     shape: DecoderShape, fmt: str, lm_head: str = "keep", embedding: str = "keep",
     cards: int = 1, attention: str = "",
 ) -> Weights:  # fmt: skip
-    """Bytes held on each of ``cards`` for linear layers in ``fmt``.
+    """Bytes held on each of ``cards`` for linear layers in ``fmt``, or AS_STORED.
 
     lm_head, embedding: keep, fp8 or nvfp4; a tied weight is one copy, whose format either sets
     attention:          the format of the attention's linear layers; empty for ``fmt``
@@ -99,11 +102,11 @@ def weights_of(
     vocab = math.ceil(shape.vocab_size / _VOCAB_PADDING) * _VOCAB_PADDING // cards
     head_bytes, embedding_bytes = (
         held_bytes(vocab, shape.hidden_size, "bf16" if f == "keep" else f)
-        for f in (lm_head, embedding)
+        for f in (shape.head if fmt == AS_STORED and shape.head else lm_head, embedding)
     )
     layers = {
         x: x.count * _on_one_card(x, shape, _format(x, fmt, attention), cards)
-        for x in shape.linears
+        for x in (shape.stored if fmt == AS_STORED else shape.linears)
     }
     other = 2 * shape.num_other
     up = sum(size for x, size in layers.items() if x.name == "kv_b_proj")
@@ -117,12 +120,13 @@ def weights_of(
         other=other,
         experts=sum(size for x, size in layers.items() if x.kind == EXPERTS),
         not_decoded=up,
+        cards=cards,
     )
 
 
 def _format(layer: Linear, fmt: str, attention: str) -> str:
-    if layer.kind == ROUTER:
-        return "bf16"
+    if layer.kind == ROUTER or fmt == AS_STORED:
+        return layer.stored or "bf16"
     return attention or fmt if layer.kind == ATTENTION else fmt
 
 
@@ -136,7 +140,7 @@ def _on_one_card(layer: Linear, shape: DecoderShape, fmt: str, cards: int) -> in
         rows = layer.rows[0] // cards + 2 * kv
     elif layer.cut == ROWS:
         rows //= cards
-    return held_bytes(rows, k, fmt, shape.int4_group)
+    return held_bytes(rows, k, fmt, shape.int4_group) + layer.extra
 
 
 def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
@@ -161,12 +165,17 @@ def cards_that_can_share(shape: DecoderShape, cards: int, fmt: str) -> bool:
     """Whether tensor parallelism can cut the model so: whole heads, and whole blocks of K."""
     if cards == 1:
         return True
-    block = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}.get(fmt, 1)
+    blocks = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}
+    linears = shape.stored if fmt == AS_STORED else shape.linears
     kv = shape.num_key_value_heads
     return (
         shape.num_attention_heads % cards == 0
         and (shape.latent is not None or kv % cards == 0 or cards % kv == 0)
-        and all(x.k % (cards * block) == 0 for x in shape.linears if x.cut == COLUMNS)
+        and all(
+            x.k % (cards * blocks.get(_format(x, fmt, ""), 1)) == 0
+            for x in linears
+            if x.cut == COLUMNS
+        )
     )
 
 
@@ -225,8 +234,8 @@ class Roofline:
 
 def tensor_tflops(gpu: Gpu, fmt: str) -> float:
     """Dense rate of the products in ``fmt``: the fastest that the format may use on the card."""
-    rate = max(gpu.bf16_tflops, gpu.fp8_f32_tflops if fmt in ("fp8", "nvfp4", "mxfp4") else 0)
-    return max(rate, gpu.fp4_tflops if fmt in ("nvfp4", "mxfp4") else 0)
+    rate = gpu.bf16_tflops if fmt in ("bf16", "int4") else max(gpu.bf16_tflops, gpu.fp8_f32_tflops)
+    return max(rate, gpu.fp4_tflops) if fmt in ("nvfp4", "mxfp4", AS_STORED) else rate
 
 
 def decode(
@@ -235,9 +244,10 @@ def decode(
 ) -> Roofline:  # fmt: skip
     """One token for each of ``batch`` sequences of ``context`` tokens.
 
-    weight_bytes = cards * (linear + head + other), of the experts the share that ``batch`` tokens
-                   need when each picks its own at random: 1 - (1 - per_token / experts)^batch
-    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer
+    weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch``
+                   tokens need when each picks at random: 1 - (1 - per_token / experts)^batch
+    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer, on all
+                   cards
     linear_flops = 2 * batch * (weights that a token is multiplied with)
     other_flops  = 2 * batch * vocabulary * hidden + batch * attention
 
@@ -250,7 +260,7 @@ def decode(
         read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
-        batch, cards * read, batch * attended * token_bytes(shape, kv_bits),
+        batch, weights.cards * read, batch * attended * cards * token_bytes(shape, kv_bits, cards),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),
@@ -264,7 +274,7 @@ def prefill(
 ) -> Roofline:  # fmt: skip
     """One prompt, in steps of ``chunk`` tokens; every step reads all weights once.
 
-    weight_bytes = cards * (linear + head + other) * ceil(prompt / chunk)
+    weight_bytes = weights.cards * (linear + head + other) * ceil(prompt / chunk)
     kv_bytes     = prompt * layers * bytes of a token in one layer, written
     linear_flops = 2 * prompt * (weights that a token is multiplied with)
     other_flops  = 2 * vocabulary * hidden + (sum over layers and positions t of min(t, window))
@@ -273,8 +283,8 @@ def prefill(
     read = weights.linear + (weights.lm_head or weights.embedding) + weights.other
     pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
     return Roofline(
-        prompt, cards * read * math.ceil(prompt / chunk),
-        prompt * shape.num_layers * token_bytes(shape, kv_bits),
+        prompt, weights.cards * read * math.ceil(prompt / chunk),
+        prompt * shape.num_layers * cards * token_bytes(shape, kv_bits, cards),
         2.0 * prompt * shape.num_active_weights,
         2.0 * shape.vocab_size * shape.hidden_size
         + pairs * _flops_per_attended(shape, is_decode=False),

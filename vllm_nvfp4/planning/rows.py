@@ -11,7 +11,13 @@ from vllm_nvfp4.planning import fit as fitting
 from vllm_nvfp4.planning.choose import kv_bits_of
 from vllm_nvfp4.planning.costs import Cost, cost_of
 from vllm_nvfp4.planning.fit import Fit, Load, Setup
-from vllm_nvfp4.planning.model import EMBEDDING_FORMATS, FORMATS, Roofline, checkpoint_parts
+from vllm_nvfp4.planning.model import (
+    AS_STORED,
+    EMBEDDING_FORMATS,
+    FORMATS,
+    Roofline,
+    checkpoint_parts,
+)
 from vllm_nvfp4.planning.shapes import DecoderShape
 
 
@@ -92,8 +98,9 @@ def row_of(asked: Asked, setup: Setup, gpu: Gpu, is_own_price: bool = True) -> R
 
 
 def format_rows(asked: Asked, base: Setup, gpu: Gpu) -> list[Row]:
-    """One row for each weight format, everything else as in ``base``."""
-    return [row_of(asked, replace(base, fmt=fmt), gpu) for fmt in FORMATS]
+    """One row for each weight format, a quantised checkpoint's own first; the rest as ``base``."""
+    formats = (*((AS_STORED,) if asked.shape.stored else ()), *FORMATS)
+    return [row_of(asked, replace(base, fmt=fmt), gpu) for fmt in formats]
 
 
 def option_rows(asked: Asked, gpu: Gpu) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.locate import find_folder
+from vllm_nvfp4.checkpoints.spec import Dialect, LayerKind, LayerSpec, Role, fused_layer_spec
 
 _FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "qwen3_moe", "mixtral",
@@ -21,6 +23,11 @@ _NEEDED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
+# What Gemma 3's published config.json leave to transformers' Gemma3TextConfig.
+_GEMMA_DEFAULTS = {
+    "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
 
 ATTENTION, MLP, EXPERTS, ROUTER = "attention", "mlp", "experts", "router"
 # How tensor parallelism cuts a layer: its rows, its columns, or not at all.
@@ -31,9 +38,11 @@ ROWS, COLUMNS, WHOLE = "rows", "columns", "whole"
 class Linear:
     """One kind of linear layer as vLLM fuses it, and how often the model has it.
 
-    rows:  of each shard that a checkpoint stores on its own; N is their sum
-    k:     columns
-    count: layers of this kind, times experts for an expert's
+    rows:   of each shard that a checkpoint stores on its own; N is their sum
+    k:      columns
+    count:  layers of this kind, times experts for an expert's
+    stored: the format that a quantised checkpoint has it in; empty where it is to be chosen
+    extra:  bytes of what a quantised checkpoint applies to the layer's activations
     """
 
     name: str
@@ -42,6 +51,8 @@ class Linear:
     count: int
     kind: str
     cut: str
+    stored: str = ""
+    extra: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -63,15 +74,19 @@ class DecoderShape:
     """A decoder's dimensions, named as in its config.json.
 
     hub:        its name on the Hugging Face Hub, or the folder
+    family:     model_type
     windows:    per layer, the tokens that its attention reaches back; 0 for all
     num_other:  elements of norms, biases and attention sinks, which stay in 16 bits
+    sparse_layers: the decoder layers with experts
     inner_size: the widest inner size of a layer that one token goes through
     latent:     None where keys and values are cached per head
-    method:     the quantization that config.json names, or None for a 16-bit checkpoint
+    stored:     ``linears`` by the format that a quantised checkpoint has them in; else empty
+    head:       the format of lm_head in a quantised checkpoint; empty for 16 bits
     """
 
     name: str
     hub: str
+    family: str
     hidden_size: int
     inner_size: int
     num_attention_heads: int
@@ -85,8 +100,10 @@ class DecoderShape:
     num_other: int
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    sparse_layers: tuple[int, ...] = ()
     latent: Latent | None = None
-    method: str | None = None
+    stored: tuple[Linear, ...] = ()
+    head: str = ""
     has_vision: bool = False
 
     @property
@@ -123,15 +140,68 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            return replace(shape_of(entry["config"], name), hub=entry["hub"])
+            has_vision = entry.get("has_vision", False)
+            return replace(shape_of(entry["config"], name), hub=entry["hub"], has_vision=has_vision)
     accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
     if "/" not in model and not Path(model).exists():
         raise ValueError(f"{model}: no such model; needs {accepted}.")
     config, quantization = read_config(find_folder(model))
-    method = str(quantization.get("quant_method", "modelopt")) if quantization else None
-    return replace(shape_of(config, model), method=method)
+    shape = shape_of(config, model)
+    if quantization is None:
+        return shape
+    return as_stored(shape, detect(quantization))
+
+
+_PACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+_PACKED_MIXTRAL = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+
+def as_stored(shape: DecoderShape, dialect: Dialect) -> DecoderShape:
+    """The shape with the format of every layer, as the checkpoint's quantization config says.
+
+    Experts of one layer are stored alike: the first stands for all. Raises CheckpointError where
+    shards of a fused layer are not.
+    """
+    is_mixtral = shape.family == "mixtral"
+    block, packed = ("block_sparse_moe", _PACKED_MIXTRAL) if is_mixtral else ("mlp", _PACKED)
+    prefix = "language_model.model." if shape.has_vision else "model."
+    every = tuple(range(shape.num_layers))
+    found: list[Linear] = []
+    for linear in shape.linears:
+        layers, parent, names = every, "self_attn", _PACKED
+        if linear.kind != ATTENTION:
+            is_dense = linear.kind == MLP and not linear.name.startswith("shared_experts.")
+            layers = tuple(i for i in every if (i in shape.sparse_layers) != is_dense)
+            parent, names = block, packed
+        name = linear.name.replace("experts.", "experts.0.", linear.kind == EXPERTS)
+        specs = [
+            fused_layer_spec(dialect, f"{prefix}layers.{i}.{parent}.{name}", names) for i in layers
+        ]
+        kinds = Counter((_stored_format(spec), _extra_bytes(spec, linear.k)) for spec in specs)
+        found += [
+            replace(linear, count=linear.count * n // len(specs), stored=fmt, extra=extra)
+            for (fmt, extra), n in kinds.items()
+        ]
+    head = "" if shape.tie_word_embeddings else _stored_format(dialect.layer_spec("lm_head"))
+    return replace(shape, stored=tuple(found), head=head if head != "bf16" else "")
+
+
+def _stored_format(spec: LayerSpec) -> str:
+    if spec.kind is LayerKind.MICROSCALED and spec.fmt:
+        return spec.fmt.name
+    return "fp8" if spec.kind is LayerKind.FP8 else "bf16"
+
+
+def _extra_bytes(spec: LayerSpec, k: int) -> int:
+    """float32: a scale for each column (AWQ), and a rotation [g, g] (FP-Quant)."""
+    scales = 4 * k if spec.tensor(Role.PRE_SCALE) else 0
+    return scales + 4 * spec.hadamard_size**2
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
@@ -142,10 +212,12 @@ def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
         raise ValueError(
             f"{name}: config.json says model_type {family!r}; plan knows {', '.join(_FAMILIES)}."
         )
+    is_gemma = family.startswith("gemma3")
+    if is_gemma:
+        text = _GEMMA_DEFAULTS | dict(text)
     for key in _NEEDED:
         _positive(text, key, name)
     heads = text["num_attention_heads"]
-    is_gemma = family.startswith("gemma3")
     latent = _latent(text, name) if family.startswith("deepseek") else None
     linears, inner = _mlp_layers(text, name)
     attention = (_latent_layers if latent else _attention_layers)(text)
@@ -153,6 +225,7 @@ def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
     return DecoderShape(
         name=name,
         hub=name,
+        family=family,
         hidden_size=text["hidden_size"],
         inner_size=inner,
         num_attention_heads=heads,
@@ -166,8 +239,9 @@ def shape_of(config: Mapping[str, Any], name: str) -> DecoderShape:
         num_other=_num_other(text, linears),
         num_experts=experts,
         num_experts_per_tok=per_token,
+        sparse_layers=tuple(i for i in range(text["num_hidden_layers"]) if _is_sparse(text, i)),
         latent=latent,
-        has_vision=bool(config.get("vision_config")) or name.startswith("Gemma3-"),
+        has_vision=bool(config.get("vision_config")),
     )
 
 

@@ -67,6 +67,25 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
     return folder
 
 
+def to_gpt_oss_mxfp4(folder: Path) -> Path:
+    """Write the stacked experts of a BF16 model of family "gpt_oss" as MXFP4, in place."""
+    import torch
+
+    from vllm_nvfp4.numerics.quantize import quantize_mxfp4
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            # [E, K, N] in BF16
+            experts = [quantize_mxfp4(e.t().float()) for e in tensors.pop(name)]
+            blocks = torch.stack([e.codes.unflatten(1, (-1, 16)) for e in experts])
+            scales = torch.stack([e.block_scale.view(torch.uint8) for e in experts])
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+    method = {"quant_method": "mxfp4"}
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=method))
+    return edit_tensors(folder, edit)
+
+
 def split_into_shards(folder: Path, num_shards: int = 2) -> Path:
     """Cut model.safetensors into shards with an index file."""
     from safetensors.torch import load_file, save_file

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 
-# One process: no start-up of an engine process per model, and errors come as they are raised.
+from vllm_nvfp4.quality.engine import running
+
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "HF_HUB_OFFLINE": "1",
@@ -38,11 +37,8 @@ class Answer:
 
 @contextlib.contextmanager
 def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
-    """vLLM's ``LLM`` on a checkpoint; everything it holds is released at the end."""
+    """A small engine of ``running``: eager, offline, all log-probabilities on request."""
     os.environ.update(ENVIRONMENT)
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     defaults: dict[str, Any] = {
         "enforce_eager": True,
         "max_model_len": 128,
@@ -51,17 +47,8 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         "max_logprobs": -1,
         "seed": 0,
     }
-    llm: Any = None
-    try:
-        llm = LLM(str(folder), **(defaults | options))
+    with running(folder, **(defaults | options)) as llm:
         yield llm
-    finally:
-        # A failed test's traceback keeps the engine alive: end it now, not when that is collected.
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def ask_engine(llm: Any, prompt: list[int], num_tokens: int) -> Answer:

@@ -12,6 +12,7 @@ import torch
 
 from vllm_nvfp4.kernels import configs
 from vllm_nvfp4.kernels.configs import GemmConfig, GemmParams, QuantizeConfig, QuantizeParams
+from vllm_nvfp4.kernels.moe_configs import AnyMoeConfig
 from vllm_nvfp4.layout import PackedWeight
 from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule, build, csrc_dir
 
@@ -23,7 +24,7 @@ class SemaphoreError(RuntimeError):
 
 
 def build_host(
-    kernels: Sequence[configs.KernelConfig], edits: Sequence[tuple[str, str]] = ()
+    kernels: Sequence[configs.KernelConfig | AnyMoeConfig], edits: Sequence[tuple[str, str]] = ()
 ) -> HostModule:
     """Compile several kernels into one module.
 

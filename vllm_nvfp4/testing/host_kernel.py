@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_nvfp4.kernels.private_dir import make_private
+
 # Plain loads and stores call __tsan_*; alignment, array bounds and shifts call __ubsan_*. The
 # runtime defines both, so no sanitizer library is linked.
 _CHECKS = (
@@ -200,7 +202,8 @@ def build(
     kernels: launch symbol -> kernel with its template arguments, e.g. {"k": "gemm<Config<16>>"}
     flags:   more compiler flags for the kernels; runtime_flags: for the emulator
 
-    The cache key is the preprocessed source, so every header counts. Raises HostCompileError.
+    The cache key is the preprocessed source, so every header counts. Raises HostCompileError, also
+    where others may write to the cache's folder: what lies there is loaded and run.
     """
     text = source.read_text() if isinstance(source, Path) else source
     entries = "".join(
@@ -218,6 +221,9 @@ def build(
     options += [f"-D{name}={value}" for name, value in (defines or {}).items()]
     options += [f"-I{folder.resolve()}" for folder in folders]
     cache = (cache_dir or _default_cache()).resolve()
+    for level in (cache.parent, cache) if cache_dir is None else (cache,):
+        if obstacle := make_private(level):
+            raise HostCompileError(f"{level} can't hold compiled kernels: {obstacle}")
     runtime = _compile(
         csrc / "host/runtime/runtime.cpp", [*_RUNTIME_FLAGS, *runtime_flags], cache, ".o"
     )
@@ -278,7 +284,6 @@ def _compile(
     if target.exists():
         os.utime(target)
         return target
-    cache.mkdir(parents=True, exist_ok=True)
     _remove_unused(cache)
     partial = cache / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
     try:

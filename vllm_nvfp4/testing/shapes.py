@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_nvfp4.kernels.moe_dispatch import MoeShape
 from vllm_nvfp4.planning.shapes import built_in
 
 
@@ -75,3 +76,11 @@ MODELS = {
 
 # Token counts of the GEMM benchmark: decode batches, then prefill chunks.
 BENCH_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+
+# Layers of routed experts. Source: each model's config.json.
+EXPERT_LAYERS = {
+    "Qwen3-30B-A3B": MoeShape(128, 8, 2048, 768),
+    "Mixtral-8x7B": MoeShape(8, 2, 4096, 14336),
+    "gpt-oss-20b": MoeShape(32, 4, 2880, 2880),
+    "DeepSeek-V2-Lite": MoeShape(64, 6, 2048, 1408),
+}

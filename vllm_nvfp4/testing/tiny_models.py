@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 288
-FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "qwen2_moe", "mixtral")
+FAMILIES = (
+    "llama",
+    "llama-bias",
+    "qwen3",
+    "gemma3",
+    "qwen3_moe",
+    "qwen2_moe",
+    "mixtral",
+    "gpt_oss",
+)
 
 # Two key-value heads and an inner size of 128 let two tensor-parallel ranks share a layer without
 # cutting a block of 32; a head of 32 is the least that an FP8 KV cache takes on a CPU.
@@ -43,8 +52,9 @@ def build_model(family: str, seed: int = 0) -> Any:
 
     family: "llama" (untied), "llama-bias" (a bias in each linear layer), "qwen3" (query and key
             norms, untied), "gemma3" (tied embedding, sliding window), "qwen3_moe" (four experts,
-            two a token), "qwen2_moe" (the same with a shared expert) or "mixtral" (experts named
-            w1, w2, w3). Raises ValueError for another.
+            two a token), "qwen2_moe" (the same with a shared expert), "mixtral" (experts named w1,
+            w2, w3) or "gpt_oss" (attention sinks; stacked experts with biases). Raises ValueError
+            for another.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -68,6 +78,7 @@ def build_model(family: str, seed: int = 0) -> Any:
 def _config(family: str) -> Any:
     from transformers import (
         Gemma3TextConfig,
+        GptOssConfig,
         LlamaConfig,
         MixtralConfig,
         Qwen2MoeConfig,
@@ -98,6 +109,10 @@ def _config(family: str) -> Any:
     if family == "mixtral":
         experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
         return MixtralConfig(**_COMMON, **experts, tie_word_embeddings=False)
+    if family == "gpt_oss":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+        layers = ["sliding_attention", "full_attention"]
+        return GptOssConfig(**_COMMON, **experts, layer_types=layers, tie_word_embeddings=False)
     raise ValueError(f"family: found {family!r}; needed one of {', '.join(FAMILIES)}")
 
 

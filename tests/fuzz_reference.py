@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's tensors mean, read by the safetensors library and computed with numpy alone.
+
+It knows a layer by the names of its tensors and nothing of the configuration or of the loader, so
+that the two can disagree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def stored_tensors(folder: Path, files: set[str]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in sorted(files):
+        with safe_open(folder / file, "pt") as stream:
+            tensors |= {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    return tensors
+
+
+def quantized_weights(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray | None]:
+    """module -> its weight in float64, for every module whose weight has fewer than 16 bits; None
+    where its tensors are no complete layer."""
+    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        modules[module][leaf] = tensor
+    found: dict[str, np.ndarray | None] = {}
+    for module, leaves in modules.items():
+        codes = next(
+            (leaves[k] for k in ("weight_packed", "qweight", "weight") if k in leaves), None
+        )
+        if codes is None or codes.dtype not in (torch.uint8, torch.float8_e4m3fn):
+            continue
+        try:
+            found[module] = _weight(codes, leaves)
+        except (KeyError, ValueError):
+            found[module] = None
+    return found
+
+
+def _weight(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
+    scale = leaves["scales"] if "scales" in leaves else leaves["weight_scale"]
+    if codes.dtype == torch.float8_e4m3fn:
+        per_row = scale.double().numpy().reshape(-1, 1).astype(np.float32).astype(np.float64)
+        return codes.double().numpy() * per_row
+    bits = codes.numpy()
+    values = np.stack([_E2M1[bits & 15], _E2M1[bits >> 4]], -1).reshape(*bits.shape[:-1], -1)
+    raw = scale.view(torch.uint8).numpy()
+    # FP-Quant stores E4M3 scales as bytes; beside a global scale they are E4M3 in every dialect.
+    divisor = leaves.get("weight_global_scale")
+    is_mx = scale.dtype == torch.uint8 and (
+        "scales" not in leaves or values.shape[-1] == 32 * raw.shape[-1]
+    )
+    if is_mx:
+        blocks = np.ldexp(1.0, raw.astype(np.int64) - 127)
+    else:
+        blocks = torch.from_numpy(raw.copy()).view(torch.float8_e4m3fn).double().numpy()
+    width = values.shape[-1] // blocks.shape[-1]
+    value = values * np.repeat(blocks, width, -1)
+    if (factor := leaves.get("weight_scale_2")) is not None:
+        return value * np.float64(np.float32(factor.float().item()))
+    if divisor is not None:
+        return value * np.float64(np.float32(1 / np.float64(divisor.float().item())))
+    return value
+
+
+def difference(found: torch.Tensor, expected: np.ndarray) -> str:
+    """A text for the first element that differs, or an empty one. -0 equals 0."""
+    if tuple(found.shape) != expected.shape:
+        return f"shape {tuple(found.shape)} instead of {expected.shape}"
+    wrong = np.argwhere(found.numpy() != expected)
+    if not len(wrong):
+        return ""
+    at: Any = tuple(int(i) for i in wrong[0])
+    return f"{len(wrong)} values differ, first {found[at].item()} for {expected[at]} at {list(at)}"

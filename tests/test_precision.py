@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--target-bits`, `--max-kl`, `--report`: the choice is exact, and vLLM serves the mixed file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
+from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.checkpoints.work import work_folder
+from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.quantize import sensitivity
+from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats
+from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
+from vllm_nvfp4.testing.engine import (
+    ask_engine,
+    ask_reference,
+    engine,
+    plain_model,
+    reference_model,
+)
+from vllm_nvfp4.testing.tiny_models import write_model
+
+
+def random_groups(num: int, seed: int) -> list[Sensitivity]:
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for i in range(num):
+        size = 48 * int(torch.randint(1, 9, (1,), generator=generator))
+        kl = float(torch.rand(1, generator=generator)) ** 3
+        kls = {"nvfp4": kl, "fp8": kl * float(torch.rand(1, generator=generator)) / 10, "bf16": 0.0}
+        groups.append(Sensitivity((f"layer{i}.weight",), size, kls))
+    return groups
+
+
+def total_kl(groups, formats) -> float:
+    return sum(g.kl[f] for g, f in zip(groups, formats, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choice_is_the_best_of_all(seed):
+    groups = random_groups(6, seed)
+    every = list(itertools.product(BITS, repeat=len(groups)))
+    for target in (4.5, 4.7, 5.5, 7.3, 12.0, 16.0, 20.0):
+        found = choose_formats(groups, target_bits=target)
+        assert average_bits(groups, found) <= target
+        fitting = [f for f in every if average_bits(groups, f) <= target + 1e-9]
+        assert total_kl(groups, found) == pytest.approx(min(total_kl(groups, f) for f in fitting))
+    for limit in (0.0, 0.01, 0.1, 1.0, 10.0):
+        found = choose_formats(groups, max_kl=limit)
+        assert total_kl(groups, found) <= limit
+        fitting = [f for f in every if total_kl(groups, f) <= limit]
+        assert average_bits(groups, found) == min(average_bits(groups, f) for f in fitting)
+
+
+def test_sizes_without_a_common_divisor_stay_within_the_budget():
+    sizes = enumerate(random_groups(40, 9))
+    groups = [Sensitivity((f"{i}",), 10_000_019 + 2 * i, g.kl) for i, g in sizes]
+    found = choose_formats(groups, target_bits=5.5)
+    assert 5.45 < average_bits(groups, found) <= 5.5
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_sensitivity_is_the_kl_of_the_whole_model(family, tmp_path):
+    """Against transformers' model with one layer's weights replaced, tied or not."""
+    source = Source(write_model(tmp_path / family, family))
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    samples = torch.randint(4, 260, (2, 24), generator=torch.Generator().manual_seed(1))
+    found = sensitivity.measure(source, quantized, samples)
+    assert sorted(n for g in found for n in g.names) == sorted(quantized)
+    model = plain_model(source.folder, torch.float32)
+    with torch.inference_mode():
+        exact = torch.log_softmax(model(samples).logits, -1)
+        for group in (found[1], found[-1]):
+            for name in ("nvfp4", "fp8"):
+                kept = {n: model.get_parameter(n).clone() for n in group.names}
+                for n, weight in sensitivity._quantise(source, group.names, name).items():
+                    model.get_parameter(n).copy_(weight)
+                mine = torch.log_softmax(model(samples).logits, -1)
+                expected = (exact.exp() * (exact - mine)).sum(-1).double().mean()
+                assert group.kl[name] == pytest.approx(float(expected), rel=0.02, abs=1e-6)
+                for n, weight in kept.items():
+                    model.get_parameter(n).copy_(weight)
+
+
+def quantize(source, target, *options: str) -> int:
+    return main(["quantize", str(source), "-o", str(target), *options])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method):
+    target, plot = tmp_path / "out", tmp_path / "plot.svg"
+    options = ["--method", method, "--target-bits", "7", "--report", str(plot)]
+    if method == "gptq":
+        options += ["--samples", "4", "--sample-length", "48"]
+    assert quantize(llama, target, *options) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.mlp.gate_proj+up_proj" in text
+    assert "<svg" in plot.read_text()
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    algos = {entry["quant_algo"] for entry in config["quantized_layers"].values()}
+    assert algos == {"W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"}
+    validate(target, *read_config(target))
+    assert dequantized_state_dict(target).keys() == Source(llama).tensors.keys()
+    prompt = [5, 17, 40, 3, 99]
+    reference = ask_reference(reference_model(target, torch.float32), prompt, 4)
+    options = {"dtype": "float32", "additional_config": {"nvfp4": {"kv_cache": "keep"}}}
+    with engine(target, **options) as llm:
+        answer = ask_engine(llm, prompt, 4)
+    assert answer.tokens == reference.tokens
+    assert torch.allclose(answer.logprobs, reference.logprobs, atol=0.05)
+
+
+def test_layers_in_16_bits_are_left_alone(llama, tmp_path):
+    assert quantize(llama, tmp_path / "out", "--method", "rtn", "--max-kl", "0") == 0
+    before = Source(llama)
+    after = Source(tmp_path / "out")
+    assert before.tensors == after.tensors
+    assert quantize(llama, tmp_path / "four", "--method", "rtn", "--max-kl", "1e9") == 0
+    config = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+    assert {e["quant_algo"] for e in config["quantized_layers"].values()} == {"W4A16_NVFP4"}
+
+
+def test_a_run_that_goes_on_does_not_measure_again(llama, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    options = ["--method", "rtn", "--target-bits", "6"]
+    from vllm_nvfp4.checkpoints import write
+
+    def stop(self, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write._Job, "complete", stop)
+    assert quantize(llama, target, *options) == 130
+    monkeypatch.undo()
+    assert (work_folder(target) / "sensitivity.json").is_file()
+
+    def measure(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sensitivity, "measure", measure)
+    assert quantize(llama, target, *options) == 0
+    assert target.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-bits", "4"], "NVFP4 alone takes 4.5"),
+        (["--max-kl", "-1"], "needs to be 0 or more"),
+        (["--report", "x.png"], "--target-bits or --max-kl"),
+        (["--target-bits", "5", "--report", "x.pdf"], "ends in .png or .svg"),
+        (["--target-bits", "5", "--report", "/nonesuch/x.png"], "no folder /nonesuch"),
+        (["--target-bits", "5", "--format", "compressed-tensors"], "use --format modelopt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(llama, tmp_path, capsys, options, message):
+    assert quantize(llama, tmp_path / "out", *options) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every code byte times every block scale with every token, in every configuration of the kernels;
+every stress in every configuration. tests/test_stress.py runs a quarter of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gemm_cases import make_activations, make_weight
+from stress_cases import STRESS, every_pair, legal_scales
+from test_stress import GEMMS, assert_others_untouched, run_host, stressed
+
+from vllm_nvfp4.layout import pack_weight
+from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, shipped
+
+pytestmark = pytest.mark.trust
+
+
+def test_every_pair_in_every_kernel(count: Callable[..., None]) -> None:
+    num_products = 0
+    for config in GEMMS:
+        fmt = FORMATS[config.fmt_name]
+        weight = every_pair(fmt, legal_scales(fmt))
+        packed, tokens = pack_weight(weight), torch.eye(weight.num_cols)
+        if config.stem == "gemm_w4a16":
+            y = run_gemm(shipped(config), config, tokens.to(DTYPES[config.dtype]), packed)
+        else:
+            q = tokens.to(torch.float8_e4m3fn)
+            y = run_gemm(shipped(config), config, q, packed, a_scale=torch.ones(len(q)))
+        assert torch.equal(y, weight.dequantize(torch.float64).T.to(y.dtype)), config.symbol
+        num_products += y.numel()
+    count(kernels=len(GEMMS), exact_products=num_products)
+
+
+def test_every_stress_in_every_kernel(count: Callable[..., None]) -> None:
+    for config in GEMMS:
+        packed = pack_weight(make_weight(config, 40, 96))
+        a = make_activations(config, config.block_m + 2, 96)
+        clean = run_host(config, a, packed)
+        for name in STRESS:
+            assert_others_untouched(run_host(config, stressed(a, name), packed), clean, name)
+    count(kernels=len(GEMMS), cases=len(GEMMS) * len(STRESS))

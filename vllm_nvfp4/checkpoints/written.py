@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two layouts in which NVFP4 checkpoints are written here: tensor names, values, config.json.
+
+ModelOpt, per quantised layer P of shape [N, K]:
+    P.weight              uint8 [N, K/2], the low nibble holds even k
+    P.weight_scale        float8_e4m3fn [N, K/16]; multiplies
+    P.weight_scale_2      float32 []; multiplies, one value for all the shards of a fused layer
+compressed-tensors:
+    P.weight_packed       uint8 [N, K/2], the low nibble holds even k
+    P.weight_scale        float8_e4m3fn [N, K/16]; multiplies
+    P.weight_global_scale float32 [1]; divides, one value for all the shards of a fused layer
+FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN):
+    P.weight              float8_e4m3fn [N, K]
+    P.weight_scale        float32 [N, 1]; multiplies
+Weights only (W4A16): neither stores a scale of the activations. Sources: NVIDIA ModelOpt's Hugging
+Face export (W4A16_NVFP4), llm-compressor's NVFP4A16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_nvfp4.checkpoints.source import TensorInfo
+from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """name: of the dialect; codes, global_scale: tensor names after the layer's; is_divisor: the
+    global scale divides and has shape [1], else it multiplies and is a scalar."""
+
+    name: str
+    codes: str
+    global_scale: str
+    is_divisor: bool
+    config: Callable[[Sequence[str]], dict[str, Any]]
+
+    def entries(self, layer: str, shape: Sequence[int]) -> dict[str, TensorInfo]:
+        """What is stored for a layer of shape [N, K], in order."""
+        rows, cols = shape
+        return {
+            f"{layer}.{self.codes}": TensorInfo("U8", (rows, cols // 2)),
+            f"{layer}.weight_scale": TensorInfo("F8_E4M3", (rows, cols // NVFP4.block_size)),
+            f"{layer}.{self.global_scale}": TensorInfo("F32", (1,) if self.is_divisor else ()),
+        }
+
+    def representable(self, global_scale: torch.Tensor) -> torch.Tensor:
+        """The multiplier that is read back for one near ``global_scale``."""
+        return 1.0 / (1.0 / global_scale) if self.is_divisor else global_scale
+
+    def tensors(self, layer: str, weight: BlockScaledWeight) -> dict[str, torch.Tensor]:
+        """The tensors of :meth:`entries`. The weight's rows have one global scale."""
+        scale = weight.global_scale[0]
+        return {
+            f"{layer}.{self.codes}": weight.codes,
+            f"{layer}.weight_scale": weight.block_scale,
+            f"{layer}.{self.global_scale}": (1.0 / scale)[None] if self.is_divisor else scale,
+        }
+
+    def dequantize(self, layer: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The stored layer as numbers, [N, K] float32. load: a tensor by name."""
+        codes = load(f"{layer}.{self.codes}")
+        scale = load(f"{layer}.{self.global_scale}").reshape(())
+        scale = 1.0 / scale if self.is_divisor else scale
+        block_scale = load(f"{layer}.weight_scale")
+        return BlockScaledWeight(codes, block_scale, scale.expand(len(codes)), NVFP4).dequantize()
+
+
+class Fp8Format:
+    """FP8 with one scale for each row; the same three functions as :class:`StoredFormat`."""
+
+    def entries(self, layer: str, shape: Sequence[int]) -> dict[str, TensorInfo]:
+        """What is stored for a layer of shape [N, K], in order."""
+        return {
+            f"{layer}.weight": TensorInfo("F8_E4M3", tuple(shape)),
+            f"{layer}.weight_scale": TensorInfo("F32", (shape[0], 1)),
+        }
+
+    def tensors(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of :meth:`entries` for a weight [N, K]."""
+        codes, scale = quantize_fp8_per_row(weight)
+        return {f"{layer}.weight": codes, f"{layer}.weight_scale": scale}
+
+    def dequantize(self, layer: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The stored layer as numbers, [N, K] float32. load: a tensor by name."""
+        return load(f"{layer}.weight").float() * load(f"{layer}.weight_scale")
+
+
+FP8 = Fp8Format()
+
+
+def mixed_config(nvfp4: Sequence[str], fp8: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
+    """ModelOpt's configuration of a checkpoint with layers in both formats, and some in none."""
+    four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4.block_size}
+    eight = {"dynamic": False, "num_bits": 8, "type": "float"}
+    inputs = {"dynamic": True, "num_bits": 8, "type": "float"}
+    layers: dict[str, dict[str, Any]] = {
+        name: {"quant_algo": "W4A16_NVFP4", "group_size": NVFP4.block_size} for name in nvfp4
+    }
+    layers |= {name: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"} for name in fp8}
+    return {
+        "config_groups": {
+            "group_0": {"weights": four, "targets": list(nvfp4)},
+            "group_1": {"weights": eight, "input_activations": inputs, "targets": list(fp8)},
+        },
+        "ignore": list(ignore),
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": layers,
+        "producer": {"name": "vllm-nvfp4"},
+        "quant_method": "modelopt",
+    }
+
+
+def _modelopt_config(ignore: Sequence[str]) -> dict[str, Any]:
+    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4.block_size}
+    return {
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": list(ignore),
+        "quant_algo": "W4A16_NVFP4",
+        "producer": {"name": "vllm-nvfp4"},
+        "quant_method": "modelopt",
+    }
+
+
+def _compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
+    weights = {
+        "dynamic": False,
+        "group_size": NVFP4.block_size,
+        "num_bits": 4,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "strategy": "tensor_group",
+        "symmetric": True,
+        "type": "float",
+    }
+    layout = "nvfp4-pack-quantized"
+    group = {"format": layout, "targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "config_groups": {"group_0": group},
+        "format": layout,
+        "ignore": list(ignore),
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        StoredFormat("modelopt", "weight", "weight_scale_2", False, _modelopt_config),
+        StoredFormat(
+            "compressed-tensors",
+            "weight_packed",
+            "weight_global_scale",
+            True,
+            _compressed_tensors_config,
+        ),
+    )
+}

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-nvfp4 quality MODEL --reference BF16``: what quantisation costs, through vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.quality.statistics import Row
+
+TAKES_AFTER_DASHES = True
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quality",
+        help="perplexity, KL and tasks of a model, as vLLM serves it",
+        description="Measure a model through vLLM with this plugin, and against a reference. "
+        "Flags of `vllm serve` after -- go to MODEL's engine; the reference is served as stored.",
+        usage="vllm-nvfp4 quality MODEL [--reference MODEL] [options] [-- vLLM flags]",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, or cached hub name")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="what it is compared with: the 16-bit original"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE|builtin", default="builtin", help="default: builtin"
+    )
+    parser.add_argument("--windows", type=_positive, default=16, help="at most (default: 16)")
+    parser.add_argument(
+        "--window-length", type=_length, default=1024, help="tokens in each (default: 1024)"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, no table")
+    parser.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="PERCENT",
+        help="exit status 1 where the perplexity is further above the reference's",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
+    return value
+
+
+def _length(text: str) -> int:
+    value = int(text)
+    if value < 8:
+        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 8")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_ppl_increase is not None and not args.reference:
+        raise ValueError("--max-ppl-increase needs --reference, the model it is an increase over")
+    # Standard output is for the result: vLLM and its libraries print to it as well.
+    with _stdout_to_stderr():
+        rows, about = _measure(args)
+    from vllm_nvfp4.quality.report import as_json, table
+
+    if args.json:
+        print(json.dumps(as_json(rows, about), indent=2))
+    else:
+        print(table(rows))
+    return _verdict(rows, args.max_ppl_increase)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _verdict(rows: list[Row], limit: float | None) -> int:
+    if limit is None:
+        return 0
+    increase = next(r.difference for r in rows if r.metric == "perplexity, %")
+    # A perplexity that is not a number is no pass.
+    if increase is not None and increase <= limit:
+        return 0
+    print(
+        f"vllm-nvfp4 quality: perplexity is {increase:+.2f} % from the reference's, "
+        f"--max-ppl-increase {limit:g} allows no more",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    from vllm_nvfp4 import compat_cpu_metadata
+    from vllm_nvfp4.checkpoints import read_config
+    from vllm_nvfp4.checkpoints.locate import find_folder
+    from vllm_nvfp4.checkpoints.validate import validate
+    from vllm_nvfp4.options import METHOD_NAME
+
+    folder = find_folder(args.model)
+    reference = find_folder(args.reference) if args.reference else None
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    compat_cpu_metadata.apply()
+    from vllm_nvfp4.quality.engine import engine_options
+
+    options = {"quantization": METHOD_NAME} | engine_options(args.after_dashes)
+    if options["quantization"] == METHOD_NAME:
+        validate(folder, *read_config(folder))
+    rows, about = _text_rows(args, folder, reference, options)
+    return rows, _about(args, folder, reference) | about
+
+
+def _text_rows(
+    args: argparse.Namespace, folder: Path, reference: Path | None, options: dict[str, Any]
+) -> tuple[list[Row], dict[str, Any]]:
+    from vllm_nvfp4.quality.engine import check_room, method_of
+    from vllm_nvfp4.quality.statistics import text_rows
+    from vllm_nvfp4.quality.text import check_same_tokens, read_windows
+
+    windows = read_windows(folder, args.text, args.windows, args.window_length)
+    base = None
+    with tempfile.TemporaryDirectory(prefix="vllm-nvfp4-quality-") as temporary:
+        logits = Path(temporary) if reference is not None else None
+        if reference is not None:
+            check_same_tokens(folder, reference, args.text, windows)
+            check_room(reference, Path(temporary), windows)
+            plain = {"quantization": method_of(reference)}
+            if "enforce_eager" in options:
+                plain["enforce_eager"] = options["enforce_eager"]
+            base = _with_progress(reference, windows, plain, save=logits)
+        scores = _with_progress(folder, windows, options, reference=logits)
+    about = {
+        "text": args.text,
+        "windows": len(windows),
+        "window_length": len(windows[0]),
+        "tokens": int(scores.nll.size),
+    }
+    return text_rows(scores, base), about
+
+
+def _with_progress(
+    folder: Path, windows: list[list[int]], options: dict[str, Any], **files: Any
+) -> Any:
+    from vllm_nvfp4.cli._progress import step
+    from vllm_nvfp4.quality.engine import measure
+
+    with step(f"{folder.name}: {len(windows)} windows of {len(windows[0])}", sys.stderr) as current:
+
+        def progress(detail: str) -> None:
+            current.detail = detail
+
+        return measure(folder, windows, options, progress=progress, **files)
+
+
+def _about(args: argparse.Namespace, folder: Path, reference: Path | None) -> dict[str, Any]:
+    from importlib import metadata
+
+    import torch
+
+    import vllm_nvfp4
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "model": str(folder),
+        "reference": str(reference) if reference is not None else None,
+        "vllm_flags": args.after_dashes,
+        "device": device,
+        "versions": {
+            "vllm": metadata.version("vllm"),
+            "torch": torch.__version__,
+            "vllm-nvfp4": vllm_nvfp4.__version__,
+        },
+    }

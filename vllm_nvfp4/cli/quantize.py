@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-nvfp4 quantize MODEL -o OUT``: a 16-bit model becomes an NVFP4 checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.checkpoints.write import WriteReport
+    from vllm_nvfp4.quantize.calibration import Calibration
+
+DATA_FREE = ("rtn", "mse")
+CALIBRATED = ("hessian", "gptq")
+# KL is compared token by token with the unquantised model's: few tokens order the layers.
+_SENSITIVITY_SAMPLES = 2
+_SENSITIVITY_LENGTH = 256
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="make an NVFP4 checkpoint from a 16-bit model",
+        description="Make an NVFP4 checkpoint from a 16-bit model, layer by layer. A run that was "
+        "stopped goes on where it was when it is started again with the same arguments.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, cached hub name, or .gguf file")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to make")
+    parser.add_argument(
+        "--method",
+        choices=(*DATA_FREE, *CALIBRATED),
+        help="rtn: round to nearest; mse: best block scale by the weights alone (default); "
+        "hessian: best block scale by the layer's inputs; gptq: codes and scales by the layer's "
+        "inputs (default with --calibration)",
+    )
+    parser.add_argument(
+        "--format", choices=("modelopt", "compressed-tensors"), default="modelopt", help="dialect"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE|builtin",
+        help="text for hessian, gptq and --kv-cache (default: builtin)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("keep", "fp8"),
+        default="keep",
+        help="fp8: measure scales for an FP8 KV cache on the text and ask for it (default: keep)",
+    )
+    parser.add_argument("--samples", type=_positive, default=16, help="sequences (default: 16)")
+    parser.add_argument(
+        "--sample-length", type=_positive, default=1024, help="tokens in each (default: 1024)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which parts of the text (default: 0)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="choose NVFP4, FP8 or 16 bits for each layer: the least KL with BITS per weight, on "
+        "average over the decoder's linear layers",
+    )
+    budget.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="with either: print each layer's KL and format, and plot them to FILE (.png or .svg)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from vllm_nvfp4.checkpoints.work import work_folder
+    from vllm_nvfp4.quantize.calibration import Calibration
+
+    method = args.method or ("gptq" if args.calibration else "mse")
+    is_measured = args.kv_cache == "fp8"
+    if args.calibration and method in DATA_FREE and not is_measured:
+        raise ValueError(
+            f"--method {method} looks at no text; drop --calibration, or use --method gptq"
+        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    _check_precision(args)
+    calibration = None
+    if method in CALIBRATED or is_measured:
+        calibration = Calibration(
+            args.calibration or "builtin", args.samples, args.sample_length, args.seed
+        )
+    target = Path(args.output).expanduser().absolute()
+    started = time.monotonic()
+    try:
+        report = _quantize(args, method, calibration, target)
+    except KeyboardInterrupt:
+        if work_folder(target).is_dir():
+            print(f"\nstopped; the same command goes on ({work_folder(target)})", file=sys.stderr)
+        raise
+    _print_summary(report, target, method, time.monotonic() - started)
+    return 0
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    from vllm_nvfp4.quantize.precision import choose_formats
+    from vllm_nvfp4.quantize.report import check_plot
+
+    if args.target_bits is None and args.max_kl is None:
+        if args.report:
+            raise ValueError("--report shows what --target-bits or --max-kl chooses; give one")
+        return
+    choose_formats([], target_bits=args.target_bits, max_kl=args.max_kl)
+    if args.format != "modelopt":
+        raise ValueError(
+            f"--format {args.format} with --target-bits or --max-kl; formats are mixed in "
+            "ModelOpt's dialect alone: use --format modelopt"
+        )
+    if args.report:
+        check_plot(Path(args.report).expanduser())
+
+
+def _precision(
+    args: argparse.Namespace, source: Any, calibration: Calibration | None
+) -> Callable[[Path, set[str]], dict[str, str]] | None:
+    """What WriteOptions.precision asks for; the measurement is kept for a run that goes on."""
+    if args.target_bits is None and args.max_kl is None:
+        return None
+
+    def choose(work: Path, linear: set[str]) -> dict[str, str]:
+        from vllm_nvfp4.quantize import report, sensitivity
+        from vllm_nvfp4.quantize.calibration import Calibration
+        from vllm_nvfp4.quantize.precision import choose_formats
+
+        kept = work / "sensitivity.json"
+        if not kept.is_file():
+            print("measuring the sensitivity of each layer", flush=True)
+            text = calibration.text if calibration else "builtin"
+            samples = Calibration(text, _SENSITIVITY_SAMPLES, _SENSITIVITY_LENGTH, args.seed)
+            found = sensitivity.measure(source, linear, samples.samples(source.folder))
+            sensitivity.save(kept, found)
+        groups = sensitivity.load(kept)
+        formats = choose_formats(groups, target_bits=args.target_bits, max_kl=args.max_kl)
+        if args.report:
+            print(report.table(groups, formats), flush=True)
+            report.plot(groups, formats, Path(args.report).expanduser())
+        else:
+            print(report.summary(groups, formats), flush=True)
+        return {n: f for g, f in zip(groups, formats, strict=True) for n in g.names}
+
+    return choose
+
+
+def _quantize(
+    args: argparse.Namespace, method: str, calibration: Calibration | None, target: Path
+) -> WriteReport:
+    from vllm_nvfp4.checkpoints.source import Source
+    from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
+    from vllm_nvfp4.checkpoints.written import FORMATS
+    from vllm_nvfp4.quantize.calibrated import Calibrated
+
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another folder")
+    folder = _source_folder(args.model, target)
+    source = Source(folder)
+    source.config()
+    arguments: dict[str, Any] = {"method": method, "device": args.device}
+    if args.kv_cache != "keep":
+        arguments["kv_cache"] = args.kv_cache
+    if calibration is not None:
+        arguments |= calibration.identity()
+    if args.target_bits is not None or args.max_kl is not None:
+        arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
+
+    def make(progress: Callable[[str], None]) -> WriteReport:
+        quantizer: Any = DataFree(method)
+        if calibration is not None and method in CALIBRATED:
+            quantizer = Calibrated(source, method, calibration, args.device)
+        options = WriteOptions(
+            stored=FORMATS[args.format],
+            device=args.device,
+            arguments=arguments,
+            progress=progress,
+            precision=_precision(args, source, calibration),
+            finish=_kv_scales(args, calibration),
+        )
+        return write_resumable(folder, target, quantizer, options)
+
+    report = _with_progress(source, make)
+    if folder == _gguf_folder(target):
+        shutil.rmtree(folder)
+        folder.with_suffix(".txt").unlink(missing_ok=True)
+    return report
+
+
+def _kv_scales(
+    args: argparse.Namespace, calibration: Calibration | None
+) -> Callable[[Path], None] | None:
+    from vllm_nvfp4.quantize.kv_scales import add_kv_scales
+
+    if args.kv_cache == "keep" or calibration is None:
+        return None
+    return lambda folder: add_kv_scales(folder, args.format, calibration, args.device)
+
+
+def _gguf_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.gguf-as-bf16"
+
+
+def _source_folder(model: str, target: Path) -> Path:
+    from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
+    from vllm_nvfp4.checkpoints.locate import find_folder
+
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return find_folder(model)
+    folder = _gguf_folder(target)
+    # Beside the folder, whose companions all go along to the checkpoint.
+    origin = folder.with_suffix(".txt")
+    stat = path.stat()
+    identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n"
+    if folder.is_dir() and origin.is_file() and origin.read_text() == identity:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"reading {path.name} (the whole model is in memory for this step)", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        gguf_to_folder(path, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    origin.write_text(identity)
+    return folder
+
+
+def _with_progress(
+    source: Any, make: Callable[[Callable[[str], None]], WriteReport]
+) -> WriteReport:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, by_layer
+
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    groups = [g for unit in by_layer(source.tensors, quantized) for g in unit.groups]
+    # The bar counts weights, not layers: a feed-forward layer takes several times an attention's.
+    size = {
+        g[0].removesuffix(".weight"): sum(
+            source.tensors[n].shape[0] * source.tensors[n].shape[1] for n in g
+        )
+        for g in groups
+        if g[0] in quantized
+    }
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("preparing", total=sum(size.values()))
+        pending = 0
+
+        def progress(layer: str) -> None:
+            nonlocal pending
+            bar.update(task, advance=pending, description=layer)
+            pending = size[layer]
+
+        report = make(progress)
+        bar.update(task, completed=sum(size.values()), description="written")
+    return report
+
+
+def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:
+    mebi = 2**20
+    for layer in report.odd:
+        print(f"kept in 16 bits: {layer} (K is not a multiple of 16)")
+    bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
+    formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{target}\n"
+        f"  {len(report.quantized)} layers in {formats} by {method}, {bits:.2f} bits per weight; "
+        f"{len(report.kept)} matrices kept\n"
+        f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
+        f"  {seconds:.1f} s, peak memory {peak:.0f} MiB"
+    )

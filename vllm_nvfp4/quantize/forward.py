@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model over the calibration text one decoder layer at a time, as transformers computes it.
+
+In memory: the hidden states of all samples and the layers that the caller holds. The embedding is
+there until the first layer's inputs are known.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+
+_NEEDED = "a decoder that transformers builds with one module for each stored layer"
+_REMEDY = "Use --method mse, which needs no forward pass."
+Load = Callable[[str], torch.Tensor]
+
+
+class _Recorder(torch.nn.Module):
+    """Stands in for a decoder layer: notes what it is called with and returns its input."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        # Some models ask a layer which mask it wants.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.options: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if args:
+            raise TypeError("the decoder passes a layer more than its input by position")
+        self.options = options
+        return hidden_states
+
+
+class _Reached(Exception):
+    """The last of the modules whose input is asked for was called."""
+
+
+class LayerwiseModel:
+    """A causal language model of which one decoder layer at a time has its weights.
+
+    folder:  the checkpoint (config.json)
+    names:   all its tensors
+    load:    a stored tensor by name
+    samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
+    dtype:   in which layers are computed and hidden states kept
+    ``hidden``: what goes into the first layer, [1, length, hidden size] for each sample.
+    remedy:  what an error advises
+
+    Raises CheckpointError where transformers does not know the architecture, or builds it from
+    other modules than the checkpoint has.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Iterable[str],
+        load: Load,
+        samples: torch.Tensor,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        remedy: str = _REMEDY,
+    ) -> None:
+        self._device, self._dtype, self._remedy = device, dtype, remedy
+        self._load = load
+        self._names = set(names)
+        self._folder = folder
+        try:
+            config = _plain_config(folder)
+            with torch.device("meta"):
+                model = _from_config(config)
+            decoder = model.get_decoder()
+            self._layers = decoder.layers
+            stem = next(n for n, m in model.named_modules() if m is decoder.layers)
+            first = self._first_layer_only(config)
+        except (ValueError, KeyError, AttributeError, StopIteration, ImportError, OSError) as error:
+            raise self._unknown(str(error).split("\n")[0]) from error
+        self._stem = stem
+        self._options: list[dict[str, Any]] = []
+        self.hidden = self._embed(first, config, samples)
+        del first
+        gc.collect()
+
+    def _unknown(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            str(self._folder), "architecture for calibration", found, _NEEDED, self._remedy
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def prefix(self, index: int) -> str:
+        """What the names of a decoder layer's tensors begin with, e.g. "model.layers.0."."""
+        return f"{self._stem}.{index}."
+
+    @staticmethod
+    def _first_layer_only(config: Any) -> torch.nn.Module:
+        """The decoder with its first layer alone: its embedding and rotary tables are real."""
+        short = copy.deepcopy(config)
+        short.num_hidden_layers = 1
+        return _from_config(short).get_decoder()
+
+    def _embed(self, decoder: Any, config: Any, samples: torch.Tensor) -> list[torch.Tensor]:
+        recorders = [_Recorder(layer) for layer in self._layers]
+        decoder.layers = torch.nn.ModuleList(recorders)
+        decoder.config = config
+        decoder.norm = torch.nn.Identity()
+        stem = self._stem.removesuffix("layers")
+        state = {
+            name: self._stored(stem + name) for name, _ in decoder.named_parameters(recurse=True)
+        }
+        decoder.load_state_dict(state, strict=False)
+        decoder.float().eval().to(self._device)
+        hidden = []
+        with torch.inference_mode():
+            for sample in samples:
+                tokens = sample[None].to(self._device)
+                try:
+                    output = decoder(input_ids=tokens, use_cache=False)
+                except (TypeError, AttributeError, KeyError) as error:
+                    raise self._unknown(str(error)) from error
+                hidden.append(output.last_hidden_state.cpu().to(self._dtype))
+        self._options = [self._cast(recorder.options) for recorder in recorders]
+        return hidden
+
+    def _cast(self, value: Any) -> Any:
+        """Rotary tables and masks in the layers' dtype."""
+        if isinstance(value, torch.Tensor):
+            return value.to(self._dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(self._cast(v) for v in value)
+        if isinstance(value, dict):
+            return {name: self._cast(v) for name, v in value.items()}
+        return value
+
+    def _stored(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise self._unknown(f"no tensor {name}")
+        return self._load(name).float()
+
+    def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """The layer with its stored weights, and ``weights`` (by full name) in place of some."""
+        layer = copy.deepcopy(self._layers[index]).to_empty(device=self._device)
+        prefix = self.prefix(index)
+        state = {}
+        for name in layer.state_dict():
+            full = prefix + name
+            state[name] = weights[full] if full in weights else self._stored(full)
+        buffers = {name for name, _ in layer.named_buffers()} - set(state)
+        if buffers:
+            raise self._unknown(f"{prefix}{min(buffers)}, which no checkpoint holds")
+        layer.load_state_dict(state)
+        return layer.to(self._dtype).requires_grad_(False).eval()
+
+    def run(
+        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """What the layer makes of one sample.
+
+        cache: what the attention puts its keys and values into, if anything (``update``)
+        """
+        options = self._options[index]
+        if cache is not None:
+            options = options | {"past_key_values": cache, "use_cache": True}
+        with torch.inference_mode():
+            output = layer(hidden.to(self._device), **options)
+        return (output[0] if isinstance(output, tuple) else output).cpu()
+
+    def inputs(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        hidden: torch.Tensor,
+        modules: Iterable[str],
+        last: str | None = None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """(What goes into each of the modules, by name in the layer; the layer's output.)
+
+        last: the module after whose call the rest is left out, and there is no output.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                found[name] = args[0].detach()
+                if name == last:
+                    raise _Reached
+
+            return hook
+
+        by_name = dict(layer.named_modules())
+        missing = next((name for name in modules if name not in by_name), None)
+        if missing is not None:
+            raise self._unknown(f"no module {self.prefix(index)}{missing}")
+        handles = [by_name[n].register_forward_pre_hook(note(n)) for n in modules]
+        try:
+            output = self.run(layer, index, hidden)
+        except _Reached:
+            output = None
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = sorted(set(modules) - set(found))
+        if unseen:
+            raise self._unknown(
+                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
+            )
+        return found, output
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""
+        short = copy.deepcopy(_plain_config(self._folder))
+        short.num_hidden_layers = 1
+        model = _from_config(short)
+        norm, lm_head = model.get_decoder().norm, model.get_output_embeddings()
+        stem = self._stem.removesuffix("layers")
+        norm.load_state_dict({n: self._stored(f"{stem}norm.{n}") for n in norm.state_dict()})
+        tied = f"{stem}embed_tokens.weight"
+        stored = "lm_head.weight" if "lm_head.weight" in self._names else tied
+        lm_head.load_state_dict({"weight": self._stored(stored)})
+        cap = getattr(short, "final_logit_softcapping", None)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                found = lm_head(norm(hidden.float()))
+                return torch.tanh(found / cap) * cap if cap else found
+
+        return logits
+
+
+def _plain_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _from_config(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
