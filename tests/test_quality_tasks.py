@@ -85,7 +85,7 @@ def test_difference_is_paired_question_by_question():
 
 def test_unknown_tasks_and_folders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"near it: .*local_choice"):
-        Tasks(["local_choise"], folder).manager()
+        Tasks(["local_choices"], folder).manager()
     with pytest.raises(ValueError, match="no such folder"):
         Tasks(["local_choice"], tmp_path / "none").manager()
 
