@@ -15,7 +15,7 @@ usage: benchmarks/gpu_check.sh [options]
   --out DIR        results; default $OUT, else benchmarks/results/<gpu>-<date>
   --work DIR       scratch (package, vLLM, checkpoint), kept; default /tmp/vllm-nvfp4-gpu-check
   --model NAME     shape of the served checkpoint; default Qwen3-8B
-  --engine-arg A   passed on to bench_serving.py, e.g. attention_backend=TRITON_ATTN; repeatable
+  --engine-arg A   a flag of `vllm serve`, e.g. attention_backend=TRITON_ATTN; repeatable
   --dry-run        print the commands and run none
   -h, --help       this text
 
@@ -57,7 +57,7 @@ while [ $# -gt 0 ]; do
         --out) out=$2 ;;
         --work) work=$2 ;;
         --model) model=$2 ;;
-        --engine-arg) engine_args+=(--engine-arg "$2") ;;
+        --engine-arg) engine_args+=("--$2") ;;
       esac
       shift
       ;;
@@ -216,10 +216,11 @@ step_serving() {
     not_run serving "no checkpoint at $checkpoint (the step checkpoint writes it)"
     return
   fi
-  local extra=(--repeats 2)
-  [ $quick = 0 ] || extra=(--repeats 1 --tokens 64)
-  run serving 540 "$python" "$here/bench_serving.py" --model "$checkpoint" --timeout 260 \
-    --out "$out/serving.csv" "${extra[@]}" ${engine_args[@]+"${engine_args[@]}"}
+  local extra=(--turns 2 --load-requests 32)
+  [ $quick = 0 ] || extra=(--turns 1 --tokens 64 --load-requests 0)
+  run serving 540 "$python" -m vllm_nvfp4.cli.main bench "$checkpoint" --batches 1,8,32,128 \
+    --against "stock --linear-backend marlin" --out "$out/serving-$(date +%H%M%S)" "${extra[@]}" \
+    -- ${engine_args[@]+"${engine_args[@]}"}
 }
 
 summary() {

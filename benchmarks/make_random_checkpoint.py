@@ -133,6 +133,17 @@ def outer_tensors(shape: ModelShape) -> dict[str, object]:
     return tensors
 
 
+def write_tokenizer(shape: ModelShape, out: Path) -> None:
+    """A word for every token, "t0 t1 ...": text of n words is n tokens, there and back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(shape.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1").save_pretrained(out)
+
+
 def write(shape: ModelShape, out: Path) -> int:
     """Write the checkpoint; returns its size in bytes. The index comes last: it marks it whole."""
     from safetensors.torch import save_file
@@ -152,6 +163,7 @@ def write(shape: ModelShape, out: Path) -> int:
         if time.monotonic() - last_line > 5:
             print(f"{done} of {len(parts)} files, {total / 1e9:.1f} GB", flush=True)
             last_line = time.monotonic()
+    write_tokenizer(shape, out)
     (out / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n")
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")

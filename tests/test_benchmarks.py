@@ -54,7 +54,6 @@ def script(load, monkeypatch):
         ("bench_launch", []),
         ("bench_tiles", []),
         ("check_kernels", ["--small"]),
-        ("bench_serving", ["--model", "/nowhere"]),
     ],
 )
 def test_no_gpu_is_one_line_and_status_3(script, capsys, monkeypatch, name, arguments):
@@ -85,7 +84,6 @@ def test_the_launch_path_runs_on_a_driver_that_only_records(tmp_path):
         ("bench_gemm", ["--models", "GPT-2"], "unknown model GPT-2; known: Qwen3-8B"),
         ("bench_moe", ["--models", "Qwen3-8B"], "unknown model Qwen3-8B; known: Qwen3-30B-A3B"),
         ("bench_moe", ["--routings", "even"], "unknown routing even; known: uniform, skewed"),
-        ("bench_serving", ["--model", "x", "--variants", "a"], "unknown variant a; known: stock"),
         ("make_random_checkpoint", ["--out", "x", "--layers", "0"], "needs at least 1"),
         ("make_random_checkpoint", [], "--out"),
     ],
@@ -194,22 +192,6 @@ def test_tiles_report_what_the_choice_loses(load, capsys):
     ]
     assert tiles.report(rows) == pytest.approx(1.2)
     assert "(1.20x): kernel_a/1 vs kernel_b/4" in capsys.readouterr().out
-
-
-def test_serving_medians_are_relative_to_the_first_variant(load):
-    serving = load("bench_serving")
-    rows = serving.medians(
-        {
-            "stock": [{"decode 1": 100.0, "ttft ms": 50.0}, {"decode 1": 110.0, "ttft ms": 40.0}],
-            "plugin": [{"decode 1": 210.0, "ttft ms": 15.0}],
-        }
-    )
-    assert rows == [
-        ("decode 1", "stock", 105.0, 1.0),
-        ("decode 1", "plugin", 210.0, 2.0),
-        ("ttft ms", "stock", 45.0, 1.0),
-        ("ttft ms", "plugin", 15.0, 3.0),  # less time is better
-    ]
 
 
 # --- the random checkpoint -----------------------------------------------------------------------
@@ -354,6 +336,17 @@ def test_hopper_gets_the_stand_in_and_ada_does_not(gpu_check):
     for gpu, has_stand_in in (("90 h200", True), ("89 geforce-rtx-4090", False)):
         _, stdout, _ = gpu_check("--dry-run", "--steps", "gemm", gpu=gpu)
         assert ("--stand-in" in stdout) == has_stand_in
+
+
+def test_serving_passes_flags_to_both_servers(gpu_check, tmp_path):
+    checkpoint = tmp_path / "work" / "Qwen3-8B-random"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors.index.json").touch()
+    _, stdout, _ = gpu_check(
+        "--dry-run", "--steps", "serving", "--engine-arg", "attention_backend=TRITON_ATTN"
+    )
+    assert "vllm_nvfp4.cli.main bench" in stdout
+    assert "-- --attention_backend=TRITON_ATTN" in stdout
 
 
 def test_serving_says_what_it_lacks(gpu_check):

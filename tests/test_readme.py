@@ -129,9 +129,10 @@ def test_python_imports_exist(code: str):
         assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-def test_options_are_current():
+@pytest.mark.parametrize("script", ["readme_options.py", "readme_quality.py"])
+def test_tables_are_current(script):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "readme_options.py"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
         capture_output=True,
         text=True,
     )

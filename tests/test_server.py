@@ -58,7 +58,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setattr(
             _server.serve,
             "command_line",
-            lambda args: ([sys.executable, str(script), *args], dict(os.environ), []),
+            lambda args, *_: ([sys.executable, str(script), *args], dict(os.environ), []),
         )
         return Server(["model"], tmp_path / "logs" / "server.log")
 
@@ -117,7 +117,7 @@ def test_killed_parent_takes_the_server_along(tmp_path: Path):
         "from pathlib import Path\n"
         "from vllm_nvfp4.cli import _server\n"
         "child = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
-        "_server.serve.command_line = lambda args: (child, dict(os.environ), [])\n"
+        "_server.serve.command_line = lambda args, *_: (child, dict(os.environ), [])\n"
         "with _server.Server([], Path(sys.argv[1])) as server:\n"
         "    print(server._process.pid, flush=True)\n"
         "    time.sleep(600)\n"

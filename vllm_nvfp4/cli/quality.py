@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_nvfp4.quality.statistics import Row
+    from vllm_nvfp4.quality.tasks import Tasks
 
 TAKES_AFTER_DASHES = True
 
@@ -37,6 +38,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--windows", type=_positive, default=16, help="at most (default: 16)")
     parser.add_argument(
         "--window-length", type=_length, default=1024, help="tokens in each (default: 1024)"
+    )
+    parser.add_argument(
+        "--tasks", metavar="NAME,...", help="tasks of lm-eval, such as mmlu,hellaswag,gsm8k"
+    )
+    parser.add_argument("--task-path", type=Path, metavar="DIR", help="with task files of your own")
+    parser.add_argument("--limit", type=_positive, help="samples of each task (default: all)")
+    parser.add_argument(
+        "--run-unsafe-code", action="store_true", help="for tasks that run what the model writes"
     )
     parser.add_argument("--json", action="store_true", help="JSON on standard output, no table")
     parser.add_argument(
@@ -120,14 +129,54 @@ def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     options = {"quantization": METHOD_NAME} | engine_options(args.after_dashes)
     if options["quantization"] == METHOD_NAME:
         validate(folder, *read_config(folder))
+    tasks = _tasks(args)
+    manager = tasks.manager() if tasks else None
     rows, about = _text_rows(args, folder, reference, options)
+    if tasks:
+        rows += _task_rows(tasks, manager, folder, reference, options)
     return rows, _about(args, folder, reference) | about
+
+
+def _tasks(args: argparse.Namespace) -> Tasks | None:
+    from vllm_nvfp4.quality.tasks import Tasks
+
+    if not args.tasks:
+        return None
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    return Tasks(names, args.task_path, args.limit, args.run_unsafe_code)
+
+
+def _task_rows(
+    tasks: Tasks,
+    manager: Any,
+    folder: Path,
+    reference: Path | None,
+    options: dict[str, Any],
+) -> list[Row]:
+    from vllm_nvfp4.cli._progress import step
+    from vllm_nvfp4.quality.tasks import evaluate, task_rows
+
+    results: dict[Path, Any] = {}
+    for model in dict.fromkeys(m for m in (reference, folder) if m is not None):
+        own = options if model == folder else _plain_options(model, options)
+        with step(f"{model.name}: {', '.join(tasks.names)}", sys.stderr):
+            results[model] = evaluate(model, tasks, manager, own)
+    return task_rows(results[folder], results[reference] if reference is not None else None)
+
+
+def _plain_options(reference: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """How the reference is served: as it is stored."""
+    from vllm_nvfp4.quality.engine import method_of
+
+    shared = ("enforce_eager", "dtype", "kv_cache_memory_bytes", "tensor_parallel_size")
+    kept = {name: options[name] for name in shared if name in options}
+    return {"quantization": method_of(reference), **kept}
 
 
 def _text_rows(
     args: argparse.Namespace, folder: Path, reference: Path | None, options: dict[str, Any]
 ) -> tuple[list[Row], dict[str, Any]]:
-    from vllm_nvfp4.quality.engine import check_room, method_of
+    from vllm_nvfp4.quality.engine import check_room
     from vllm_nvfp4.quality.statistics import text_rows
     from vllm_nvfp4.quality.text import check_same_tokens, read_windows
 
@@ -138,9 +187,7 @@ def _text_rows(
         if reference is not None:
             check_same_tokens(folder, reference, args.text, windows)
             check_room(reference, Path(temporary), windows)
-            plain = {"quantization": method_of(reference)}
-            if "enforce_eager" in options:
-                plain["enforce_eager"] = options["enforce_eager"]
+            plain = _plain_options(reference, options)
             base = _with_progress(reference, windows, plain, save=logits)
         scores = _with_progress(folder, windows, options, reference=logits)
     about = {

@@ -102,13 +102,13 @@ def _flags_of_config(path: Path) -> set[str]:
 
 
 def add_defaults(
-    args: Sequence[str], host: Host, environ: Mapping[str, str]
+    args: Sequence[str], host: Host, environ: Mapping[str, str], with_plugin: bool = True
 ) -> tuple[list[str], list[str]]:
     """vLLM's command line with the defaults added, and one sentence for each of them."""
     given = given_flags(args)
     added: list[str] = []
     notes: list[str] = []
-    if "--quantization" not in given:
+    if with_plugin and "--quantization" not in given:
         added += ["--quantization", "nvfp4"]
         notes.append("--quantization nvfp4: this command's default")
     if not host.is_cpu:
@@ -129,15 +129,18 @@ def add_defaults(
 
 
 def command_line(
-    args: Sequence[str], environ: Mapping[str, str] | None = None
+    args: Sequence[str], environ: Mapping[str, str] | None = None, with_plugin: bool = True
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """How to start vLLM's server: command, environment, and what was added to ``args`` and why.
 
-    args: what follows `vllm serve`
+    args:        what follows `vllm serve`
+    with_plugin: False for vLLM as it is, to compare with: it then loads no plugin at all
     """
     child_environ = dict(os.environ if environ is None else environ)
     compat_cpu_metadata.apply(child_environ)
-    full, notes = add_defaults(args, Host.this(), child_environ)
+    if not with_plugin:
+        child_environ["VLLM_PLUGINS"] = ""
+    full, notes = add_defaults(args, Host.this(), child_environ, with_plugin)
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *full], child_environ, notes
 
 

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Write the table of formats in README.md from benchmarks/results/quality_cpu.csv.
+
+With --check, write nothing and end with 1 if the table is not current.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "quality_cpu.csv"
+BEGIN = "<!-- formats: written by scripts/readme_quality.py -->\n"
+END = "<!-- end of formats -->\n"
+_HEADER = (
+    "| weights | bits | MiB | perplexity, A16 | A8 | A4 | KL, A16 | A8 | A4 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+)
+
+
+def table(results: str) -> str:
+    """A Markdown table: a line for each format, a column for each activation width.
+
+    results: the text of the CSV; lines that begin with "#" are its header
+    """
+    lines = [line for line in results.splitlines() if not line.startswith("#")]
+    by_format: dict[str, dict[str, dict[str, str]]] = {}
+    for row in csv.DictReader(lines):
+        by_format.setdefault(row["weights"], {})[row["activations"]] = row
+    text = _HEADER
+    for name, rows in by_format.items():
+        widths = [rows[bits] for bits in ("16", "8", "4")]
+        increases = [
+            f"{float(r['ppl_increase_pct']):+.1f} ± {float(r['standard_error_pct']):.1f} %"
+            for r in widths
+        ]
+        size = f"{float(widths[0]['bits_per_weight']):.2f} | {float(widths[0]['layer_mib']):.1f}"
+        kl = " | ".join(f"{float(r['kl']):.3f}" for r in widths)
+        ppl = f"{float(widths[0]['ppl']):.2f}, {increases[0]}"
+        text += f"| {name} | {size} | {ppl} | {increases[1]} | {increases[2]} | {kl} |\n"
+    return text
+
+
+def with_current_table(text: str) -> str:
+    """The README with the table between its two marks replaced by the one of the results."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README.name}: needs once each of {BEGIN.strip()} and {END.strip()}")
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + table(RESULTS.read_text()) + END + rest.partition(END)[2]
+
+
+def main() -> int:
+    text = README.read_text()
+    current = with_current_table(text)
+    if current == text:
+        return 0
+    if "--check" in sys.argv[1:]:
+        print("README.md: the table of formats is not current; run scripts/readme_quality.py")
+        return 1
+    README.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

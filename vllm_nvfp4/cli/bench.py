@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-nvfp4 bench MODEL``: speed, latency, memory and energy of a served model.
+
+A server is started as ``vllm-nvfp4 serve`` would; vLLM's own ``vllm bench serve`` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm_nvfp4 import compat_cpu_metadata
+
+if TYPE_CHECKING:
+    from vllm_nvfp4.bench.run import Bench
+
+TAKES_AFTER_DASHES = True
+_OBJECTIVES = ("ttft", "tpot", "e2el")
+
+_EPILOG = """--against NAME[=MODEL] [FLAGS], in quotes where flags follow; NAME is one of
+{kinds}
+With --against the plugin leaves the KV cache as vLLM has it, so that weights are compared; set
+VLLM_NVFP4_KV_CACHE or --kv-cache-dtype to decide otherwise.
+
+What follows "--" goes to every `vllm serve`. Written to --out: bench.json after every measurement,
+report.html, and the logs. Ctrl-C ends the run; what was measured until then is kept and shown.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    from vllm_nvfp4.bench.variants import KINDS
+
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure a served model: speed, latency, memory, energy, against others too",
+        description="Serve MODEL and measure it with vLLM's own benchmark, over HTTP.",
+        epilog=_EPILOG.format(kinds="\n".join(f"  {k:6} {v}" for k, v in KINDS.items())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, or a model in the Hugging Face cache")
+    add("--out", type=Path, help="results (default: bench-<model>-<time>)")
+    add("--batches", type=_list(_count), default="1,2,4,8,16,32,64", metavar="N,N,...",
+        help="requests at once in the batch table (default: %(default)s)")  # fmt: skip
+    add("--tokens", type=_count, default=128, help="tokens out, batch table (default: 128)")
+    add("--prompt", type=_count, default=32, help="tokens in, batch table (default: 32)")
+    add("--rates", type=_list(_rate), default=None, metavar="R,R,...",
+        help="requests/s under load (default: as fast as served, then 25, 50 and 75 %% of that)",
+        )  # fmt: skip
+    add("--load-requests", type=_count_or_none, default=48, metavar="N",
+        help="requests at each rate (default: 48; 0: no load)")  # fmt: skip
+    add("--load-prompt", type=_count, default=256, help="tokens in under load (default: 256)")
+    add("--load-tokens", type=_count, default=128, help="tokens out under load (default: 128)")
+    add("--goodput", type=_list(_objective), default="ttft:2000,tpot:100", metavar="NAME:MS,...",
+        help=f"a good request; NAME: {', '.join(_OBJECTIVES)} (default: %(default)s)")  # fmt: skip
+    add("--against", action="append", default=[], metavar="NAME[=MODEL]",
+        help="measure this too, in turns with MODEL; see below; may be repeated")  # fmt: skip
+    add("--turns", type=_count, default=3, help="starts of each server (default: 3)")
+    add("--seed", type=int, default=0, help="of the prompts and arrival times (default: 0)")
+
+
+T = TypeVar("T")
+
+
+def _list(convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    def split(text: str) -> tuple[T, ...]:
+        return tuple(convert(item.strip()) for item in text.split(","))
+
+    return split
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; needs a whole number from 1 on")
+    return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; needs requests per second above 0")
+    return rate
+
+
+def _objective(text: str) -> str:
+    name, _, limit = text.partition(":")
+    if name not in _OBJECTIVES:
+        names = ", ".join(_OBJECTIVES)
+        raise argparse.ArgumentTypeError(f"found {text!r}; needs NAME:MS with NAME of {names}")
+    _rate(limit or "0")
+    return text
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 where a variant of --against could not be measured; 130 after Ctrl-C."""
+    from vllm_nvfp4.bench import page
+    from vllm_nvfp4.bench.results import FILE_NAME
+
+    bench = prepare(args)
+    print(f"{bench.results.title}: {bench.num_planned} measurements, into {bench.out}", flush=True)
+    is_interrupted = False
+    with _sigterm_as_ctrl_c():
+        try:
+            bench.run(lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            is_interrupted = True
+    done = len(bench.results.measurements)
+    if is_interrupted:
+        print(f"\ninterrupted: {done} of {bench.num_planned} measurements are kept in "
+              f"{bench.out / FILE_NAME}", file=sys.stderr)  # fmt: skip
+    if done:
+        page.print_tables(page.run_tables(bench.results))
+        print(f"page: {page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)}")
+    if is_interrupted:
+        return 130
+    return 1 if any(record.failed for record in bench.results.variants) else 0
+
+
+def prepare(args: argparse.Namespace) -> Bench:
+    """Everything that can be wrong is found here, before a server takes its time to start.
+
+    Raises ValueError, or CheckpointError, which is one.
+    """
+    from vllm_nvfp4.bench import variants
+    from vllm_nvfp4.bench.meters import find_meter
+    from vllm_nvfp4.bench.run import Bench, Settings
+
+    _require_pictures()
+    own = variants.own(args.model)
+    served = [own, *(variants.against(text, own.folder) for text in args.against)]
+    names = [variant.name for variant in served]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"--against {repeated}: measured already; name each variant once")
+    from vllm_nvfp4.cli.serve import check_files
+
+    check_files([str(own.folder)])
+    settings = Settings(
+        str(own.folder), args.batches, args.prompt, args.tokens, args.rates or (),
+        args.load_requests, args.load_prompt, args.load_tokens, args.goodput, args.turns,
+        args.seed, tuple(args.after_dashes),
+    )  # fmt: skip
+    when = time.strftime("%Y%m%d-%H%M%S")
+    out = args.out or Path(f"bench-{own.folder.resolve().name}-{when}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there already; needs a new or an empty folder")
+    bench = Bench(settings, served, find_meter(compat_cpu_metadata.is_cpu_build()), out)
+    bench.check_memory()
+    return bench
+
+
+def _require_pictures() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
+        raise ValueError(
+            f"the report needs {' and '.join(missing)}: pip install 'vllm-nvfp4[pictures]'"
+        )
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
