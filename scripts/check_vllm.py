@@ -48,6 +48,10 @@ CALLS: dict[tuple[str, ...], tuple[str, ...]] = {
         f"{_LAYERS}.batch_invariant.enable_batch_invariant_mode",
     ): (),
     (f"{_LAYERS}.attention.Attention",): (),
+    (
+        "vllm.entrypoints.launchers.launcher.terminate_if_errored",
+        "vllm.entrypoints.launcher.terminate_if_errored",
+    ): ("server", "engine"),
     ("vllm.compilation.passes.inductor_pass._pass_context",): (),
     ("vllm.config.compilation.CompilationConfig.compile_ranges_endpoints",): (),
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import sys
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -72,6 +73,13 @@ def batch_invariant_module() -> Any:
         except ModuleNotFoundError:
             continue
     return None
+
+
+def server_launcher() -> Any:
+    """The module that runs the HTTP server (it moved in 0.30), None in a process without one."""
+    packages = ("entrypoints.launchers", "entrypoints")
+    names = (f"vllm.{package}.launcher" for package in packages)
+    return next((sys.modules[name] for name in names if name in sys.modules), None)
 
 
 def initialize_online_processing(layer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import sys
 from typing import Any, Literal, get_args
 
 from vllm_nvfp4 import compat
@@ -125,6 +126,7 @@ def _patch_engine_args() -> None:
             options = Options.resolve(config.additional_config)
             config.additional_config[METHOD_NAME] = options.non_default()
             fusion.install(config, options)
+            _patch_engine_death()
         return config
 
     @functools.wraps(create_model_config)
@@ -140,6 +142,40 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _patch_engine_death() -> None:
+    """End a server whose engine has died with status 1 and one line.
+
+    vLLM ends it with status 0, which a service manager takes for the user's wish. In the server's
+    process alone, and only once it serves with this method.
+    """
+    launcher = compat.server_launcher()
+    if launcher is None or hasattr(launcher.terminate_if_errored, "__wrapped__"):
+        return
+    terminate = launcher.terminate_if_errored
+
+    @functools.wraps(terminate)
+    def terminate_with_status(server: Any, engine: Any) -> None:
+        was_ending = server.should_exit
+        terminate(server, engine)
+        if was_ending or not server.should_exit:
+            return
+        shutdown = server.shutdown
+
+        async def shutdown_and_fail(*args: Any, **kwargs: Any) -> None:
+            await shutdown(*args, **kwargs)
+            raise RuntimeError(
+                "the engine process of this server has died, so the server ends; the first error "
+                "above says why, and without one the process was killed, as for want of memory"
+            )
+
+        server.shutdown = shutdown_and_fail
+
+    # Handlers of requests have the function under its name too.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and vars(module).get("terminate_if_errored") is terminate:
+            module.terminate_if_errored = terminate_with_status  # type: ignore[attr-defined]
 
 
 def _checkpoint_error(error: Any) -> CheckpointError | None:
