@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's features beside this plugin: which are tested, where, and what the CPU backend refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row of the README's table.
+
+    name:  what vLLM's users call it
+    flag:  how it is asked for on the command line; "" where it is part of a request
+    test:  the test that compares it with the plain run, ``file.py::function``
+    cpu:   how far the test goes on vLLM's CPU backend
+    """
+
+    name: str
+    flag: str
+    test: str
+    cpu: str = "the same tokens"
+
+
+FEATURES = (
+    Feature(
+        "Tensor parallel",
+        "--tensor-parallel-size",
+        "test_parallel.py::test_two_ranks_give_the_same_tokens",
+    ),
+    Feature(
+        "Pipeline parallel",
+        "--pipeline-parallel-size",
+        "test_features.py::test_pipeline_parallel",
+        "the same tokens in compiled mode; in eager mode vLLM 0.32 for the CPU ends with an "
+        "AssertionError, with 16-bit models too",
+    ),
+    Feature("Data parallel", "--data-parallel-size", "test_features.py::test_data_parallel"),
+    Feature(
+        "Ray",
+        "--distributed-executor-backend ray",
+        "test_features.py::test_ray_worker",
+        "refused by vLLM; an engine inside a Ray worker gives the same tokens",
+    ),
+    Feature("Prefix caching", "--enable-prefix-caching", "test_features.py::test_prefix_caching"),
+    Feature(
+        "Chunked prefill", "--enable-chunked-prefill", "test_features.py::test_chunked_prefill"
+    ),
+    Feature("Structured output", "", "test_features.py::test_structured_output"),
+    Feature("Log-probabilities", "", "test_features.py::test_logprobs", "equal to 1e-4"),
+    Feature(
+        "N-gram speculation", "--speculative-config", "test_features.py::test_ngram_speculation"
+    ),
+    Feature(
+        "LoRA", "--enable-lora", "test_engine_features.py::test_lora_adapter_on_quantised_layers"
+    ),
+    Feature(
+        "Compiled graphs",
+        "",
+        "test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode",
+    ),
+    Feature(
+        "Reloading weights in place",
+        "",
+        "test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits",
+        "the same bits",
+    ),
+    Feature(
+        "Sleep and wake",
+        "--enable-sleep-mode",
+        "test_features.py::test_sleep_is_refused",
+        "refused by vLLM",
+    ),
+    Feature(
+        "CPU offload",
+        "--cpu-offload-gb",
+        "test_features.py::test_cpu_offload",
+        "the same tokens; the weights are in the CPU's memory anyway",
+    ),
+    Feature(
+        "FP8 KV cache, on and off",
+        "--kv-cache-dtype",
+        "test_features.py::test_kv_cache",
+        "as exact as 16-bit weights with the same cache",
+    ),
+    Feature("Embeddings", "--runner pooling", "test_features.py::test_embeddings", "equal to 1e-5"),
+)
+
+
+def table() -> str:
+    """The features as a Markdown table."""
+    rows = ["| feature | flag | on the CPU |", "| --- | --- | --- |"]
+    for feature in FEATURES:
+        flag = f"`{feature.flag}`" if feature.flag else ""
+        rows.append(f"| {feature.name} | {flag} | {feature.cpu} |")
+    return "\n".join(rows)
