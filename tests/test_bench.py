@@ -287,7 +287,9 @@ def test_options_are_read_from_both_forms_of_the_flag():
 
 
 @pytest.mark.vllm
-def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path):
+def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, monkeypatch):
+    # vLLM takes it before the flag, and engines in this process set it.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     cache = ROOT / ".cache" / "models"
     cache.mkdir(parents=True, exist_ok=True)
     model, out = smollm2.bf16_folder(cache), tmp_path / "out"
