@@ -7,8 +7,10 @@ import asyncio
 import http.client
 import io
 import json
+import os
 import random
 import re
+import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -137,20 +139,21 @@ def resident_bytes(pid: int) -> int:
 def kill_midway(folder: Path, log: Path, target: str) -> tuple[int, str, str]:
     """End one of a server's processes while it answers: exit status, its log, the client's error.
 
-    target: part of the process's name, "EngineCore" or "Worker"
+    target: the process's name in vLLM's log, "EngineCore" or "Worker". Process titles do not tell:
+    some kernels keep the command line that a process was started with.
     """
     body = mixed_requests()[0] | {"prompt": [5, 6, 7], "max_tokens": 250}
     with server(folder, log) as running:
         running.wait_ready(io.StringIO())
         process = running._process
-        victims = [p for p in processes(process.pid) if target in " ".join(p.cmdline())]
-        if not victims:
-            raise ValueError(f"no process of the server is called {target}")
+        victim = re.search(rf"\({target} pid=(\d+)\)", log.read_text())
+        if victim is None:
+            raise ValueError(f"{log}: no line of a process called {target}")
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(_ask_until_an_error, running.url, body)
             while not gauge(running.url, "vllm:request_success_total"):
                 time.sleep(0.2)
-            victims[0].kill()
+            os.kill(int(victim[1]), signal.SIGKILL)
             error = asking.result(120)
         status = process.wait(120)
     return status, log.read_text(), error
