@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short load over HTTP, and a server that loses a process. tests/trust/test_heavy_load.py is long."""
+"""A short load over HTTP, and a server that loses a process; tests/trust has the long ones."""
 
 from __future__ import annotations
 
