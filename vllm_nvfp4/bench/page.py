@@ -154,12 +154,45 @@ def ratio_table(results: Results, record: VariantRecord) -> Table:
     )
 
 
+def terms_table(results: Results, record: VariantRecord) -> Table:
+    """What the roofline of each batch size follows from, to be computed again by hand."""
+    context = results.settings["prompt_tokens"] + results.settings["tokens"] // 2
+    rows = tuple(
+        (
+            str(limit.batch),
+            f"{limit.weight_bytes / 1e9:.4f}",
+            f"{limit.kv_bytes / 1e9:.4f}",
+            f"{limit.gbps:.1f}",
+            *(
+                f"{value:.4g}" if limit.linear_tflops and value is not None else _NONE
+                for value in (
+                    limit.linear_flops / 1e12,
+                    limit.linear_tflops,
+                    limit.other_flops / 1e12,
+                    limit.other_tflops,
+                )
+            ),
+            limit.bound,
+            _text(limit.tokens_per_s),
+        )
+        for limit in record.limits
+    )
+    return Table(
+        f"{record.name}: terms of the roofline, {context} tokens in every sequence",
+        ("batch", "weights GB", "KV GB", "GB/s", "linear TFLOP", "TFLOP/s", "other TFLOP",
+         "TFLOP/s", "bound by", "tok/s"),
+        rows,
+        "tok/s = batch / max((weights + KV) / (GB/s), the sum of TFLOP / (TFLOP/s)).",
+    )  # fmt: skip
+
+
 def run_tables(results: Results) -> list[Table]:
     """Every table of one run that has a row, without columns that nothing could fill."""
     tables = []
     for record in results.variants:
         tables += [batch_table(results, record), rate_table(results, record)]
     tables += [ratio_table(results, record) for record in results.variants[1:]]
+    tables += [terms_table(results, record) for record in results.variants]
     return [_filled(table) for table in tables if table.rows]
 
 
