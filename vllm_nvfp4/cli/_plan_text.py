@@ -90,4 +90,4 @@ def print_choice(shape: DecoderShape, choice: Choice | None, command: str | None
     print(f"Recommended: {cards} card{'s' if cards > 1 else ''}, {choice.reason}.")
     if shape.has_vision:
         print("The vision tower is not part of the plan.")
-    print(f"  {command}" if command else "A mixture of experts is planned only: no command.")
+    print(f"  {command}")

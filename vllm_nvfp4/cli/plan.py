@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
     baseline = planning.row_of(
         asked, Setup(fmt="bf16", kv_bits=16), _gpu(choosing.BASELINE_GPU), False
     )
-    command = None
-    if choice and not shape.num_experts:
-        command = choosing.serve_command(shape, choice.found, asked.load)
+    command = choosing.serve_command(shape, choice.found, asked.load) if choice else None
     if args.json:
         value = _head(asked, gpu) | {
             "formats": [row.to_json() for row in rows],
