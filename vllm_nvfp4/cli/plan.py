@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.cli import _plan_text
-from vllm_nvfp4.gpus import GPUS, PRICE_SOURCE, Gpu, find_gpu
+from vllm_nvfp4.gpus import GPUS, Gpu, find_gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
 from vllm_nvfp4.planning.fit import Load, Setup
@@ -129,10 +129,11 @@ def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
         "model": shape.name,
         "hub": shape.hub,
         "gpu": gpu.name,
+        "gpu_source": f"{gpu.source}; entered {gpu.date}",
+        "gpu_memory_source": gpu.cuda_source,
         "context": asked.load.context,
         "concurrency": asked.load.concurrency,
         "prompt": asked.prompt,
         "max_context": shape.max_context,
         "checkpoint_bytes": planning.checkpoint_sizes(shape),
-        "price_source": PRICE_SOURCE,
     }
