@@ -7,6 +7,7 @@ Every table is made once, as text, and shown in both places. Pictures are inside
 from __future__ import annotations
 
 import base64
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -248,9 +249,13 @@ def machine_table(runs: Mapping[str, Results]) -> Table:
 
 
 def _labels(runs: Mapping[str, Results]) -> Iterator[tuple[str, Results, VariantRecord]]:
+    """(label for a picture, its run, its record): what was served, shortened where that is clear,
+    after the run's name where there are several."""
     for name, run in runs.items():
-        for record in run.variants:
-            yield (record.name if len(runs) == 1 else f"{name}: {record.name}"), run, record
+        kinds = [re.split(r"[= ]", record.name)[0] for record in run.variants]
+        for kind, record in zip(kinds, run.variants, strict=True):
+            served = kind if kinds.count(kind) == 1 else record.name
+            yield (served if len(runs) == 1 else f"{name}: {served}"), run, record
 
 
 def draw(runs: Mapping[str, Results]) -> list[Picture]:
