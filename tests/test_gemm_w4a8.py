@@ -210,9 +210,9 @@ FAULTS = [
 
 FOLDED_FAULTS = [
     ("scale of the other row", "fold_scale(codes_g8, scale_g8)", "fold_scale(codes_g8, scale_g)"),
-    ("operands of the other half", "a[block / 2][2 * (block % 2)]", "a[1 - block / 2][2 * (block % 2)]"),
-    ("sums of one step only", "c[r][token_tile][i] += sum[r][i]", "c[r][token_tile][i] = sum[r][i]"),
-]  # fmt: skip
+    ("operands of the wrong block", "[2 * (block % 2)] =", "[2 - 2 * (block % 2)] ="),
+    ("sums of one step only", "[token_tile][i] += sum[r][i]", "[token_tile][i] = sum[r][i]"),
+]
 
 
 @pytest.mark.parametrize(

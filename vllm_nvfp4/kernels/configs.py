@@ -265,7 +265,7 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
         (64, 128, 64, 4, 1, 4, 1, 2),
         (128, 128, 128, 3, 2, 4, 1, 1),
     ]
-    # A warp has all tokens of its rows: what unpacking and folding them costs is shared most widely.
+    # A warp has all tokens of its rows: unpacking and folding them is shared most widely.
     w4a8_folded = [(64, 128, 128, 4, 1, 8, 1, 1), (128, 128, 128, 3, 1, 8, 1, 1)]
     # MXFP4 keeps the sums of a block beside the accumulators: here a shorter step makes room.
     w4a16_mxfp4 = [t if t[:2] != (16, 128) else (16, 128, 128, 4, 1, 4, 2, 2) for t in w4a16]

@@ -146,7 +146,7 @@ class LoopCost:
 
 
 def mma_k_of(config: GemmConfig) -> int:
-    """The K of one MMA: FP8 MMA covers 32 where the blocks do, or where none is scaled by itself."""
+    """The K of one MMA: 32 of FP8 where the blocks are, or where none is scaled by itself."""
     is_wide = config.fmt_name == "mxfp4" or config.variant == "folded"
     return 32 if config.stem == "gemm_w4a8" and is_wide else 16
 
