@@ -187,7 +187,7 @@ def _gptq_columns(
 ) -> torch.Tensor:
     """Round column by column; what each loses is made up for by the columns not yet rounded.
 
-    columns: [K, N]; step: [K/16, N]; nearest: to a number of the format. Returns the values, [K, N].
+    columns: [K, N]; step: [K/16, N]; nearest: to a number of the format. Returns values, [K, N].
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))

@@ -85,45 +85,28 @@ def measure(
     In memory are one decoder layer and what goes into every layer. Raises CheckpointError where
     transformers cannot run the model.
     """
-    samples = torch.cat([measurement.samples, measurement.others])
-    num_own = len(measurement.samples)
-    dtype = measurement.dtype or forward_dtype("cpu")
-    model = LayerwiseModel(
-        source.folder, source.tensors, lambda name: source.load(name, "cpu"), samples, "cpu", dtype
-    )
-    hidden, model.hidden = model.hidden, []
-    own = [torch.cat(hidden[i : min(i + _CHUNK, num_own)]) for i in range(0, num_own, _CHUNK)]
-    others = [torch.cat(hidden[i : i + _CHUNK]) for i in range(num_own, len(hidden), _CHUNK)]
-    del hidden
-    inputs = [(own, others)]
-    for i in range(model.num_layers):
-        layer = model.layer(i, {})
-        # What the others are after the last layer is not asked for.
-        own, others = ([model.run(layer, i, h) for h in part] for part in inputs[-1])
-        inputs.append((own, others))
+    model, inputs = _forward(source, measurement)
     gradients = _head_gradients(model, inputs.pop()[0], measurement)
     units = {unit.prefix: unit for unit in by_layer(source.tensors, quantized)}
+    count = measurement.samples.numel() * measurement.draws
     found: list[list[Sensitivity]] = []
     for i in reversed(range(model.num_layers)):
         own, others = inputs.pop()
-        unit = units.get(model.prefix(i), Unit("", ()))
-        if progress is not None and unit.groups:
-            progress(unit.prefix.removesuffix("."))
+        prefix = model.prefix(i)
+        groups = [g for g in units.get(prefix, Unit("", ())).groups if g[0] in quantized]
+        if progress is not None and groups:
+            progress(prefix.removesuffix("."))
         layer = model.layer(i, {})
-        groups = [g for g in unit.groups if g[0] in quantized]
-        modules = {
-            n: n.removeprefix(unit.prefix).removesuffix(".weight") for g in groups for n in g
-        }
-        second_moments = {}
+        modules = {n: _module(prefix, n) for g in groups for n in g}
+        moments = {}
         if measurement.method in METHODS:
-            asked = sorted({input_module(modules[g[0]] + ".weight") for g in groups})
-            second_moments = _second_moments(model, layer, i, others, asked)
+            asked = {input_module(n.removeprefix(prefix)) for n in modules}
+            moments = _second_moments(model, layer, i, others, sorted(asked))
         changes: Changes = {}
         for group in groups:
-            moment = second_moments.get(input_module(modules[group[0]] + ".weight"))
+            moment = moments.get(input_module(group[0].removeprefix(prefix)))
             changes |= _changes(source, group, measurement.method, moment)
         sums, gradients = _backward(model, layer, i, own, gradients, modules, changes)
-        count = measurement.samples.numel() * measurement.draws
         sizes = [sum(math.prod(source.tensors[n].shape) for n in g) for g in groups]
         found.append(
             [
@@ -131,7 +114,35 @@ def measure(
                 for group, size in zip(groups, sizes, strict=True)
             ]
         )
-    return [group for layer_groups in reversed(found) for group in layer_groups]
+    return [group for of_layer in reversed(found) for group in of_layer]
+
+
+def _module(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix).removesuffix(".weight")
+
+
+def _forward(
+    source: Source, measurement: Measurement
+) -> tuple[LayerwiseModel, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    """(The model; what goes into each layer, and comes out of the last: chunks of the samples and
+    of the others, [num_samples, length, hidden size])."""
+    model = LayerwiseModel(
+        source.folder,
+        source.tensors,
+        lambda name: source.load(name, "cpu"),
+        torch.cat([measurement.samples, measurement.others]),
+        dtype=measurement.dtype or forward_dtype("cpu"),
+    )
+    hidden, model.hidden = model.hidden, []
+    count = len(measurement.samples)
+    parts = hidden[:count], hidden[count:]
+    own, others = ([torch.cat(p[i : i + _CHUNK]) for i in range(0, len(p), _CHUNK)] for p in parts)
+    inputs = [(own, others)]
+    for i in range(model.num_layers):
+        layer = model.layer(i, {})
+        own, others = ([model.run(layer, i, h) for h in part] for part in inputs[-1])
+        inputs.append((own, others))
+    return model, inputs
 
 
 def _head_gradients(
