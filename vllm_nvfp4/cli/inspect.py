@@ -170,11 +170,10 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     if spec.kind is LayerKind.FP8:
         return "FP8 kernel, W8A8"
     if spec.kind is LayerKind.MICROSCALED:
-        if is_expert(layer.name):
-            return f"{layer.format} experts, on a CPU only"
         bits = {"auto": "W4A16 or W4A8 by batch size", "16": "W4A16", "8": "W4A8"}
+        kernel = "kernel of all experts" if is_expert(layer.name) else "kernel"
         extra = ", rotated activations" if spec.hadamard_size else ""
-        return f"{layer.format} kernel, {bits[options.activation]}{extra}"
+        return f"{layer.format} {kernel}, {bits[options.activation]}{extra}"
     is_ignored = any(fnmatch(layer.name, pattern) for pattern in options.online_ignore)
     if spec.kind is LayerKind.ONLINE and not is_ignored:
         return f"quantised to {options.online_format} while loading ({options.online_method})"
