@@ -36,7 +36,7 @@ def pool():
 
 def test_every_mutation_alone(pool):
     """On one checkpoint of each dialect; and neither all is refused nor all accepted."""
-    seeds = [name for name in pool.seeds if name.startswith(("leg", "sh", "fp", "moe_m", "16"))]
+    seeds = [name for name in pool.seeds if name.startswith(("leg", "sh", "fp", "moe_m", "16", "gpt"))]
     cases = [
         (seed, [name], number)
         for number in range(3)
