@@ -9,9 +9,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from gemm_cases import make_activations, make_weight
+from moe_stress import NUM_COLUMNS, StressLayer, check_pairs, tile_sizes
 from stress_cases import STRESS, every_pair, legal_scales
-from test_stress import GEMMS, assert_others_untouched, run_host, stressed
+from test_stress import (
+    GEMMS,
+    assert_others_untouched,
+    assert_others_untouched_by_experts,
+    run_host,
+    stressed,
+)
 
+from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS
 from vllm_nvfp4.layout import pack_weight
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.reference import reference_linear
@@ -45,3 +53,21 @@ def test_every_stress_in_every_kernel(count: Callable[..., None]) -> None:
         for name in STRESS:
             assert_others_untouched(run_host(config, stressed(a, name), packed), clean, name)
     count(kernels=len(GEMMS), cases=len(GEMMS) * len(STRESS))
+
+
+def test_every_pair_in_every_kernel_of_experts(count: Callable[..., None]) -> None:
+    """With every size of tile."""
+    runs = [(config, size) for config in MOE_CONFIGS for size in tile_sizes(config)]
+    columns = torch.arange(NUM_COLUMNS)
+    num_products = sum(check_pairs(config, columns, [size]) for config, size in runs)
+    count(kernels=len(MOE_CONFIGS), tiles=len(runs), exact_products=num_products)
+
+
+def test_every_stress_in_every_kernel_of_experts(count: Callable[..., None]) -> None:
+    for config in MOE_CONFIGS:
+        layer = StressLayer(config)
+        clean = layer(layer.a)
+        for name in STRESS:
+            y = layer(stressed(layer.a, name))
+            assert_others_untouched_by_experts(y, clean, name)
+    count(kernels=len(MOE_CONFIGS), cases=len(MOE_CONFIGS) * len(STRESS))
