@@ -26,7 +26,7 @@ EMBEDDING_FORMATS = ("keep", "fp8", "nvfp4")
 # Order of the kernels' tiles: N and K of a 4-bit weight are padded to these (see layout.py).
 _TILE_N, _TILE_K = 16, 64
 # vLLM pads the vocabulary to a multiple of this.
-_VOCAB_PADDING = 64
+VOCAB_PADDING = 64
 
 
 def held_bytes(n: int, k: int, fmt: str, group: int = 128) -> int:
@@ -99,7 +99,7 @@ def weights_of(
     """
     if shape.tie_word_embeddings:
         embedding = embedding if embedding != "keep" else lm_head
-    vocab = math.ceil(shape.vocab_size / _VOCAB_PADDING) * _VOCAB_PADDING // cards
+    vocab = math.ceil(shape.vocab_size / VOCAB_PADDING) * VOCAB_PADDING // cards
     head_bytes, embedding_bytes = (
         held_bytes(vocab, shape.hidden_size, "bf16" if f == "keep" else f)
         for f in (shape.head if fmt == AS_STORED and shape.head else lm_head, embedding)

@@ -185,7 +185,7 @@ def as_stored(shape: DecoderShape, dialect: Dialect) -> DecoderShape:
         specs = [
             fused_layer_spec(dialect, f"{prefix}layers.{i}.{parent}.{name}", names) for i in layers
         ]
-        kinds = Counter((_stored_format(spec), _extra_bytes(spec, linear.k)) for spec in specs)
+        kinds = Counter((_stored_format(spec), extra_bytes(spec, linear.k)) for spec in specs)
         found += [
             replace(linear, count=linear.count * n // len(specs), stored=fmt, extra=extra)
             for (fmt, extra), n in kinds.items()
@@ -200,7 +200,7 @@ def _stored_format(spec: LayerSpec) -> str:
     return "fp8" if spec.kind is LayerKind.FP8 else "bf16"
 
 
-def _extra_bytes(spec: LayerSpec, k: int) -> int:
+def extra_bytes(spec: LayerSpec, k: int) -> int:
     """float32: a scale for each column (AWQ), and a rotation [g, g] (FP-Quant)."""
     scales = 4 * k if spec.tensor(Role.PRE_SCALE) else 0
     return scales + 4 * spec.hadamard_size**2
