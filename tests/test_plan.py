@@ -185,6 +185,12 @@ def test_70b_in_nvfp4_does_not_fit_24_gb(capsys):
     assert found["bf16_on_a100"]["cards"] == 2
 
 
+@pytest.mark.parametrize(("name", "limit"), [("Qwen3-8B", 195), ("Gemma3-27B", 58)])
+def test_what_one_short_sequence_can_reach_on_an_rtx_4090(name, limit, capsys):
+    found = plan(capsys, name, "--gpu", "4090", "--context", "160")["recommended"]
+    assert round(found["decode"]["tokens_per_s"]) == limit
+
+
 # --- limits -------------------------------------------------------------------------------------
 
 
