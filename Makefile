@@ -19,7 +19,7 @@ demo: setup
 
 test: SETUP_FLAGS = --with-compiler
 test: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Some of the tests on another vLLM, which scripts/on_vllm.py unpacks into .cache/.
 test-0.28: SETUP_FLAGS = --with-compiler
