@@ -380,7 +380,7 @@ def test_what_adds_to_the_residual_stream_is_found_by_adding_up(models, family, 
     source = Source(models(family))
     quantized, _ = source.quantizable(DEFAULT_IGNORE)
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
-    calibrated.start(by_layer(source.tensors, quantized)[1], quantized, lambda scale: scale)
+    calibrated.start(by_layer(source.tensors, quantized)[1], quantized, set(), lambda scale: scale)
     assert bool(calibrated._adds_to) is found
 
 
@@ -543,7 +543,7 @@ def test_layers_of_another_decoder_are_refused(models, tmp_path):
     units = by_layer(source.tensors, quantized)
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\. where model\.layers\.0\. comes"):
-        calibrated.start(units[2], quantized, lambda scale: scale)
+        calibrated.start(units[2], quantized, set(), lambda scale: scale)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from vllm_nvfp4.cli import serve
 from vllm_nvfp4.cli._progress import step
 from vllm_nvfp4.cli._server import Server, ServerError
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.planning.model import Weights
 from vllm_nvfp4.testing import machine
 
 # Shares of the throughput without pause at which load is measured where no rates are given.
@@ -92,7 +91,7 @@ class Bench:
     ) -> None:
         self.settings, self.variants, self.meter, self.out = settings, variants, meter, out
         self._num_jobs = 0
-        self._weights: dict[str, Weights] = {}
+        self._weighed: dict[str, limits.Weighed] = {}
         head = machine.provenance() | meter.describe() | {"cpu": machine.cpu_model()}
         self.results = Results(
             head | machine.versions(),
@@ -109,10 +108,10 @@ class Bench:
         try:
             args = self._args(variant)
             cards = _num_cards(args)
-            record.weight_format, weights = limits.weigh(variant, args, cards)
-            self._weights[variant.name] = weights
+            weighed = self._weighed[variant.name] = limits.weigh(variant, args, cards)
+            record.weight_format, record.weights = weighed.fmt, asdict(weighed.weights)
             for part in ("linear", "lm_head", "embedding", "other"):
-                record.weight_parts[part] = cards * getattr(weights, part)
+                record.weight_parts[part] = cards * getattr(weighed.weights, part)
         except ValueError as error:
             record.no_limit = str(error)
         return record
@@ -236,13 +235,12 @@ class Bench:
             # Measured: the parts keep their proportions.
             scale = sum(map(float, loaded)) * 2**30 / (sum(record.weight_parts.values()) or 1)
             record.weight_parts = {k: v * scale for k, v in record.weight_parts.items()}
-        weights = self._weights.get(record.name)
-        if self._device and weights:
+        weighed = self._weighed.get(record.name)
+        if self._device and weighed:
             settings = self.settings
             context = settings.prompt_tokens + settings.tokens // 2
-            cards = _num_cards(server.command)
             record.limits = limits.decode_limits(
-                record, weights, self._device, settings.batches, context, cards
+                weighed, record.kv_dtype, self._device, settings.batches, context
             )
 
     def _jobs(

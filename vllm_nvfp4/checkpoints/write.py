@@ -40,7 +40,7 @@ from vllm_nvfp4.checkpoints.written import (
     mixed_config,
 )
 from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -76,10 +76,11 @@ class Quantizer(Protocol):
         self,
         unit: Unit,
         quantized: set[str],
+        fp8: set[str],
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """The unit's weights come next. representable: what is read back from the file for a
-        global scale near its argument."""
+        """The unit's weights come next. fp8: those of ``quantized`` that :meth:`quantize_fp8` is
+        asked for; representable: what is read back for an NVFP4 global scale near its argument."""
 
     def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
         """The shards of one fused layer (or one layer), by name, with one representable global
@@ -88,6 +89,11 @@ class Quantizer(Protocol):
     def input_amax(self, name: str) -> float | None:
         """The largest magnitude among the inputs of a weight just quantised, as the stored weight
         meets them; None where none was seen."""
+
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The same shards in FP8: codes [N, K] e4m3 and a scale for each row, [N, 1] float32."""
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """The unit is stored, now or by an earlier run; ``weights()`` dequantises what is there."""
@@ -103,6 +109,7 @@ class DataFree:
         self,
         unit: Unit,
         quantized: set[str],
+        fp8: set[str],
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._representable = representable
@@ -111,6 +118,11 @@ class DataFree:
         largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
         shared = self._representable(largest)
         return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
+
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
 
     def input_amax(self, name: str) -> float | None:
         return None
@@ -274,7 +286,7 @@ class _Job:
                     self._announce(group)
             else:
                 self.quantizer.start(
-                    unit, self.quantized - self.fp8, self.options.stored.representable
+                    unit, self.quantized, self.fp8, self.options.stored.representable
                 )
                 # A file under its own name is whole: what a kill leaves has another one.
                 part = path.with_suffix(".part")
@@ -336,9 +348,10 @@ class _Job:
             self._announce(group)
             tensors = {name: self.source.load_finite(name, self.options.device) for name in group}
             if group[0] in self.fp8:
-                for name, tensor in tensors.items():
-                    for entry, part in FP8.tensors(name.removesuffix(".weight"), tensor).items():
-                        writer.write(entry, part)
+                for name, (codes, scale) in self.quantizer.quantize_fp8(tensors).items():
+                    eight = FP8.tensors(name.removesuffix(".weight"), codes, scale)
+                    for entry, tensor in eight.items():
+                        writer.write(entry, tensor)
                 continue
             for name, weight in self.quantizer.quantize(tensors).items():
                 layer = name.removesuffix(".weight")

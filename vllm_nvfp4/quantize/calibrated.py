@@ -13,14 +13,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_nvfp4.checkpoints.source import Source, Unit
+from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
-from vllm_nvfp4.quantize.hessian import quantize_gptq, quantize_hessian, shifted_target
+from vllm_nvfp4.quantize.hessian import (
+    quantize_fp8_gptq,
+    quantize_gptq,
+    quantize_hessian,
+    shifted_target,
+)
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 
 METHODS = ("hessian", "gptq", "mr-gptq")
@@ -67,7 +72,7 @@ class Calibrated:
             lambda name: source.load(name, "cpu"),
             samples,
             device,
-            _forward_dtype(device),
+            forward_dtype(device),
         )
         # All samples in one tensor: each layer computes them at once.
         self._hidden = torch.cat(self._model.hidden)  # through the quantised layers
@@ -75,6 +80,7 @@ class Calibrated:
         self._model.hidden = []
         self._index = 0
         self._found: dict[str, BlockScaledWeight] = {}  # the current layer's
+        self._fp8: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._input_amax: dict[str, float] = {}
         self._output: torch.Tensor | None = None  # its output with these
         self._exact = _Exact()
@@ -84,6 +90,7 @@ class Calibrated:
         self,
         unit: Unit,
         quantized: set[str],
+        fp8: set[str],
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Run the layer once. Each module waits for its input, is quantised for it, and goes on."""
@@ -105,8 +112,16 @@ class Calibrated:
 
         def quantize_before(names: list[str]) -> Callable[[torch.Tensor], None]:
             def hook(x: torch.Tensor) -> None:
-                if names[0] not in self._found:  # by the hook on another of the shards
-                    self._quantize(layer, names, x, seen, representable)
+                if names[0] in {**self._found, **self._fp8}:  # by the hook on another shard
+                    return
+                target, hessian = self._target(names, x, seen)
+                if names[0] in fp8:
+                    weights = self._quantize_fp8(names, target, hessian)
+                else:
+                    self._input_amax |= dict.fromkeys(names, self._amax(x))
+                    weights = self._quantize(names, target, hessian, representable)
+                for name, weight in weights.items():
+                    layer.get_submodule(self._module(name)).weight.copy_(weight)
 
             return hook
 
@@ -160,20 +175,16 @@ class Calibrated:
         )
         return all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in sums)
 
-    def _quantize(
-        self,
-        layer: torch.nn.Module,
-        names: list[str],
-        x: torch.Tensor,
-        seen: dict[str, torch.Tensor],
-        representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        # Shards of a fused layer have the same inputs, and rows do not know of each other: one
-        # tall weight is quantised in fewer, larger steps than several.
-        weights = [self._source.load_finite(name, self._device).float() for name in names]
-        target = torch.cat(weights)
-        bounds = [len(weight) for weight in weights]
+    def _target(
+        self, names: list[str], x: torch.Tensor, seen: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(What to come near, [N, K] float32; H.) GPTQ's aim is :func:`shifted_target`.
+
+        Shards of a fused layer have the same inputs, and rows do not know of each other: one tall
+        weight is quantised in fewer, larger steps than several.
+        """
         module = self._module(names[0])
+        target = torch.cat([self._source.load_finite(n, self._device).float() for n in names])
         hessian = second_moment(x)
         if not hessian.isfinite().all():
             raise CheckpointError(
@@ -181,12 +192,31 @@ class Calibrated:
                 "inputs on the calibration text",
                 "NaN or infinite numbers",
                 "finite ones",
-                "Check the checkpoint: its embedding, norms and biases.",
+                "Check the checkpoint's embedding, norms and biases.",
             )
-        if self._follows_exact:
-            target = self._aim(module, target, hessian, x, seen)
+        if not self._follows_exact:
+            return target, hessian
+        input_shift = difference_moment(self._exact.inputs[module], x, x)
+        stream = self._adds_to.get(module)
+        output_shift = None
+        if stream is not None:
+            theirs = self._exact.inputs[stream] if stream else self._exact_hidden
+            output_shift = difference_moment(theirs, seen[stream] if stream else self._hidden, x)
+        return shifted_target(target, hessian, input_shift, output_shift), hessian
+
+    def _bounds(self, names: list[str]) -> list[int]:
+        return [self._source.tensors[name].shape[0] for name in names]
+
+    def _quantize(
+        self,
+        names: list[str],
+        target: torch.Tensor,
+        hessian: torch.Tensor,
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Shards in NVFP4; returns them as numbers, [N, K] float32."""
+        bounds = self._bounds(names)
         target, hessian = self._rotate(target), self._rotate(self._rotate(hessian).T)
-        amax = max(float(self._rotate(part.float()).abs().amax()) for part in x)
         largest = torch.stack([nvfp4_global_scale(t) for t in target.split(bounds)]).amax()
         choose = quantize_gptq if self._follows_exact else quantize_hessian
         whole = choose(target, hessian, representable(largest))
@@ -196,34 +226,41 @@ class Calibrated:
             whole.global_scale.split(bounds),
             strict=True,
         )
-        for name, (codes, block_scale, scale) in zip(names, parts, strict=True):
-            found = BlockScaledWeight(codes, block_scale, scale, whole.fmt)
-            # R is symmetric and its own inverse: rotated twice is not rotated.
-            layer.get_submodule(self._module(name)).weight.copy_(self._rotate(found.dequantize()))
-            self._found[name], self._input_amax[name] = found, amax
+        found = {
+            name: BlockScaledWeight(codes, block_scale, scale, whole.fmt)
+            for name, (codes, block_scale, scale) in zip(names, parts, strict=True)
+        }
+        self._found |= found
+        # R is symmetric and its own inverse: rotated twice is not rotated.
+        return {name: self._rotate(weight.dequantize()) for name, weight in found.items()}
+
+    def _quantize_fp8(
+        self, names: list[str], target: torch.Tensor, hessian: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if self._follows_exact:
+            codes, scale = quantize_fp8_gptq(target, hessian)
+        else:
+            codes, scale = quantize_fp8_per_row(target)
+        bounds = self._bounds(names)
+        parts = zip(codes.split(bounds), scale.split(bounds), strict=True)
+        found = dict(zip(names, parts, strict=True))
+        self._fp8 |= found
+        return {name: codes.float() * scale for name, (codes, scale) in found.items()}
+
+    def _amax(self, x: torch.Tensor) -> float:
+        """Of the inputs, rotated as the weight is."""
+        return max(float(self._rotate(sample.float()).abs().amax()) for sample in x)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._rotation is None else rotate_blocks(x, self._rotation)
 
-    def _aim(
-        self,
-        module: str,
-        weight: torch.Tensor,
-        hessian: torch.Tensor,
-        x: torch.Tensor,
-        seen: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """The weight that GPTQ rounds: see :func:`shifted_target`."""
-        input_shift = difference_moment(self._exact.inputs[module], x, x)
-        stream = self._adds_to.get(module)
-        output_shift = None
-        if stream is not None:
-            theirs = self._exact.inputs[stream] if stream else self._exact_hidden
-            output_shift = difference_moment(theirs, seen[stream] if stream else self._hidden, x)
-        return shifted_target(weight, hessian, input_shift, output_shift)
-
     def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
         return {name: self._found[name] for name in weights}
+
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {name: self._fp8[name] for name in weights}
 
     def input_amax(self, name: str) -> float | None:
         return self._input_amax[name]
@@ -239,13 +276,13 @@ class Calibrated:
             if self._follows_exact and exact is None:  # an earlier run quantised this layer
                 source = self._model.layer(index, {})
                 exact = self._model.run(source, index, self._exact_hidden)
-            if output is None or stored.keys() != self._found.keys():
+            if output is None or stored.keys() != {**self._found, **self._fp8}.keys():
                 layer = self._model.layer(index, stored)
                 output = self._model.run(layer, index, self._hidden)
             self._hidden = output
             if exact is not None:
                 self._exact_hidden = exact
-        self._found, self._input_amax = {}, {}
+        self._found, self._fp8, self._input_amax = {}, {}, {}
         self._output, self._exact = None, _Exact()
 
 
@@ -254,8 +291,15 @@ def rotation_size(source: Source, quantized: set[str]) -> int:
     return math.gcd(_LARGEST_ROTATION, *(source.tensors[n].shape[1] for n in quantized))
 
 
-def _forward_dtype(device: str) -> torch.dtype:
+def forward_dtype(device: str) -> torch.dtype:
     """BF16, as models are served, where the device multiplies it faster than float32."""
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
+
+
+def input_module(name: str) -> str:
+    """The module of a fused layer's first shard: all its shards have the same input."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    shards = next((shards for shards in FUSED if leaf in shards), (leaf,))
+    return f"{parent}.{shards[0]}"

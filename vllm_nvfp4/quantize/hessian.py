@@ -28,6 +28,8 @@ from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import (
     block_scale_candidates,
     block_scale_rtn,
+    quantize_fp8_per_row,
+    to_e4m3,
 )
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
@@ -108,17 +110,8 @@ def quantize_gptq(
 
     weight: [N, K] float; hessian: [K, K] float32; global_scale: scalar float32
     """
-    undamped = hessian.clone()
-    diagonal = undamped.diagonal()
-    mean = diagonal.mean()
-    # Inputs that were never other than 0 tell nothing: any positive weight will do for them.
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    hessian = undamped.clone()
-    diagonal = hessian.diagonal()
-    diagonal += damping * diagonal.mean()
-    order = diagonal.argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    undamped, hessian = _invertible(hessian, damping)
+    order, upper = _inverse_factor(hessian)
     blocks = hessian.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2)
     local_inverse = torch.linalg.inv(blocks.permute(2, 0, 1))
 
@@ -132,6 +125,47 @@ def quantize_gptq(
         return step, value
 
     return _by_rows(choose, weight, global_scale)
+
+
+def quantize_fp8_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, damping: float = DAMPING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ to E4M3 with one scale for a row, the row's absolute maximum over 448.
+
+    weight: [N, K] float; hessian: [K, K] float32. Returns codes [N, K] e4m3 and scale [N, 1] f32.
+    """
+    codes, scale = quantize_fp8_per_row(weight)
+    columns = weight.float().T.contiguous()
+    _, hessian = _invertible(hessian, damping)
+    start = (codes.float() * scale).T
+    step = scale.T.expand(len(columns) // BLOCK, -1)
+    value = _gptq_columns(
+        columns,
+        *_inverse_factor(hessian),
+        step,
+        lambda x, scratch: x.copy_(to_e4m3(x)),
+    )
+    value, _ = _better_rows(columns, hessian, value, start)
+    return to_e4m3(value.T / scale), scale
+
+
+def _invertible(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H with a positive diagonal, the same with its mean times ``damping`` added to it)."""
+    undamped = hessian.clone()
+    diagonal = undamped.diagonal()
+    mean = diagonal.mean()
+    # Inputs that were never other than 0 tell nothing: any positive weight will do for them.
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    damped = undamped.clone()
+    damped.diagonal().add_(damping * diagonal.mean())
+    return undamped, damped
+
+
+def _inverse_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Columns in the order of falling H_kk, [K]; the upper Cholesky factor of H^-1 in it)."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)
 
 
 def _by_rows(
@@ -211,12 +245,16 @@ class _Scratch:
 
 
 def _gptq_columns(
-    columns: torch.Tensor, order: torch.Tensor, upper: torch.Tensor, step: torch.Tensor
+    columns: torch.Tensor,
+    order: torch.Tensor,
+    upper: torch.Tensor,
+    step: torch.Tensor,
+    round_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = round_e2m1_,
 ) -> torch.Tensor:
     """Round column by column; what each loses is made up for by the columns not yet rounded.
 
-    columns: [K, N]; order: [K], of the columns; upper: [K, K], the upper Cholesky factor of H^-1
-    in that order; step: [K/16, N]. Returns the values, [K, N].
+    columns: [K, N]; order, upper: of :func:`_inverse_factor`; step: [K/16, N]; round_: in place to
+    a number of the format, with memory for it. Returns the values, [K, N].
     """
     left = columns[order]
     steps = step[order // BLOCK]
@@ -228,7 +266,7 @@ def _gptq_columns(
         for i in range(end - start):
             k = start + i
             torch.div(panel[i], steps[k], out=value[k])
-            round_e2m1_(value[k], errors[i]).mul_(steps[k])
+            round_(value[k], errors[i]).mul_(steps[k])
             torch.sub(panel[i], value[k], out=errors[i]).div_(upper[k, k])
             panel[i + 1 :].addr_(upper[k, k + 1 : end], errors[i], alpha=-1)
         left[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
