@@ -5,12 +5,19 @@ import argparse
 import json
 import subprocess
 import sys
+from math import prod
 
 import pytest
+import torch
 
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.cli import inspect as command
+from vllm_nvfp4.layout import pack_weight
+from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.planning.model import AS_STORED, weights_of
+from vllm_nvfp4.planning.shapes import built_in, find_shape
 from vllm_nvfp4.testing.checkpoints import extract_fixture, fixture_names
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -138,3 +145,80 @@ def test_a_model_is_a_folder_or_in_the_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     with pytest.raises(CheckpointError, match="no such folder"):
         find_folder("owner/name")
+
+
+def write_headers(folder, model, num_layers):
+    """A ModelOpt NVFP4 checkpoint of a mixture of experts, of holes in the place of weights."""
+    config = built_in()[model]["config"] | {"num_hidden_layers": num_layers}
+    config["quantization_config"] = {
+        "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16,
+        "ignore": ["lm_head", "*mlp.gate"],
+    }  # fmt: skip
+    hidden, inner, head = (config[k] for k in ("hidden_size", "moe_intermediate_size", "head_dim"))
+    q, kv = (config[f"num_{k}_heads"] * head for k in ("attention", "key_value"))
+    tensors = {}
+
+    def plain(name, *shape):
+        tensors[f"{name}.weight"] = ("BF16", shape)
+
+    def nvfp4(name, n, k):
+        tensors[f"{name}.weight"] = ("U8", (n, k // 2))
+        tensors[f"{name}.weight_scale"] = ("F8_E4M3", (n, k // 16))
+        tensors[f"{name}.weight_scale_2"] = ("F32", ())
+
+    plain("model.embed_tokens", config["vocab_size"], hidden)
+    plain("lm_head", config["vocab_size"], hidden)
+    plain("model.norm", hidden)
+    for i in range(num_layers):
+        layer = f"model.layers.{i}"
+        for name, n, k in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+            nvfp4(f"{layer}.self_attn.{name}_proj", n, k)
+        for name, size in (("self_attn.q_norm", head), ("self_attn.k_norm", head),
+                           ("input_layernorm", hidden), ("post_attention_layernorm", hidden)):  # fmt: skip
+            plain(f"{layer}.{name}", size)
+        plain(f"{layer}.mlp.gate", config["num_experts"], hidden)
+        for e in range(config["num_experts"]):
+            for name, n, k in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+                nvfp4(f"{layer}.mlp.experts.{e}.{name}_proj", n, k)
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = prod(shape) * {"BF16": 2, "U8": 1, "F8_E4M3": 1, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def test_bytes_of_qwen3_30b_a3b_are_those_of_the_kernels_layout(tmp_path, capsys):
+    """Its experts as ``pack_weight`` makes them for the grouped kernel, and the whole as planned."""
+    config = write_headers(tmp_path, "Qwen3-30B-A3B", num_layers=2)
+    report = run_json(capsys, str(tmp_path))
+    experts = [row for row in report["layers"] if ".experts." in row["name"]]
+    packed = 0
+    for n, k in ((2 * config["moe_intermediate_size"], config["hidden_size"]),
+                 (config["hidden_size"], config["moe_intermediate_size"])):  # fmt: skip
+        codes = torch.zeros(n, k // 2, dtype=torch.uint8)
+        scale = torch.ones(n, k // 16).to(torch.float8_e4m3fn)
+        one = pack_weight(BlockScaledWeight(codes, scale, torch.ones(n), NVFP4))
+        packed += one.codes.nbytes + one.block_scale.nbytes + one.global_scale.nbytes
+    assert sum(row["held_bytes"] for row in experts) == 2 * config["num_experts"] * packed
+    assert {row["path"] for row in experts} == {"nvfp4 grouped kernel, W4A16 or W4A8 by batch size"}
+    planned = weights_of(find_shape(str(tmp_path)), AS_STORED).total
+    assert report["totals"][-1]["held_bytes"] == planned
+
+
+def test_a_bias_does_not_hide_that_a_layer_is_quantised(tmp_path, capsys):
+    rows = run_json(capsys, str(write_model(tmp_path, "llama-bias")))["layers"]
+    up = next(row for row in rows if row["name"].endswith("up_proj"))
+    assert up["path"].startswith("quantised to nvfp4 while loading")
+    assert up["held_bytes"] < up["num_bytes"]
+
+
+def test_routers_stay_as_they_are(tmp_path, capsys):
+    for family, name in (("mixtral", "block_sparse_moe.gate"), ("qwen3_moe", "mlp.gate")):
+        rows = run_json(capsys, str(write_model(tmp_path / family, family)))["layers"]
+        assert [row["path"] for row in rows if row["name"].endswith(name)] == ["vLLM, BF16"]

@@ -10,6 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_nvfp4.checkpoints import read_config
+from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.cli.inspect import held_bytes_of
+from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import kv
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
 from vllm_nvfp4.planning.shapes import built_in, find_shape
@@ -110,6 +114,13 @@ def held_by(model) -> int:
     return total
 
 
+def held_by_inspect(folder) -> int:
+    """What ``inspect`` says that the same weights take on a GPU."""
+    inventory = validate(folder, *read_config(folder))
+    options, tied = Options.resolve(), inventory.tied_embeddings
+    return sum(held_bytes_of(layer, options, tied) for layer in inventory.layers)
+
+
 _FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "mixtral", "latent", "latent-q")
 
 
@@ -121,12 +132,18 @@ def test_weights_are_those_of_the_loaded_model(load, folders, family, fmt, monke
     monkeypatch.setenv("VLLM_NVFP4_ONLINE_FORMAT", fmt)
     monkeypatch.setenv("VLLM_NVFP4_ONLINE_METHOD", "rtn")
     folder = folders(family)
-    assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), fmt).total
+    held = held_by(load(folder)[1])
+    assert held == weights_of(find_shape(str(folder)), fmt).total
+    if "latent" not in family:  # of two layers that are fused there, each is padded by itself
+        assert held == held_by_inspect(folder)
 
 
 def test_gpt_oss_as_stored(load, tmp_path):
     folder = to_gpt_oss_mxfp4(write_model(tmp_path / "gpt-oss", "gpt_oss"))
-    assert held_by(load(folder)[1]) == weights_of(find_shape(str(folder)), AS_STORED).total
+    held = held_by(load(folder)[1])
+    assert held == weights_of(find_shape(str(folder)), AS_STORED).total
+    # Its record is [E, 3 I, H]: a global scale for each of 3 I rows, where 2 I + H have one.
+    assert held_by_inspect(folder) == held + 2 * 4 * 4 * (128 - 64)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -148,11 +165,17 @@ def test_options_change_the_weights_as_planned(
     assert held_by(model) == planned.total
 
 
-@pytest.mark.parametrize("name", fixture_names())
+@pytest.mark.parametrize(
+    "name",
+    [*fixture_names(), "moe_modelopt/nvfp4-qwen3", "moe_compressed_tensors/nvfp4a16-qwen3"],
+)
 def test_weights_of_a_quantised_checkpoint(load, name, tmp_path):
     folder = extract_fixture(name, tmp_path)
     shape = find_shape(str(folder))
-    assert held_by(load(folder)[1]) == weights_of(shape, AS_STORED).total
+    held = held_by(load(folder)[1])
+    assert held == weights_of(shape, AS_STORED).total
+    # Scales of the KV cache are stored as tensors and held as attributes.
+    assert 0 <= held_by_inspect(folder) - held <= 8
 
 
 def kv_of(config, specs) -> int:

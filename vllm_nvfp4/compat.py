@@ -65,6 +65,33 @@ def maximum_over_expert_ranks(amax: Any, num_ranks: int) -> None:
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
 
 
+def unquantized_moe_config() -> Any:
+    """vLLM's description of experts whose inputs have 16 bits."""
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+
+    return FUSED_MOE_UNQUANTIZED_CONFIG
+
+
+def make_prepare_finalize(layer: Any, quant_config: Any) -> Any:
+    """vLLM's way to hand tokens to the ranks that have their experts, and the sums back."""
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+
+    tables = getattr(layer, "_expert_routing_tables", lambda: None)()
+    return maybe_make_prepare_finalize(
+        moe=layer.moe_config,
+        quant_config=quant_config,
+        routing_tables=tables,
+        allow_new_interface=True,
+    )
+
+
+def make_moe_kernel(prepare_finalize: Any, experts: Any) -> Any:
+    """Both parts of a modular kernel as one."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+
+    return FusedMoEKernel(prepare_finalize, experts)
+
+
 def batch_invariant_module() -> Any:
     """Where vLLM puts reductions of its own in torch's place (it moved in 0.29)."""
     for package in ("determinism", "layers"):

@@ -25,13 +25,13 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.moe_experts import NvFp4Experts
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.parameters import ExpertCut, make_expert_parameter
 from vllm_nvfp4.weights import (
     ACTIVATION_BITS,
     attach_experts,
-    experts_of,
     frozen,
     quantize_online,
 )
@@ -77,8 +77,8 @@ def experts_spec(config: NvFp4Config, layer: Any, prefix: str) -> LayerSpec:
 def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) -> NvFp4MoEMethod:
     """The method for experts stored, or to be quantised, as ``spec`` says.
 
-    Raises CheckpointError for what has no kernel: experts in FP8 or with a rotation, biases, LoRA
-    adapters, experts that move between ranks, an unknown activation.
+    Raises CheckpointError for what has no kernel: experts in FP8 or with a rotation, biases that
+    the checkpoint's format has no tensor for, an unknown activation.
     """
     moe = layer.moe_config
     obstacle = None
@@ -86,10 +86,6 @@ def moe_method(config: NvFp4Config, spec: LayerSpec, layer: Any, prefix: str) ->
         obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
     elif moe.has_bias and spec.tensor(Role.BIAS) is None:
         obstacle = "experts with biases", "experts without, or gpt-oss's own MXFP4 checkpoint"
-    elif getattr(moe, "is_lora_enabled", False):
-        obstacle = "--enable-lora", "serving without adapters: they have no kernel for experts"
-    elif moe.moe_parallel_config.enable_eplb:
-        obstacle = "--enable-eplb", "experts that stay on their rank, without --enable-eplb"
     if obstacle:
         raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
     if spec.kind is LayerKind.ONLINE:
@@ -158,14 +154,34 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                 if bias is not None:
                     setattr(layer, f"{stem}_bias", frozen(bias))
                 attach_experts(layer, stem, num_experts, weights)
-        self.activation = declared.uninterleaved()
-        device = layer.w13_weight_packed.device
+        device = layer.w13_weight.device
         ops.check_activation(device, self.config.options.activation)
         bits = ACTIVATION_BITS[self.config.options.activation]
+        self.activation = declared.uninterleaved()
+        if self.moe_kernel is None:  # else the weights are loaded again
+            self.moe_kernel = self.make_kernel(layer, declared.is_interleaved, bits)
         ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
         kernel = ops.describe_experts_path(device.type, bits)
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
+
+    def make_kernel(self, layer: Any, is_interleaved: bool, activation_bits: int) -> Any:
+        """vLLM's modular kernel: its way to move tokens between ranks, around these experts.
+
+        Raises CheckpointError for a way that hands tokens over in another form than rows.
+        """
+        experts = NvFp4Experts(layer, self.activation, is_interleaved, activation_bits)
+        mover = compat.make_prepare_finalize(layer, experts.quant_config)
+        if mover.activation_format != experts.activation_format():
+            raise CheckpointError(
+                self.prefix,
+                "mixture-of-experts layer",
+                f"--all2all-backend {self.moe.moe_parallel_config.all2all_backend}, which moves "
+                "tokens in batches of each expert",
+                "a backend that moves rows of tokens",
+                "Choose --all2all-backend allgather_reducescatter.",
+            )
+        return compat.make_moe_kernel(mover, experts)
 
     def weights(
         self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]
@@ -185,11 +201,18 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         here = list(range(len(self._names)))
         if layer.expert_map is not None:
             slots = {int(slot): e for e, slot in enumerate(layer.expert_map) if slot >= 0}
-            here = [slots[slot] for slot in sorted(slots)]
+            # Beyond the checkpoint's experts come copies of the first ones, to balance the load.
+            here = [slots[slot] % len(self._names) for slot in sorted(slots)]
         return [self._names[e][1] if stem == "w2" else _gate_and_up(self._names[e]) for e in here]
 
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: only vLLM's own kernels need one."""
+    @property
+    def supports_eplb(self) -> bool:
+        """Every parameter has a row of its own for each expert, which vLLM can move."""
+        return True
+
+    def get_fused_moe_quant_config(self, layer: Any) -> Any:
+        """That of 16-bit inputs: the experts find their weights in the layer."""
+        return compat.unquantized_moe_config()
 
     def apply(
         self,
@@ -201,22 +224,20 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The routed experts' part; vLLM's runner computes the shared experts and adds them."""
-        act = self.activation
-        return torch.ops.vllm_nvfp4.moe(
-            x,
-            experts_of(layer, "w13"),
-            experts_of(layer, "w2"),
-            topk_weights,
-            topk_ids,
-            layer.expert_map,
-            layer.nvfp4_intermediate_size,
-            layer.nvfp4_format,
-            act.name,
-            [act.limit, act.alpha, act.beta],
-            layer.apply_router_weight_on_input,
-            ACTIVATION_BITS[self.config.options.activation],
-            getattr(layer, "w13_bias", None),
-            getattr(layer, "w2_bias", None),
+        if self.moe_kernel is None:
+            raise ValueError(f"{self.prefix}: experts whose weights have not been loaded")
+        return self.moe_kernel.apply(
+            hidden_states=x,
+            w1=layer.w13_weight,
+            w2=layer.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
         )
 
 
@@ -234,10 +255,8 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
         loaders = {stem: getattr(layer, f"{stem}_weight").weight_loader for stem in ("w13", "w2")}
         super().process_weights_after_loading(layer)
         for stem, loader in loaders.items():
-            # Other ranks' experts may still come: they need a parameter that turns them down.
-            nothing: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            nothing.weight_loader = loader
-            setattr(layer, f"{stem}_weight", nothing)
+            # Other ranks' experts may still come: they need a loader that turns them down.
+            getattr(layer, f"{stem}_weight").weight_loader = loader
 
     def weights(
         self, layer: Any, stem: str, tensors: dict[Role, torch.Tensor]

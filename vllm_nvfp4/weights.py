@@ -17,7 +17,8 @@ from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, 
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
-EXPERT_TENSORS = ("weight_packed", "weight_block_scale", "weight_global_scale")
+# The first is what vLLM's modular kernel takes as w13_weight and w2_weight.
+EXPERT_TENSORS = ("weight", "weight_block_scale", "weight_global_scale")
 
 
 def quantize_online(

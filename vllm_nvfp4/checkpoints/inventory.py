@@ -23,6 +23,7 @@ class LayerRecord:
     shape:      of the weight: [N, K], or whatever the tensor has
     num_bytes:  of all its tensors
     files:      that hold them
+    bias_bytes: of its biases alone
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerRecord:
     shape: tuple[int, ...]
     num_bytes: int
     files: tuple[str, ...]
+    bias_bytes: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -91,6 +93,7 @@ def record(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> L
         shape,
         sum(t.num_bytes for t in tensors.values()),
         tuple(sorted({t.file for t in tensors.values()})),
+        sum(t.num_bytes for leaf, t in tensors.items() if leaf.endswith("bias")),
     )
 
 

@@ -110,7 +110,8 @@ def stacked_record(
     files = tuple(sorted({header.file for header in tensors.values()}))
     num_bytes = sum(header.num_bytes for header in tensors.values())
     shape = (num_experts, 3 * inner, hidden)
-    return LayerRecord(name, LINEAR, _SPEC, MXFP4.name, shape, num_bytes, files)
+    bias_bytes = sum(tensors[f"{leaf}_bias"].num_bytes for leaf in ("gate_up_proj", "down_proj"))
+    return LayerRecord(name, LINEAR, _SPEC, MXFP4.name, shape, num_bytes, files, bias_bytes)
 
 
 def _check(

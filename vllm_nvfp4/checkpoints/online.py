@@ -26,6 +26,7 @@ SENSITIVE = (
     "*audio_tower*",
     "*multi_modal_projector*",
     "*mlp.gate",
+    "*block_sparse_moe.gate",
     "*router*",
 )
 

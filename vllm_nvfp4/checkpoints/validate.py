@@ -26,6 +26,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     LayerRecord,
     part_of,
     record,
+    weight_of,
 )
 from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect, is_stacked, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
@@ -117,7 +118,7 @@ def _check_module(
             "a 16-bit weight: the quantization config leaves this layer out",
             "Correct the ignore list of the quantization config, or quantise again.",
         )
-    part = part_of(name, next(iter(tensors.values())).shape)
+    part = part_of(name, weight_of(tensors, spec)[1])
     keeps = spec.kind is LayerKind.ONLINE and part == LINEAR
     return record(name, tensors, spec if keeps else UNQUANTIZED)
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
@@ -29,6 +30,8 @@ from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.options import Options
+from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
+from vllm_nvfp4.planning.shapes import extra_bytes
 
 _PART_TITLES = {
     LINEAR: "linear layers",
@@ -36,6 +39,8 @@ _PART_TITLES = {
     EMBEDDING: "embedding",
     OTHER: "norms and others",
 }
+# Parts of a fused layer that share the AWQ scales or the rotation of its first part.
+_LATER_PARTS = ("k_proj", "v_proj", "up_proj", "w3", "kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Row:
     """One line of the table: a layer, or several alike.
 
     bits_per_weight: of the stored tensors, scales included
+    held_bytes:      of GPU memory that the layer takes once it is loaded
     path:            what runs the layer
     """
 
@@ -54,6 +60,7 @@ class Row:
     shape: tuple[int, ...]
     num_weights: int
     num_bytes: int
+    held_bytes: int
     path: str
     files: tuple[str, ...]
 
@@ -62,7 +69,8 @@ class Row:
         return 8 * self.num_bytes / max(self.num_weights, 1)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("name", "count", "part", "format", "algo", "num_weights", "num_bytes", "path")
+        names = ("name", "count", "part", "format", "algo", "num_weights", "num_bytes",
+                 "held_bytes", "path")  # fmt: skip
         return {n: getattr(self, n) for n in names} | {
             "shape": list(self.shape),
             "bits_per_weight": round(self.bits_per_weight, 4),
@@ -123,6 +131,7 @@ def _merge(group: Sequence[Row]) -> Row:
         first.shape,
         sum(row.num_weights for row in group),
         sum(row.num_bytes for row in group),
+        sum(row.held_bytes for row in group),
         first.path,
         tuple(sorted({file for row in group for file in row.files})),
     )
@@ -159,6 +168,7 @@ def _row(layers: Sequence[LayerRecord], options: Options, inventory: Inventory) 
         layer.shape,
         layer.num_weights,
         layer.num_bytes,
+        held_bytes_of(layer, options, inventory.tied_embeddings),
         path_of(layer, options, inventory.tied_embeddings),
         layer.files,
     )
@@ -170,20 +180,46 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     if spec.kind is LayerKind.FP8:
         return "FP8 kernel, W8A8"
     if spec.kind is LayerKind.MICROSCALED:
-        if is_expert(layer.name):
-            return f"{layer.format} experts, on a CPU only"
+        is_experts = is_expert(layer.name) or layer.name.endswith(".experts")
+        kernel = "grouped kernel" if is_experts else "kernel"
         bits = {"auto": "W4A16 or W4A8 by batch size", "16": "W4A16", "8": "W4A8"}
         extra = ", rotated activations" if spec.hadamard_size else ""
-        return f"{layer.format} kernel, {bits[options.activation]}{extra}"
+        return f"{layer.format} {kernel}, {bits[options.activation]}{extra}"
+    choice = _choice_while_loading(layer, options, tied_embeddings)
+    if choice == "keep":
+        return f"vLLM, {layer.format}"
+    method = f" ({options.online_method})" if spec.kind is LayerKind.ONLINE else ""
+    return f"quantised to {choice} while loading{method}"
+
+
+def _choice_while_loading(layer: LayerRecord, options: Options, tied_embeddings: bool) -> str:
+    """The format that a 16-bit layer is quantised to as it loads, or keep."""
     is_ignored = any(fnmatch(layer.name, pattern) for pattern in options.online_ignore)
-    if spec.kind is LayerKind.ONLINE and not is_ignored:
-        return f"quantised to {options.online_format} while loading ({options.online_method})"
+    if layer.spec.kind is LayerKind.ONLINE and not is_ignored:
+        return options.online_format
     choice = {HEAD: options.lm_head, EMBEDDING: options.embedding}.get(layer.part, "keep")
     if layer.part == EMBEDDING and tied_embeddings and choice == "keep":
         choice = options.lm_head
-    if choice != "keep":
-        return f"quantised to {choice} while loading"
-    return f"vLLM, {layer.format}"
+    return choice
+
+
+def held_bytes_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False) -> int:
+    """Bytes of GPU memory for the layer once it is loaded, as ``plan`` counts them."""
+    if layer.part == OTHER or len(layer.shape) < 2:
+        return layer.num_bytes
+    *leading, n, k = layer.shape
+    if layer.part in (HEAD, EMBEDDING):
+        n = -(-n // VOCAB_PADDING) * VOCAB_PADDING
+    if layer.spec.kind in (LayerKind.FP8, LayerKind.MICROSCALED):
+        fmt = layer.format
+    else:
+        choice = _choice_while_loading(layer, options, tied_embeddings)
+        fmt = "bf16" if choice == "keep" else choice
+    held = prod(leading) * held_bytes(n, k, fmt) + layer.bias_bytes
+    if layer.name.rpartition(".")[2] not in _LATER_PARTS:
+        held += extra_bytes(layer.spec, k)
+    # vLLM keeps this one a second time in 16 bits, cut per head, for decoding.
+    return held + (2 * n * k if layer.name.endswith("kv_b_proj") else 0)
 
 
 def _as_json(inventory: Inventory, rows: Sequence[Row]) -> dict[str, Any]:
@@ -219,6 +255,7 @@ def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
         (),
         sum(row.num_weights for row in rows),
         sum(row.num_bytes for row in rows),
+        sum(row.held_bytes for row in rows),
         "",
         files,
     )
@@ -245,6 +282,7 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
         ("shape", "right"),
         ("bits/weight", "right"),
         ("bytes", "right"),
+        ("on a GPU", "right"),
         ("path", "left"),
     ):
         table.add_column(title, justify="right" if justify == "right" else "left")
@@ -258,6 +296,7 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
             shape,
             f"{row.bits_per_weight:.2f}",
             f"{row.num_bytes:,}",
+            f"{row.held_bytes:,}",
             row.path,
         )
     table.add_section()
@@ -270,6 +309,7 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
             f"{row.num_weights:,}",
             f"{row.bits_per_weight:.2f}",
             f"{row.num_bytes:,}",
+            f"{row.held_bytes:,}",
             "",
         )
     console.print(table)

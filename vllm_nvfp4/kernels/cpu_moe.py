@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from vllm_nvfp4.kernels.cpu import linear
@@ -36,21 +38,9 @@ def moe(
     for name, stack in (("w13", w13), ("w2", w2)):
         _check(name, stack)
     weight, expert = routing
-    num_experts, num_choices = len(w13.codes), expert.shape[1]
-    expert = expert.flatten().long()
-    order = expert.argsort(stable=True)  # the choices, sorted by expert; -1 comes first
-    counts = torch.bincount(expert + 1, minlength=num_experts + 1).tolist()
-    if len(counts) > num_experts + 1:
-        raise ValueError(
-            f"vllm_nvfp4.moe: expert {len(counts) - 2} was chosen of {num_experts} experts"
-        )
+    num_choices = expert.shape[1]
     y = torch.zeros(a.shape[0], w2.num_rows, dtype=torch.float32)
-    first = counts[0]
-    for e, count in enumerate(counts[1:]):
-        if not count:
-            continue
-        choice = order[first : first + count]
-        first += count
+    for e, choice in _choices(expert, len(w13.codes)):
         token = choice // num_choices
         factor = weight.flatten()[choice].float()[:, None]
         x = a[token]
@@ -63,6 +53,42 @@ def moe(
         # A token chooses an expert once, so each row of y is added to once.
         y.index_add_(0, token, out if is_weight_on_input else out * factor)
     return y.to(a.dtype)
+
+
+def rows(
+    a: torch.Tensor,
+    stack: PackedWeight,
+    expert: torch.Tensor,
+    choices_per_row: int,
+    activation_bits: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[c] = w[e] a[c // choices_per_row] + bias[e],  e = expert[c]; 0 where e is -1
+
+    stack, expert, bias: as in :func:`moe`. Returns [choices, num_rows] of a's dtype.
+    """
+    _check("the weight", stack)
+    y = a.new_zeros(expert.numel(), stack.num_rows)
+    for e, choice in _choices(expert, len(stack.codes)):
+        b = None if bias is None else bias[e]
+        y[choice] = linear(a[choice // choices_per_row], _expert(stack, e), b, activation_bits)
+    return y
+
+
+def _choices(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that was chosen, in order, and the numbers of its choices, in order."""
+    expert = expert.flatten().long()
+    order = expert.argsort(stable=True)  # the choices, sorted by expert; -1 comes first
+    counts = torch.bincount(expert + 1, minlength=num_experts + 1).tolist()
+    if len(counts) > num_experts + 1:
+        raise ValueError(
+            f"vllm_nvfp4.moe: expert {len(counts) - 2} was chosen of {num_experts} experts"
+        )
+    first = counts[0]
+    for e, count in enumerate(counts[1:]):
+        if count:
+            yield e, order[first : first + count]
+        first += count
 
 
 def _check(name: str, stack: PackedWeight) -> None:

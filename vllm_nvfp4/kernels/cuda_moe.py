@@ -9,6 +9,7 @@ order of thread blocks, and sums have a fixed order: the same input gives the sa
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,7 @@ def moe(
     is_weight_on_input: bool,
     activation_bits: int,
     biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[m] = sum_j weight[m, j] * (w2[e] act(w13[e] a[m] + b13[e]) + b2[e]),  e = expert[m, j]
 
@@ -114,22 +116,66 @@ def moe(
     is_weight_on_input: the weight multiplies a instead; k is 1
     activation_bits: 16, 8, or 0 to let the tokens per expert decide
     biases:  b13 [E, 2 I] and b2 [E, H] of a's dtype, or None
-    Returns [M, H] of a's dtype. Sums are formed in float32; what the activation makes is rounded to
+    y:       [M, H] of a's dtype, contiguous, to write into; None for a new tensor
+    Returns y. Sums are formed in float32; what the activation makes is rounded to
     a's dtype (and to E4M3 with one scale per row for 8 bits). Raises ValueError for what does not
     fit.
     """
     _check(a, w13, w2, routing, activation, is_weight_on_input, activation_bits, biases)
+    y = a.new_empty(a.shape) if y is None else y
+    if tuple(y.shape) != tuple(a.shape) or y.dtype != a.dtype or not y.is_contiguous():
+        raise ValueError(
+            f"moe: y is {y.dtype} {list(y.shape)} with strides {list(y.stride())}; needs {a.dtype} "
+            f"{list(a.shape)}, contiguous"
+        )
     if routing[1].numel() == 0:
-        return torch.zeros_like(a, memory_format=torch.contiguous_format)
+        return y.zero_()
     index = a.device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return moe(a, w13, w2, routing, activation, is_weight_on_input, activation_bits, biases)
-    device, stream = loaded_device(index, w13.fmt.name), current_stream(index)
-    return run(
-        device, stream, a, (w13, w2), routing, activation, is_weight_on_input,
-        _ACTIVATIONS[activation_bits], biases,
-    )  # fmt: skip
+    with torch.cuda.device(index) if index != torch.cuda.current_device() else nullcontext():
+        device, stream = loaded_device(index, w13.fmt.name), current_stream(index)
+        return run(
+            device, stream, a, (w13, w2), routing, activation, is_weight_on_input,
+            _ACTIVATIONS[activation_bits], biases, y,
+        )  # fmt: skip
+
+
+def rows(
+    a: torch.Tensor,
+    stack: PackedWeight,
+    choices: tuple[torch.Tensor, torch.Tensor | None],
+    choices_per_row: int,
+    activation_bits: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[c] = w[e] a[c // choices_per_row] + bias[e],  e = expert[c]; 0 where another rank has e
+
+    choices: expert and expert_map, as in :func:`moe`; 8 activation_bits, or else 16
+    Returns [choices, num_rows] of a's dtype. Raises ValueError for what does not fit.
+    """
+    ids = choices[0]
+    _check_rows(a, stack.num_cols, len(stack.codes), ids.numel() * stack.num_rows)
+    _check_stack("the weight", stack, bias, a.dtype, False)
+    if ids.numel() == 0:
+        return a.new_empty((0, stack.num_rows))
+    index = a.device.index
+    with torch.cuda.device(index) if index != torch.cuda.current_device() else nullcontext():
+        device, stream = loaded_device(index, stack.fmt.name), current_stream(index)
+        return run_rows(device, stream, a, stack, choices, choices_per_row, activation_bits, bias)
+
+
+def run_rows(
+    device: Device, stream: int, a: torch.Tensor, stack: PackedWeight,
+    choices: tuple[torch.Tensor, torch.Tensor | None], choices_per_row: int, activation_bits: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`rows` of one choice or more on a given device and stream, its arguments checked."""
+    ids, expert_map = choices
+    routed = route(device, stream, None, ids, expert_map, len(stack.codes))
+    shape = MoeShape(routed.num_ids, ids.shape[1], stack.num_cols, stack.num_rows, False)
+    bits = "8" if activation_bits == 8 else "16"
+    config = choose_moe(device.gpu, len(ids), shape, stack.fmt.name, DTYPE_NAMES[a.dtype], bits)
+    launch = Launch(device, stream, config, routed)
+    return launch.product(_aligned(a), stack, bias, choices_per_row, KernelActivation(), True)
 
 
 def run(
@@ -137,6 +183,7 @@ def run(
     routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], activation: ExpertActivation,
     is_weight_on_input: bool, bits: str,
     biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """:func:`moe` of one token or more on a given device and stream, its arguments checked.
 
@@ -153,7 +200,7 @@ def run(
     launch = Launch(device, stream, config, routed)
     h = launch.product(a, w13, biases[0], ids.shape[1], activation.for_kernel())
     x = launch.product(h, w2, biases[1], 1, KernelActivation())
-    return combine(device, stream, x, routed, len(a))
+    return combine(device, stream, x, routed, a.new_empty(a.shape) if y is None else y)
 
 
 def route(
@@ -192,14 +239,15 @@ class Launch:
 
     def product(
         self, a: torch.Tensor, stack: PackedWeight, bias: torch.Tensor | None,
-        choices_per_row: int, activation: KernelActivation,
+        choices_per_row: int, activation: KernelActivation, is_whole: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """y [choices, columns]; the rows of choices that are not served here hold anything."""
+        """y [choices, columns]; the rows of choices that are not served here hold anything, or
+        zeros if is_whole."""
         num_choices = self.routed.ids.numel()
         columns = stack.num_rows // (2 if activation.is_gated else 1)
         # Between the products the quantiser reads all rows, other ranks' too.
         reads_all = self.config.stem == "moe_w4a8" and self.routed.expert_map is not None
-        y = (a.new_zeros if reads_all else a.new_empty)((num_choices, columns))
+        y = (a.new_zeros if reads_all or is_whole else a.new_empty)((num_choices, columns))
         rows, k = a.shape
         a_ptr, a_scale, a_stride = a.data_ptr(), 0, a.stride(0)
         if self.config.stem == "moe_w4a8":
@@ -228,11 +276,10 @@ class Launch:
 
 
 def combine(
-    device: Device, stream: int, x: torch.Tensor, routed: Routed, num_tokens: int
+    device: Device, stream: int, x: torch.Tensor, routed: Routed, y: torch.Tensor
 ) -> torch.Tensor:
     """y[m] = sum_j weight[m, j] * x[m k + j] over the choices served here, in the order of j."""
-    hidden_size = x.shape[1]
-    y = x.new_empty((num_tokens, hidden_size))
+    num_tokens, hidden_size = y.shape
     config = _COMBINERS[DTYPE_NAMES[x.dtype]]
     weights = 0 if routed.weights is None else routed.weights.data_ptr()
     params = (
@@ -253,10 +300,7 @@ def _aligned(a: torch.Tensor) -> torch.Tensor:
 
 def _check(a, w13, w2, routing, activation, is_weight_on_input, activation_bits, biases) -> None:
     weights, ids, _ = routing
-    if a.dtype not in DTYPE_NAMES:
-        raise ValueError(f"moe: a is {a.dtype}; the CUDA kernels take bfloat16 or float16")
-    if a.dim() != 2 or a.shape[1] != w13.num_cols:
-        raise ValueError(f"moe: a is {list(a.shape)}; needs [M, {w13.num_cols}]")
+    _check_rows(a, w13.num_cols, len(w13.codes), ids.numel() * w2.num_cols)
     if ids.shape != weights.shape or ids.dim() != 2 or len(ids) != len(a):
         raise ValueError(
             f"moe: topk_ids is {list(ids.shape)} and topk_weights {list(weights.shape)}; each "
@@ -268,20 +312,27 @@ def _check(a, w13, w2, routing, activation, is_weight_on_input, activation_bits,
         )
     if activation_bits not in _ACTIVATIONS:
         raise ValueError(f"moe: activation_bits is {activation_bits}; needs 16, 8 or 0 (auto)")
-    num_experts = len(w13.codes)
-    if not 1 <= num_experts <= MAX_EXPERTS or len(w2.codes) != num_experts:
+    if len(w2.codes) != len(w13.codes):
         raise ValueError(
-            f"moe: w13 holds {num_experts} experts and w2 {len(w2.codes)}; needs as many of both, "
-            f"1 to {MAX_EXPERTS}"
-        )
-    largest = max(ids.numel() * w2.num_cols * 2, a.shape[0] * a.stride(0) * 2)
-    if largest >= _MAX_BYTES:
-        raise ValueError(
-            f"moe: {len(a)} tokens of {ids.shape[1]} choices need rows beyond 4 GiB; "
-            "use a smaller --max-num-batched-tokens"
+            f"moe: w13 holds {len(w13.codes)} experts and w2 {len(w2.codes)}; needs as many of both"
         )
     for name, stack, bias in (("w13", w13, biases[0]), ("w2", w2, biases[1])):
         _check_stack(name, stack, bias, a.dtype, name == "w13" and activation.is_gated)
+
+
+def _check_rows(a: torch.Tensor, num_cols: int, num_experts: int, num_elements: int) -> None:
+    """num_elements: of the rows that a product makes."""
+    if a.dtype not in DTYPE_NAMES:
+        raise ValueError(f"moe: a is {a.dtype}; the CUDA kernels take bfloat16 or float16")
+    if a.dim() != 2 or a.shape[1] != num_cols:
+        raise ValueError(f"moe: a is {list(a.shape)}; needs [M, {num_cols}]")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"moe: {num_experts} experts; needs 1 to {MAX_EXPERTS}")
+    if max(num_elements * 2, a.shape[0] * a.stride(0) * 2) >= _MAX_BYTES:
+        raise ValueError(
+            f"moe: the choices of {len(a)} tokens need rows beyond 4 GiB; "
+            "use a smaller --max-num-batched-tokens"
+        )
 
 
 def _check_stack(

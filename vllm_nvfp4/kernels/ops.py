@@ -43,6 +43,16 @@ _LIBRARY.define(
     "Tensor? w13_bias=None, Tensor? w2_bias=None) -> Tensor"
 )
 _LIBRARY.define(
+    "moe_into(Tensor(a!) y, Tensor a, Tensor[] w13, Tensor[] w2, Tensor topk_weights, "
+    "Tensor topk_ids, Tensor? expert_map, int intermediate_size, str fmt, str activation, "
+    "float[] swiglu, bool is_weight_on_input, int activation_bits, "
+    "Tensor? w13_bias=None, Tensor? w2_bias=None) -> ()"
+)
+_LIBRARY.define(
+    "moe_rows(Tensor a, Tensor[] weight, Tensor topk_ids, Tensor? expert_map, int num_rows, "
+    "str fmt, int activation_bits, Tensor? bias=None) -> Tensor"
+)
+_LIBRARY.define(
     "gather_fp8_rows(Tensor ids, Tensor weight, Tensor row_scale, ScalarType dtype) -> Tensor"
 )
 
@@ -61,7 +71,7 @@ def configure(options: Options) -> None:
 
     if "cache_dir" in options.non_default():
         cubins.use_cache_dir(options.cache_dir)
-    devices.use_variant("f16_partials" if options.a8_partials == "f16" else "exact")
+    devices.use_variant(options.a8_variant)
 
 
 def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None:
@@ -309,6 +319,7 @@ def moe(
     activation_bits: int,
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[m] = sum_j topk_weights[m, j] * (w2[e] act(w13[e] a[m] + w13_bias[e]) + w2_bias[e]),
     e = topk_ids[m, j]
@@ -324,7 +335,8 @@ def moe(
     is_weight_on_input: topk_weights multiply a instead of the expert's output
     activation_bits: as in :func:`linear`
     w13_bias, w2_bias: [E, rows of the weight] of a's dtype, or None
-    Returns [M, H] of a's dtype; sums are formed in float32.
+    y:            [M, H] of a's dtype, contiguous, to write into, or None for a new tensor
+    Returns y; sums are formed in float32.
     """
     act = ExpertActivation(activation, *swiglu)
     rows, hidden_size = intermediate_size * (2 if act.is_gated else 1), a.shape[1]
@@ -336,13 +348,52 @@ def moe(
 
         routing = (topk_weights, topk_ids, expert_map)
         return cuda_moe.moe(
-            a, first, second, routing, act, is_weight_on_input, activation_bits, biases
+            a, first, second, routing, act, is_weight_on_input, activation_bits, biases, y
         )
     from vllm_nvfp4.kernels import cpu_moe
 
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-    bits = activation_bits or 16
-    return cpu_moe.moe(a, first, second, (topk_weights, ids), act, is_weight_on_input, bits, biases)
+    routing, bits = (topk_weights, ids), activation_bits or 16
+    found = cpu_moe.moe(a, first, second, routing, act, is_weight_on_input, bits, biases)
+    return found if y is None else y.copy_(found)
+
+
+def moe_into(y: torch.Tensor, *arguments) -> None:
+    """:func:`moe` into y [M, H]."""
+    moe(*arguments, *[None] * (14 - len(arguments)), y=y)
+
+
+def moe_rows(
+    a: torch.Tensor,
+    weight: list[torch.Tensor],
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_rows: int,
+    fmt: str,
+    activation_bits: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[m, j] = w[e] a[m] + bias[e],  e = topk_ids[m, j]: one product of :func:`moe` alone.
+
+    a:      [M, K], or [M, k, K] where each choice has a row of its own
+    weight: codes, block_scale and global_scale of PackedWeight, with a leading dimension of local
+            experts, of [num_rows, K] each
+    The other operands are those of :func:`moe`. Returns [M, k, num_rows] of a's dtype; 0 where
+    another rank has the expert.
+    """
+    num_tokens, num_choices = topk_ids.shape
+    stack = PackedWeight(weight[0], weight[1], weight[2], num_rows, a.shape[-1], FORMATS[fmt])
+    rows, per_row = a.reshape(-1, a.shape[-1]), 1 if a.dim() == 3 else num_choices
+    if a.device.type == "cuda":
+        from vllm_nvfp4.kernels import cuda_moe
+
+        y = cuda_moe.rows(rows, stack, (topk_ids, expert_map), per_row, activation_bits, bias)
+    else:
+        from vllm_nvfp4.kernels import cpu_moe
+
+        ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        y = cpu_moe.rows(rows, stack, ids, per_row, activation_bits or 16, bias)
+    return y.view(num_tokens, num_choices, num_rows)
 
 
 def _fake_linear(a, codes, block_scale, global_scale, bias, num_rows, num_cols, fmt, bits):
@@ -369,6 +420,14 @@ def _fake_moe(a, *others):
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
+def _fake_moe_into(y, *others):
+    return None
+
+
+def _fake_moe_rows(a, weight, topk_ids, expert_map, num_rows, *others):
+    return a.new_empty(*topk_ids.shape, num_rows)
+
+
 for _name, _implementation, _fake in (
     ("linear", linear, _fake_linear),
     ("linear_a8", linear_a8, _fake_linear_a8),
@@ -376,6 +435,8 @@ for _name, _implementation, _fake in (
     ("gather_rows", gather_rows, _fake_gather_rows),
     ("gather_fp8_rows", gather_fp8_rows, _fake_gather_fp8_rows),
     ("moe", moe, _fake_moe),
+    ("moe_into", moe_into, _fake_moe_into),
+    ("moe_rows", moe_rows, _fake_moe_rows),
 ):
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(_name, _implementation, _key)

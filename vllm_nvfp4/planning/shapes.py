@@ -140,8 +140,10 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            has_vision = entry.get("has_vision", False)
-            return replace(shape_of(entry["config"], name), hub=entry["hub"], has_vision=has_vision)
+            seen = {"hub": entry["hub"], "has_vision": entry.get("has_vision", False)}
+            shape = replace(shape_of(entry["config"], name), **seen)
+            stored = entry["config"].get("quantization_config")
+            return as_stored(shape, detect(stored)) if stored else shape
     accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
@@ -183,7 +185,7 @@ def as_stored(shape: DecoderShape, dialect: Dialect) -> DecoderShape:
         specs = [
             fused_layer_spec(dialect, f"{prefix}layers.{i}.{parent}.{name}", names) for i in layers
         ]
-        kinds = Counter((_stored_format(spec), _extra_bytes(spec, linear.k)) for spec in specs)
+        kinds = Counter((_stored_format(spec), extra_bytes(spec, linear.k)) for spec in specs)
         found += [
             replace(linear, count=linear.count * n // len(specs), stored=fmt, extra=extra)
             for (fmt, extra), n in kinds.items()
@@ -198,7 +200,7 @@ def _stored_format(spec: LayerSpec) -> str:
     return "fp8" if spec.kind is LayerKind.FP8 else "bf16"
 
 
-def _extra_bytes(spec: LayerSpec, k: int) -> int:
+def extra_bytes(spec: LayerSpec, k: int) -> int:
     """float32: a scale for each column (AWQ), and a rotation [g, g] (FP-Quant)."""
     scales = 4 * k if spec.tensor(Role.PRE_SCALE) else 0
     return scales + 4 * spec.hadamard_size**2

@@ -130,7 +130,7 @@ def run_layer(
     first = (layer.a, layer.w13.stack, layer.w13.bias, num_choices)
     h = launch.product(*first, _ACTIVATION.for_kernel())
     x = launch.product(h, layer.w2.stack, layer.w2.bias, 1, KernelActivation())
-    y = cuda_moe.combine(device, stream, x, routed, len(layer.a))
+    y = cuda_moe.combine(device, stream, x, routed, torch.empty_like(layer.a))
     bits = 8 if config.stem == "moe_w4a8" else 16
     outcomes += _check_product(layer.a, h, layer.w13, local, num_choices, _ACTIVATION, bits)
     outcomes += _check_product(h, x, layer.w2, local, 1, None, bits)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts as vLLM's modular kernel: it moves tokens between ranks, this multiplies them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
+from vllm.model_executor.layers.fused_moe.modular_kernel import (
+    FusedMoEActivationFormat,
+    FusedMoEExpertsModular,
+)
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+from vllm_nvfp4 import moe_lora
+from vllm_nvfp4.numerics.activation import SUPPORTED, ExpertActivation
+from vllm_nvfp4.weights import experts_of
+
+
+class NvFp4Experts(LoRAExpertsMixin, FusedMoEExpertsModular):
+    """NVFP4 and MXFP4 experts of one layer.
+
+    layer:           vLLM's layer; its parameters are looked up at each call, as reloading and
+                     load balancing replace or move them
+    activation:      with gate rows before up rows
+    is_interleaved:  whether adapters have these rows in turns, as gpt-oss's own file
+    activation_bits: as the ops take them
+    """
+
+    def __init__(
+        self, layer: Any, activation: ExpertActivation, is_interleaved: bool, activation_bits: int
+    ) -> None:
+        super().__init__(layer.moe_config, FUSED_MOE_UNQUANTIZED_CONFIG)
+        self.layer, self.expert_activation = layer, activation
+        self.is_interleaved, self.activation_bits = is_interleaved, activation_bits
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @staticmethod
+    def activation_format() -> FusedMoEActivationFormat:
+        return FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return activation.value in SUPPORTED
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return True
+
+    def supports_expert_map(self) -> bool:
+        """Whether a rank may hold some of the experts. (vLLM up to 0.28 asks.)"""
+        return True
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """(E, M, rows of w13, H, k); the codes are in kernel order, their shape does not say."""
+        rows = self.layer.nvfp4_intermediate_size * (2 if self.expert_activation.is_gated else 1)
+        return w1.shape[0], a1.shape[0], rows, a1.shape[1], topk_ids.shape[1]
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """No workspace of vLLM's, and the finished sum [M, K]."""
+        return (0,), (0,), (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduceNoOP:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """output[m] = sum_j topk_weights[m, j] * expert topk_ids[m, j] of hidden_states[m], over
+        this rank's experts; without the weights where the preparation has multiplied them in."""
+        if apply_router_weight_on_input:
+            topk_weights = torch.ones_like(topk_weights)
+        if self._lora_context is not None:
+            y = moe_lora.apply(self, hidden_states, topk_weights, topk_ids, expert_map)
+            output.copy_(y)
+            return
+        act, layer = self.expert_activation, self.layer
+        torch.ops.vllm_nvfp4.moe_into(
+            output,
+            hidden_states,
+            experts_of(layer, "w13"),
+            experts_of(layer, "w2"),
+            topk_weights,
+            topk_ids,
+            expert_map,
+            layer.nvfp4_intermediate_size,
+            layer.nvfp4_format,
+            act.name,
+            [act.limit, act.alpha, act.beta],
+            False,
+            self.activation_bits,
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
+        )
