@@ -171,15 +171,31 @@ __device__ __forceinline__ void e4m3_scales_f32(uint32_t word, float (&scale)[2]
 #endif
 
 #if defined(VNVFP4_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-// NVFP4 in f16, times 2^-5 (gemm_w4a8.cuh says why): the pairs (block 2p, block 2p + 1) of row g
-// and of row g + 8 from a word. Exact: the least scale, 2^-9, becomes 2^-14, still a normal number.
+// NVFP4 in f16, times a power of two, 2^-5 for f16 partial sums (gemm_w4a8.cuh says why) and 2^3
+// where it is folded: the pairs (block 2p, block 2p + 1) of row g and of row g + 8 from a word.
+// Exact: the least scale, 2^-9, becomes 2^-14, still a normal number, the largest 448 * 8.
 constexpr float kUndoF16Scale = 32.0f;
+constexpr uint32_t k2PowMinus5 = 0x28002800, k2Pow3 = 0x48004800;  // pairs of f16
+template <uint32_t kFactor>
 __device__ __forceinline__ void e4m3_scales_f16(uint32_t word, __half2& row_g, __half2& row_g8) {
-  const __half2 k2PowMinus5 = bit_cast<__half2>(0x28002800u);
+  const __half2 factor = bit_cast<__half2>(kFactor);
   row_g = __hmul2(bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word & 0xFFFF))),
-                  k2PowMinus5);
+                  factor);
   row_g8 = __hmul2(bit_cast<__half2>(ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(word >> 16))),
-                   k2PowMinus5);
+                   factor);
+}
+
+// Four codes as e4m3, times 2^-6, times the block scale, times 2^3: e4m3(code * scale / 8), the one
+// rounding there is. The product is at most 2688 / 8 = 336, and exact in f16: six significant bits
+// from 2^-13 on.
+constexpr float kUndoFolded = 8.0f;
+__device__ __forceinline__ uint32_t fold_scale(uint32_t codes, __half2 scale) {
+  const uint32_t low = ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(codes & 0xFFFF));
+  const uint32_t high = ptx::cvt_e4m3x2_to_f16x2(static_cast<uint16_t>(codes >> 16));
+  return ptx::cvt_f16x2_to_e4m3x2(bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(low), scale))) |
+         uint32_t{
+             ptx::cvt_f16x2_to_e4m3x2(bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(high), scale)))}
+             << 16;
 }
 #endif
 

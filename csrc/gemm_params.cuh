@@ -7,8 +7,9 @@
 
 enum class Dtype { kBf16, kFp16 };
 enum class Format { kNvfp4, kMxfp4 };
-// The type in which FP8 MMA delivers the sum of one block (gemm_w4a8.cuh).
-enum class Partial { kF32, kF16 };
+// The type in which FP8 MMA delivers the sum of one block, or no such sums: the block scales are
+// folded into the weights (gemm_w4a8.cuh).
+enum class Partial { kF32, kF16, kFolded };
 // Whether the weights pass through shared memory (pipeline.cuh) or not (weight_stream.cuh).
 enum class Weights { kShared, kStreamed };
 

@@ -112,14 +112,19 @@ __device__ __forceinline__ void add_scaled(__half2& sum, uint32_t halves, __half
 // The activations of 8 tokens over a packed tile's 64 columns: matrix q of the ldmatrix is the 16
 // bytes of columns 16q..16q+15, so that word q of a lane is the B operand of MMA q.
 template <class Config>
-__device__ __forceinline__ void load_tokens(uint32_t activations, int first_column,
-                                            uint32_t (&b)[Config::kTokenTiles][4]) {
+__device__ __forceinline__ void load_token_tile(uint32_t activations, int first_column,
+                                                int token_tile, uint32_t (&b)[4]) {
   const int lane = fragments::lane();
   const uint32_t at =
       activations + lane % 8 * Stage<Config>::kRowPitch + first_column + lane / 8 * 16;
+  ptx::ldmatrix_x4(b, at + token_tile * 8 * Stage<Config>::kRowPitch);
+}
+template <class Config>
+__device__ __forceinline__ void load_tokens(uint32_t activations, int first_column,
+                                            uint32_t (&b)[Config::kTokenTiles][4]) {
 #pragma unroll
   for (int i = 0; i < Config::kTokenTiles; ++i) {
-    ptx::ldmatrix_x4(b[i], at + i * 8 * Stage<Config>::kRowPitch);
+    load_token_tile<Config>(activations, first_column, i, b[i]);
   }
 }
 
@@ -167,8 +172,8 @@ __device__ __forceinline__ void multiply_nvfp4_f16(epilogue::Accumulators<Config
 #pragma unroll
   for (int r = 0; r < Config::kRowTiles; ++r) {
     __half2 row_g[2], row_g8[2];  // [pair of blocks]
-    dequant::e4m3_scales_f16(first[r], row_g[0], row_g8[0]);
-    dequant::e4m3_scales_f16(second[r], row_g[1], row_g8[1]);
+    dequant::e4m3_scales_f16<dequant::k2PowMinus5>(first[r], row_g[0], row_g8[0]);
+    dequant::e4m3_scales_f16<dequant::k2PowMinus5>(second[r], row_g[1], row_g8[1]);
     uint32_t a[4][2];
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
@@ -215,6 +220,71 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
       float sum[4];
       BlockSum<Config::kPartial>::run(sum, a, tokens);
       accumulate(c[r][i], scale[block], sum);
+    }
+  }
+}
+
+// The A operands of a tile's two MMAs of K = 32 for one row tile, block scales folded in.
+__device__ __forceinline__ void fold_tile(const uint4& codes, const uint32_t (&scales)[2],
+                                          uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    __half2 row_g, row_g8;  // blocks 2p and 2p + 1
+    dequant::e4m3_scales_f16<dequant::k2Pow3>(scales[block / 2], row_g, row_g8);
+    const bool is_low = block % 2 == 0;
+    const __half2 scale_g = __half2half2(is_low ? __low2half(row_g) : __high2half(row_g));
+    const __half2 scale_g8 = __half2half2(is_low ? __low2half(row_g8) : __high2half(row_g8));
+    uint32_t codes_g, codes_g8;
+    dequant::e2m1_to_e4m3(word(codes, block), codes_g, codes_g8);
+    a[block / 2][2 * (block % 2)] = dequant::fold_scale(codes_g, scale_g);
+    a[block / 2][2 * (block % 2) + 1] = dequant::fold_scale(codes_g8, scale_g8);
+  }
+}
+
+// Folded block scales: the weight code * scale rounded to e4m3, about 2 % further from the model's,
+// and in exchange MMAs of K = 32 whose sums need no scaling. One K step is one chain: Ada's FP8
+// accumulator truncates at each of its four MMAs, and what it holds goes on in f32 after them.
+template <class Config>
+__device__ __forceinline__ void compute_step_folded(uint32_t stage,
+                                                    epilogue::Accumulators<Config>& c) {
+  using S = Stage<Config>;
+  constexpr int kTiles = S::kTilesK / Config::kWarpsK;
+  const fragments::WarpPlace<Config> place;
+  const uint32_t activations = stage + S::kActivations + place.m * Config::WARP_M * S::kRowPitch;
+  uint32_t a[Config::kRowTiles][kTiles][2][4];
+#pragma unroll
+  for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int tile_n = place.n * Config::kRowTiles + r, tile_k = i * Config::kWarpsK + place.k;
+      const uint32_t at =
+          stage + S::scales(tile_n, tile_k) + fragments::scale_offset<Config::kFormat>();
+      const uint32_t scales[2] = {ptx::ld_shared_u32(at), ptx::ld_shared_u32(at + 4)};
+      fold_tile(ptx::ld_shared_v4(stage + S::codes(tile_n, tile_k) + fragments::code_offset()),
+                scales, a[r][i]);
+    }
+  }
+#pragma unroll
+  for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
+    float sum[Config::kRowTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      uint32_t b[4];
+      load_token_tile<Config>(activations, (i * Config::kWarpsK + place.k) * fragments::kTileK,
+                              token_tile, b);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t tokens[2] = {b[2 * half], b[2 * half + 1]};
+#pragma unroll
+        for (int r = 0; r < Config::kRowTiles; ++r) {
+          ptx::mma_m16n8k32_e4m3_f32(sum[r], a[r][i][half], tokens, sum[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[r][token_tile][i] += sum[r][i];
     }
   }
 }
@@ -274,17 +344,24 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
 
 // What remains to be multiplied to a sum in the epilogue.
 template <class Config>
-constexpr float kUndo =
-    dequant::kUndoE4m3 * (Config::kPartial == Partial::kF16 && Config::kFormat == Format::kNvfp4
-                              ? dequant::kUndoF16Scale
-                              : 1.0f);
+constexpr float kUndo = Config::kPartial == Partial::kFolded ? dequant::kUndoFolded
+                        : Config::kPartial == Partial::kF16 && Config::kFormat == Format::kNvfp4
+                            ? dequant::kUndoE4m3 * dequant::kUndoF16Scale
+                            : dequant::kUndoE4m3;
 
 // The sums of one output tile.
 template <class Config, class Work>
 __device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
                                          epilogue::Accumulators<Config>& accumulators) {
-  pipeline::run<Config, Stage<Config>>(
-      smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+  static_assert(Config::kPartial != Partial::kFolded || Config::kFormat == Format::kNvfp4,
+                "the range of an E8M0 scale does not fit an e4m3 weight");
+  pipeline::run<Config, Stage<Config>>(smem, p, work, [&](uint32_t stage) {
+    if constexpr (Config::kPartial == Partial::kFolded) {
+      compute_step_folded<Config>(stage, accumulators);
+    } else {
+      compute_step<Config>(stage, accumulators);
+    }
+  });
 }
 
 template <class Config>

@@ -331,6 +331,12 @@ __device__ __forceinline__ uint16_t cvt_f32x2_to_e4m3x2(float low, float high) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
   return d;
 }
+// Two f16 to two e4m3 (low half to the low byte): nearest even, saturating to 448.
+__device__ __forceinline__ uint16_t cvt_f16x2_to_e4m3x2(uint32_t halves) {
+  uint16_t d;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(d) : "r"(halves));
+  return d;
+}
 #endif
 // Nearest even; the instruction takes the high operand first.
 __device__ __forceinline__ uint32_t cvt_f32x2_to_f16x2(float low, float high) {

@@ -17,8 +17,10 @@ from vllm_nvfp4.testing.checkpoints import (
     fixture_names,
     make_legacy,
     split_into_shards,
+    to_gpt_oss_mxfp4,
     write_dequantized,
 )
+from vllm_nvfp4.testing.tiny_models import write_model
 
 _KEPT = ("config.json", "hf_quant_config.json", "model.safetensors")
 
@@ -72,7 +74,7 @@ def make_legacy_seed(scratch: Path) -> Files:
 
 def make_seeds(scratch: Path) -> dict[str, Files]:
     """Every stored checkpoint, and what they do not have: one with its configuration in the legacy
-    file, one in shards with an index, and 16-bit ones."""
+    file, one in shards with an index, 16-bit ones, and the stacked experts of gpt-oss."""
     seeds = {"legacy": make_legacy_seed(scratch)}
     for name in fixture_names():
         seeds[name] = read_files(extract_fixture(name, scratch / "stored"))
@@ -87,6 +89,8 @@ def make_seeds(scratch: Path) -> dict[str, Files]:
         plain = write_dequantized(extract_fixture(name, scratch / "quantized"), scratch / "plain")
         seeds[f"16-bit {name}"] = read_files(plain)
         shutil.rmtree(plain)
+    folder = to_gpt_oss_mxfp4(write_model(scratch / "gpt-oss", "gpt_oss"))
+    seeds["gpt-oss"] = read_files(folder)
     return dict(sorted(seeds.items()))
 
 

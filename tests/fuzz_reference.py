@@ -35,6 +35,8 @@ def quantized_weights(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray 
         modules[module][leaf] = tensor
     found: dict[str, np.ndarray | None] = {}
     for module, leaves in modules.items():
+        for leaf in [leaf for leaf in leaves if leaf.endswith("_proj_blocks")]:
+            found[f"{module}.{leaf.removesuffix('_blocks')}"] = _stacked(leaf, leaves)
         codes = next(
             (leaves[k] for k in ("weight_packed", "qweight", "weight") if k in leaves), None
         )
@@ -71,6 +73,17 @@ def _weight(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
     if divisor is not None:
         return value * np.float64(np.float32(1 / np.float64(divisor.float().item())))
     return value
+
+
+def _stacked(leaf: str, leaves: dict[str, torch.Tensor]) -> np.ndarray | None:
+    """gpt-oss's experts, [E, N, K]: the codes are in blocks of 32 already."""
+    scale = leaves.get(f"{leaf.removesuffix('_blocks')}_scales")
+    if scale is None or tuple(scale.shape) != tuple(leaves[leaf].shape[:-1]):
+        return None
+    bits = leaves[leaf].numpy()
+    values = np.stack([_E2M1[bits & 15], _E2M1[bits >> 4]], -1).reshape(*bits.shape[:-1], -1)
+    value = values * np.ldexp(1.0, scale.numpy().astype(np.int64) - 127)[..., None]
+    return value.reshape(*value.shape[:-2], -1)
 
 
 def difference(found: torch.Tensor, expected: np.ndarray) -> str:

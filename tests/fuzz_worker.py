@@ -30,7 +30,7 @@ from vllm_nvfp4.checkpoints import detect, read_config
 from vllm_nvfp4.checkpoints.convert import fp8_to_rows, to_weight
 from vllm_nvfp4.checkpoints.inventory import Inventory
 from vllm_nvfp4.checkpoints.locate import find_folder
-from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, Role
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
 from vllm_nvfp4.checkpoints.validate import validate
 
 # What a case may take on top of the process as it is: a hundred times its files.
@@ -72,6 +72,9 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
         spec, name = layer.spec, layer.name
         if spec.kind not in (LayerKind.MICROSCALED, LayerKind.FP8):
             continue
+        if spec.algo == "gpt-oss":
+            weights |= _stacked(spec, name, tensors)
+            continue
         stored = {
             t.role: tensors[f"{name}.{t.name}" if name else t.name]
             for t in spec.tensors
@@ -84,6 +87,22 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
             weight = _convert(spec, stored, [len(stored[Role.CODES])], name)
             weights[name] = weight.dequantize(torch.float64)
     return inventory, weights
+
+
+def _stacked(
+    spec: LayerSpec, name: str, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The two weights of a layer of experts, [E, N, K], converted expert by expert."""
+    weights = {}
+    for leaf in ("gate_up_proj", "down_proj"):
+        blocks, scales = (tensors[f"{name}.{leaf}_{part}"] for part in ("blocks", "scales"))
+        dense = []
+        for codes, scale in zip(blocks.flatten(2), scales, strict=True):
+            stored = {Role.CODES: codes, Role.BLOCK_SCALE: scale}
+            weight = _convert(spec, stored, [len(codes)], f"{name}.{leaf}")
+            dense.append(weight.dequantize(torch.float64))
+        weights[f"{name}.{leaf}"] = torch.stack(dense)
+    return weights
 
 
 def check(folder: Path) -> tuple[str, str]:

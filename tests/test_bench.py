@@ -16,15 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from vllm_nvfp4.bench import page, results, variants
+from vllm_nvfp4.bench import limits, page, results, variants
 from vllm_nvfp4.bench.meters import CpuMeter, Reading, Watch
 from vllm_nvfp4.bench.results import BATCH, RATE, Limit, Measurement, Results, VariantRecord
 from vllm_nvfp4.cli._server import group_is_alive
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.testing import smollm2
+from vllm_nvfp4.testing.checkpoints import to_gpt_oss_mxfp4
 from vllm_nvfp4.testing.tiny_models import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = Limit(1, 256.0, "weights", 9e7, 1e7, 25.6, 2e8, None, 1e8, None)
 
 
 def vllm_result(seconds: float, tokens: int = 128, ttft: float = 100.0) -> dict[str, float]:
@@ -46,8 +48,8 @@ def run() -> Results:
     }  # fmt: skip
     parts = {"linear": 6e7, "lm_head": 0, "embedding": 5e7, "other": 1e5}
     records = [
-        VariantRecord("nvfp4", "/models/m", "vllm serve", "nvfp4", parts, 2.5e8, 1000, "auto",
-                      [60.0] * 3, [Limit(1, 256.0, "weights", 1e8)]),
+        VariantRecord("nvfp4", "/models/m", "vllm serve", "nvfp4", {}, parts, 2.5e8, 1000, "auto",
+                      load_s=[60.0] * 3, limits=[LIMIT]),
         VariantRecord("<b>bf16</b>", "/models/m", "vllm serve", no_limit="none known"),
     ]  # fmt: skip
     found = Results(
@@ -79,6 +81,9 @@ def test_batch_rows_are_medians_and_shares_of_the_roofline(run: Results):
     assert row.energy.median == 0.5
     (other,) = results.batch_rows(run, run.variants[1])
     assert other.share is None
+    (table,) = [t for t in page.run_tables(run) if "terms of the roofline" in t.title]
+    # Where arithmetic sets no limit its columns are gone.
+    assert table.rows == (("1", "0.0900", "0.0100", "25.6", "weights", "256"),)
 
 
 def test_ratios_pair_the_turns_and_are_better_above_one(run: Results):
@@ -283,6 +288,32 @@ def test_options_are_read_from_both_forms_of_the_flag():
         variants.plugin_options(["--additional-config.nvfp4.lm_head", "int3"])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_every_limit_follows_from_what_is_stored(tmp_path: Path, family: str):
+    """Of a mixture of experts only those that the tokens need are read; by hand, from the JSON."""
+    folder = write_model(tmp_path, family)
+    if family == "gpt_oss":
+        to_gpt_oss_mxfp4(folder)
+    weighed = limits.weigh(variants.own(str(folder)), (), 1)
+    assert weighed.planned == ("checkpoint" if family == "gpt_oss" else "nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    experts = config.get("num_experts") or config.get("num_local_experts") or 1
+    idle = 1 - config.get("num_experts_per_tok", experts) / experts
+    parts = dataclasses.asdict(weighed.weights)
+    for device in (limits.cpu_as_device("a CPU", 20.0), limits.gpu_as_device("NVIDIA L4")):
+        for found in limits.decode_limits(weighed, "fp8", device, (1, 4, 64), 96):
+            one = json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
+            read = parts["linear"] + (parts["lm_head"] or parts["embedding"]) + parts["other"]
+            read -= parts["experts"] * idle ** one["batch"]
+            assert one["weight_bytes"] == pytest.approx(read, abs=1)
+            seconds = (one["weight_bytes"] + one["kv_bytes"]) / one["gbps"] / 1e9
+            flops = [(one[f"{k}_flops"], one[f"{k}_tflops"]) for k in ("linear", "other")]
+            compute = sum(flop / rate / 1e12 for flop, rate in flops if rate)
+            assert (compute == 0) == (device.name == "a CPU")
+            limit = one["batch"] / max(seconds, compute)
+            assert one["tokens_per_s"] == pytest.approx(limit)
+
+
 # --- a whole run ---------------------------------------------------------------------------------
 
 
@@ -324,4 +355,5 @@ def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, 
     assert all(m.memory_bytes > held / 2 for m in found.measurements)
     assert [limit.batch for limit in record.limits] == [1, 2]
     assert float(found.machine["memory bandwidth GB/s"]) > 0
+    assert re.fullmatch(r"[\d.]+ on \d+ cores", found.machine["load average before"])
     assert "the run was not finished" in (out / page.PAGE_NAME).read_text()

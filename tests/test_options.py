@@ -29,7 +29,7 @@ def test_additional_config_wins_over_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lmhead": "fp8"}, r"unknown option 'lmhead'. Options are: a8_partials, activation, auto"),
+        ({"lmhead": "fp8"}, r"unknown option 'lmhead'. Options are: a8_variant, activation, auto"),
         ({"lm_head": "fp9"}, r"lm_head is 'fp9'; needs one of keep, fp8, nvfp4"),
         ({"native_blackwell": "maybe"}, r"native_blackwell is 'maybe'; needs true or false"),
         ({"online_ignore": 3}, r"online_ignore is 3; needs a list of patterns"),

@@ -148,6 +148,16 @@ def test_first_error_is_no_warning_that_mentions_one():
     assert first_error(log).endswith("last")
 
 
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_first_error_is_no_traceback_that_the_server_went_on_after(level):
+    prefix = f"(EngineCore pid=7) {level} 11-24 10:00:00 [a.py:1]"
+    warned = f"{prefix} Traceback (most recent call last):\n{prefix} ImportError: no flash\n"
+    ended = warned.replace(level, "ERROR").replace("ImportError: no flash", "OSError: no memory")
+    assert first_error(warned + ended + "RuntimeError: later\n") == "OSError: no memory"
+    assert first_error(warned + "ValueError: bare\n") == "ValueError: bare"
+    assert first_error(warned + "last\n").endswith("ImportError: no flash\n  last")
+
+
 def test_progress_line_for_what_takes_long(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_progress, "HEARTBEAT_SECONDS", 0.02)
     out = io.StringIO()

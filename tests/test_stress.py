@@ -12,11 +12,13 @@ import math
 import pytest
 import torch
 from gemm_cases import configs_of, make_activations, make_weight
+from moe_stress import NUM_COLUMNS, StressLayer, check_pairs, tile_sizes
 from stress_cases import STRESS, every_pair, is_finite_stress, legal_scales
 
 from vllm_nvfp4 import layout
 from vllm_nvfp4.kernels import cpu, cpu_dispatch, cpu_jit
 from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS, GemmConfig, QuantizeConfig
+from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS, MoeConfig
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import reference_linear
@@ -58,6 +60,16 @@ def assert_others_untouched(y: torch.Tensor, clean: torch.Tensor, name: str) -> 
     assert torch.equal(y[others], clean[others]), f"{name}: touches another token"
     if not is_finite_stress(name):
         assert not y[VICTIM].isfinite().any(), f"{name}: its own result looks sound"
+    if name.endswith("zeros"):
+        assert (y[VICTIM] == 0).all()
+
+
+def assert_others_untouched_by_experts(y: torch.Tensor, clean: torch.Tensor, name: str) -> None:
+    """SiLU takes minus infinity to zero: only what is NaN has to stay NaN."""
+    others = [m for m in range(len(y)) if m != VICTIM]
+    assert torch.equal(y[others], clean[others]), f"{name}: touches another token"
+    if "nan" in name or name == "all":
+        assert y[VICTIM].isnan().all()
     if name.endswith("zeros"):
         assert (y[VICTIM] == 0).all()
 
@@ -120,8 +132,24 @@ def test_every_code_byte_times_every_block_scale_on_the_gpu(config: GemmConfig) 
         one = torch.ones(len(tokens))
         q = tokens.to(torch.float8_e4m3fn)
         y = run_gemm(shipped(config), config, q, packed, a_scale=one)
-    expected = tokens.double() @ weight.dequantize(torch.float64).T
+    expected = reference_linear(tokens, weight, variant=config.variant)
     assert torch.equal(y, expected.to(y.dtype))
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS, ids=lambda c: c.symbol)
+def test_a_bad_token_spoils_only_itself_among_experts_on_the_gpu(config: MoeConfig) -> None:
+    """It shares both of its experts with other tokens."""
+    layer = StressLayer(config)
+    clean = layer(layer.a)
+    for name in [*list(STRESS)[MOE_CONFIGS.index(config) % 4 :: 4], "all"]:
+        assert_others_untouched_by_experts(layer(stressed(layer.a, name)), clean, name)
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS, ids=lambda c: c.symbol)
+def test_every_code_byte_times_every_block_scale_among_experts(config: MoeConfig) -> None:
+    """A quarter of the columns for each kernel, all by the four; over each size of tile."""
+    columns = torch.arange(NUM_COLUMNS)[MOE_CONFIGS.index(config) % 4 :: 4]
+    assert check_pairs(config, columns, tile_sizes(config)) > 0
 
 
 # --- the CPU kernels ----------------------------------------------------------------------------
@@ -219,10 +247,4 @@ def test_a_bad_token_spoils_only_itself_among_experts(isa, fmt_name, bits, on_in
 
     clean = run(a)
     for name in STRESS:
-        y = run(stressed(a, name))
-        others = [m for m in range(9) if m != VICTIM]
-        assert torch.equal(y[others], clean[others]), f"{name}: touches another token"
-        if "nan" in name or name == "all":
-            assert y[VICTIM].isnan().all()
-        if name.endswith("zeros"):
-            assert (y[VICTIM] == 0).all()
+        assert_others_untouched_by_experts(run(stressed(a, name)), clean, name)

@@ -12,7 +12,10 @@ import re
 from dataclasses import dataclass, replace
 
 _ADA = "NVIDIA Ada GPU Architecture whitepaper V2.01, appendices A and B"
-_PAGE = "nvidia.com product page (SMs, boost, bandwidth, TDP); rates = SMs * boost * Ada's rate"
+_PAGE = (
+    "nvidia.com product page (SMs, boost, bandwidth, TDP; SMs * boost and TDP as on "
+    "huggingface.co/hardware, read 2026-11-24); rates = SMs * boost * Ada's rate"
+)
 _L40S = "NVIDIA L40S datasheet"
 _L4 = "NVIDIA L4 datasheet; SMs and L2 from the Ada whitepaper V2.01"
 _A100 = "NVIDIA A100 datasheet; SMs, clock and L2 from the GA100 whitepaper V1.0"
@@ -47,6 +50,7 @@ class Gpu:
     fp4_tflops:      dense FP4, f32 accumulators; 0 where the chip has none
     cuda_gib:        memory that CUDA reports to a program, GiB (2^30): less than ``memory_gb`` by
                      what driver and ECC keep. 0 where it is not known
+    cuda_source:     a report of ``cuda_gib``, with its date; empty where none was found
     """
 
     name: str
@@ -66,6 +70,7 @@ class Gpu:
     is_estimate: bool = False
     fp4_tflops: float = 0
     cuda_gib: float = 0
+    cuda_source: str = ""
 
 
 # fmt: off
@@ -98,73 +103,89 @@ _GPUS: tuple[Gpu, ...] = (
 )
 # fmt: on
 
-# GiB that CUDA reports on Linux, L4 and L40S with ECC on, RTX 6000 Ada with ECC off. Traced to a
-# report: RTX 4090 (github.com/ali-vilab/VGen/issues/104), B200 (github.com/pytorch/ao/pull/4002).
-# The others are what such reports are known to say, not traced and not checked on a card.
-_CUDA_GIB = {
-    "GeForce RTX 3090": 23.69,
-    "GeForce RTX 4060 Ti": 15.57,
-    "GeForce RTX 4070": 11.6,
-    "GeForce RTX 4070 SUPER": 11.6,
-    "GeForce RTX 4070 Ti": 11.6,
-    "GeForce RTX 4070 Ti SUPER": 15.57,
-    "GeForce RTX 4080": 15.57,
-    "GeForce RTX 4080 SUPER": 15.57,
-    "GeForce RTX 4090": 23.64,
-    "GeForce RTX 4090 D": 23.64,
-    "L4": 22.03,
-    "L40S": 44.39,
-    "RTX 6000 Ada Generation": 47.37,
-    "A100-SXM4-40GB": 39.39,
-    "A100-SXM4-80GB": 79.15,
-    "A100 80GB PCIe": 79.15,
-    "H100 80GB HBM3": 79.1,
-    "H100 PCIe": 79.1,
-    "H200": 139.8,
-    "GeForce RTX 5090": 31.36,
-    "B200": 178.35,
-}
-GPUS = tuple(replace(gpu, cuda_gib=_CUDA_GIB[gpu.name]) for gpu in _GPUS)
+# GiB that CUDA reports on Linux, L4, L40S and RTX 6000 Ada with ECC on, and a report that says so;
+# reports of one card differ by up to 0.1 GiB. Those without one are what such reports are known to
+# say: none was found that names the card.
+_CUDA_GIB: dict[str, tuple[float, str]] = {
+    "GeForce RTX 3090": (23.69, ""),
+    "GeForce RTX 4060 Ti": (15.57, ""),
+    "GeForce RTX 4070": (11.6, ""),
+    "GeForce RTX 4070 SUPER": (11.6, ""),
+    "GeForce RTX 4070 Ti": (11.6, ""),
+    "GeForce RTX 4070 Ti SUPER": (15.57, ""),
+    "GeForce RTX 4080": (15.57, ""),
+    "GeForce RTX 4080 SUPER": (15.57, ""),
+    "GeForce RTX 4090": (23.64, "github.com/ali-vilab/VGen/issues/104, 2024-04-02"),
+    "GeForce RTX 4090 D": (23.64, ""),
+    "L4": (22.03, ""),
+    "L40S": (44.42, "github.com/stepfun-ai/Step-Video-T2V/issues/8, 2025-02-17"),
+    "RTX 6000 Ada Generation": (44.43, "github.com/DINGYANB/MTVCrafter/issues/21, 2025-07-18"),
+    "A100-SXM4-40GB": (39.50, "github.com/TianheWu/CoSeR/issues/10, 2025-01-10"),
+    "A100-SXM4-80GB": (79.25, "github.com/levihsu/OOTDiffusion/issues/235, 2025-03-17"),
+    "A100 80GB PCIe": (79.25, ""),
+    "H100 80GB HBM3": (79.1, ""),
+    "H100 PCIe": (79.1, ""),
+    "H200": (139.8, ""),
+    "GeForce RTX 5090": (
+        31.36, "github.com/TrajectoryCrafter/TrajectoryCrafter/issues/20, 2025-04-02"
+    ),
+    "B200": (178.35, "github.com/pytorch/ao/pull/4002"),
+}  # fmt: skip
+GPUS = tuple(
+    replace(gpu, cuda_gib=_CUDA_GIB[gpu.name][0], cuda_source=_CUDA_GIB[gpu.name][1])
+    for gpu in _GPUS
+)
 
 
 @dataclass(frozen=True)
 class Price:
     """What a card costs, US dollars; None where no price is known.
 
-    rent_per_h: one card for one hour
-    buy:        its price when it was launched, without the computer around it
+    rent_per_h:              one card for one hour
+    buy:                     its price when it was launched, without the computer around it
+    rent_source, buy_source: where each is from, and of when
     """
 
     rent_per_h: float | None
     buy: float | None = None
+    rent_source: str = ""
+    buy_source: str = ""
 
 
-PRICE_DATE = "2026-03"
-# Launch prices: traced for RTX 4090 and 4080 (tomshardware.com's RTX 40 overview), not for others.
-PRICE_SOURCE = (
-    "rent: RunPod, March 2026, the lower of the two hourly prices (labelled spot) on "
-    "deploybase.ai/articles/runpod-gpu-pricing; buy: NVIDIA's launch prices"
+# Typical prices of March 2026: the page says that they move by 15 % either way.
+_RUNPOD = "RunPod spot, deploybase.ai/articles/runpod-gpu-pricing, 2026-03-10"
+# The price per second of a worker that always runs, times 3600.
+_RUNPOD_WORKER = "RunPod serverless, docs.runpod.io/serverless/pricing, read 2026-11-24"
+# Rounded to three digits or fewer there.
+_HARDWARE = "launch price, huggingface.co/hardware, read 2026-11-24"
+_4060_TI = "launch price, zirako.com/nvidia-unveils-affordable-rtx-4060-gpus, 2023-05"
+_4090 = (
+    "launch price, tomshardware.com/features/"
+    "nvidia-ada-lovelace-and-geforce-rtx-40-series-everything-we-know"
+)
+_5090 = (
+    "launch price, journee-mondiale.com/en/nvidias-1999-graphics-card-now-requires-"
+    "a-200-power-upgrade-that-insiders-didnt-mention"
 )
 PRICES = {
-    "GeForce RTX 3090": Price(0.22, 1499),
-    "GeForce RTX 4060 Ti": Price(None, 499),
-    "GeForce RTX 4070": Price(None, 599),
-    "GeForce RTX 4070 SUPER": Price(None, 599),
-    "GeForce RTX 4070 Ti": Price(None, 799),
-    "GeForce RTX 4070 Ti SUPER": Price(None, 799),
-    "GeForce RTX 4080": Price(None, 1199),
-    "GeForce RTX 4080 SUPER": Price(None, 999),
-    "GeForce RTX 4090": Price(0.34, 1599),
-    "L4": Price(0.44),
-    "L40S": Price(0.79),
-    "RTX 6000 Ada Generation": Price(None, 6800),
-    "A100 80GB PCIe": Price(1.19),
-    "A100-SXM4-80GB": Price(1.39),
-    "H100 PCIe": Price(1.99),
-    "H100 80GB HBM3": Price(2.69),
-    "H200": Price(3.59),
-    "GeForce RTX 5090": Price(0.69, 1999),
-    "B200": Price(5.98),
+    "GeForce RTX 3090": Price(0.22, 1499, _RUNPOD, _HARDWARE),
+    "GeForce RTX 4060 Ti": Price(None, 499, "", _4060_TI),
+    "GeForce RTX 4070": Price(None, 599, "", _HARDWARE),
+    "GeForce RTX 4070 SUPER": Price(None, 599, "", _HARDWARE),
+    "GeForce RTX 4070 Ti SUPER": Price(None, 799, "", _HARDWARE),
+    "GeForce RTX 4080": Price(None, 1199, "", _4090),
+    "GeForce RTX 4080 SUPER": Price(None, 999, "", _HARDWARE),
+    "GeForce RTX 4090": Price(0.34, 1599, _RUNPOD, _4090),
+    "L4": Price(0.44, None, _RUNPOD),
+    "L40S": Price(0.79, 8500, _RUNPOD, _HARDWARE),
+    "RTX 6000 Ada Generation": Price(1.33, 6800, _RUNPOD_WORKER, _HARDWARE),
+    "A100 80GB PCIe": Price(1.19, None, _RUNPOD),
+    "A100-SXM4-80GB": Price(1.39, 15000, _RUNPOD, _HARDWARE),
+    "H100 PCIe": Price(1.99, None, _RUNPOD),
+    "H100 80GB HBM3": Price(2.69, 30000, _RUNPOD, _HARDWARE),
+    "H200": Price(3.59, None, _RUNPOD),
+    "GeForce RTX 5090": Price(0.69, 1999, _RUNPOD, _5090),
+    "B200": Price(5.98, None, _RUNPOD),
 }
 
 # Dense FLOP per clock and SM: (bf16 f32acc, fp8 f32acc, fp8 f16acc, int8) for GeForce cards and

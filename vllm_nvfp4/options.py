@@ -47,11 +47,13 @@ class Options:
         "tensor cores. `auto`: by the batch size, where the roofline of the GPU says. FP8 layers "
         "of a mixed checkpoint follow it on a GPU if they were made for 8-bit activations.",
     )
-    a8_partials: str = _option(
-        "f32",
-        ("f32", "f16"),
-        "Partial sums of one block in the 8-bit kernel. `f32` is exact; `f16` rounds each to FP16 "
-        "and runs at GeForce's double rate.",
+    a8_variant: str = _option(
+        "exact",
+        ("exact", "f16_partials", "folded"),
+        "Of the 8-bit kernel. `f16_partials` rounds the sums of blocks to FP16 (5e-4) and runs at "
+        "GeForce's double rate. `folded` rounds each NVFP4 weight times its block scale to FP8 "
+        "(2 %) and halves the instructions: for L40S, L4 and RTX 6000 Ada. Experts and MXFP4 stay "
+        "exact under `folded`.",
     )
     lm_head: str = _option(
         "keep",

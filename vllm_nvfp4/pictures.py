@@ -9,6 +9,7 @@ hatches, markers and dashes keep them apart in black and white. Needs matplotlib
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +88,14 @@ def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path
                     _inside(axes, x, bottom + size / 2, f"{size:.1f}")
             bottoms = [b + s for b, s in zip(bottoms, sizes, strict=True)]
         _draw_capacities(axes, bars, bottoms, top)
-        axes.set_xticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set_xticks(range(len(bars)), [_wrapped(bar.label, 15) for bar in bars])
         axes.set_xlim(-0.5, len(bars) - 0.5)
         axes.set_ylim(0, 1.16 * top)
         axes.set_ylabel("memory, GB (10$^9$ bytes)")
         axes.grid(axis="x", visible=False)
         _legend_beside(axes, is_reversed=True)
 
-    return _save(path, draw, title, (max(4.8, 1.15 * len(bars) + 2.6), 4.6))
+    return _save(path, draw, title, (max(4.8, 1.25 * len(bars) + 2.6), 4.6))
 
 
 def _draw_capacities(axes: Any, bars: Sequence[MemoryBar], used: list[float], top: float) -> None:
@@ -170,6 +171,7 @@ def lines(
             _plain_log_ticks(axes)
         else:
             axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         _legend_beside(axes)
@@ -219,6 +221,12 @@ def _require(items: Any, function: str, kind: str) -> None:
         raise ValueError(f"{function}: nothing to draw; needs at least one {kind}")
 
 
+def _wrapped(label: str, width: int) -> str:
+    """The label in lines of at most ``width`` characters, broken within a word where it must be."""
+    lines = [textwrap.wrap(line, width) or [""] for line in label.splitlines() or [""]]
+    return "\n".join(part for parts in lines for part in parts)
+
+
 def _inside(axes: Any, x: float, y: float, text: str) -> None:
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     axes.text(x, y, text, ha="center", va="center", bbox=box, zorder=5)
@@ -229,13 +237,17 @@ def _legend_beside(axes: Any, is_reversed: bool = False) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if is_reversed:
         handles, labels = handles[::-1], labels[::-1]
+    labels = [_wrapped(label, 26) for label in labels]
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def _plain_log_ticks(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    bottom, top = axes.get_ylim()
+    # Within a decade 1, 2 and 5 would leave one or two ticks.
+    steps = (1, 2, 5) if top > 12 * bottom else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
 
 

@@ -160,6 +160,12 @@ inline uint16_t cvt_f32x2_to_e4m3x2(float low, float high) {
   return static_cast<uint16_t>(vnvfp4_host::float_to_e4m3(low) | vnvfp4_host::float_to_e4m3(high)
                                                                      << 8);
 }
+// Two f16 to e4m3x2, the low half in the low byte. cvt.rn.satfinite.e4m3x2.f16x2
+inline uint16_t cvt_f16x2_to_e4m3x2(uint32_t halves) {
+  return cvt_f32x2_to_e4m3x2(
+      vnvfp4_host::half_bits_to_float(static_cast<uint16_t>(halves & 0xFFFF)),
+      vnvfp4_host::half_bits_to_float(static_cast<uint16_t>(halves >> 16)));
+}
 // Two f32 to f16x2 / bf16x2, `low` in the low half: nearest even. cvt.rn.{f16x2,bf16x2}.f32
 inline uint32_t cvt_f32x2_to_f16x2(float low, float high) {
   return vnvfp4_host::float_to_half_bits(low) | uint32_t{vnvfp4_host::float_to_half_bits(high)}

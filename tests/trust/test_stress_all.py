@@ -9,11 +9,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from gemm_cases import make_activations, make_weight
+from moe_stress import NUM_COLUMNS, StressLayer, check_pairs, tile_sizes
 from stress_cases import STRESS, every_pair, legal_scales
-from test_stress import GEMMS, assert_others_untouched, run_host, stressed
+from test_stress import (
+    GEMMS,
+    assert_others_untouched,
+    assert_others_untouched_by_experts,
+    run_host,
+    stressed,
+)
 
+from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS
 from vllm_nvfp4.layout import pack_weight
 from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, shipped
 
 pytestmark = pytest.mark.trust
@@ -30,7 +39,8 @@ def test_every_pair_in_every_kernel(count: Callable[..., None]) -> None:
         else:
             q = tokens.to(torch.float8_e4m3fn)
             y = run_gemm(shipped(config), config, q, packed, a_scale=torch.ones(len(q)))
-        assert torch.equal(y, weight.dequantize(torch.float64).T.to(y.dtype)), config.symbol
+        expected = reference_linear(tokens, weight, variant=config.variant)
+        assert torch.equal(y, expected.to(y.dtype)), config.symbol
         num_products += y.numel()
     count(kernels=len(GEMMS), exact_products=num_products)
 
@@ -43,3 +53,21 @@ def test_every_stress_in_every_kernel(count: Callable[..., None]) -> None:
         for name in STRESS:
             assert_others_untouched(run_host(config, stressed(a, name), packed), clean, name)
     count(kernels=len(GEMMS), cases=len(GEMMS) * len(STRESS))
+
+
+def test_every_pair_in_every_kernel_of_experts(count: Callable[..., None]) -> None:
+    """With every size of tile."""
+    runs = [(config, size) for config in MOE_CONFIGS for size in tile_sizes(config)]
+    columns = torch.arange(NUM_COLUMNS)
+    num_products = sum(check_pairs(config, columns, [size]) for config, size in runs)
+    count(kernels=len(MOE_CONFIGS), tiles=len(runs), exact_products=num_products)
+
+
+def test_every_stress_in_every_kernel_of_experts(count: Callable[..., None]) -> None:
+    for config in MOE_CONFIGS:
+        layer = StressLayer(config)
+        clean = layer(layer.a)
+        for name in STRESS:
+            y = layer(stressed(layer.a, name))
+            assert_others_untouched_by_experts(y, clean, name)
+    count(kernels=len(MOE_CONFIGS), cases=len(MOE_CONFIGS) * len(STRESS))

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from vllm_nvfp4.bench.results import Limit, VariantRecord
+from vllm_nvfp4.bench.results import Limit
 from vllm_nvfp4.bench.variants import Variant, format_of, plugin_options
+from vllm_nvfp4.checkpoints.detect import SUPPORTED_METHODS, detect, method_name, read_config
 from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.planning import model as planning
-from vllm_nvfp4.planning.shapes import find_shape
+from vllm_nvfp4.planning.shapes import DecoderShape, as_stored, shape_of
 
 
 def cpu_as_device(name: str, gbps: float) -> Gpu:
@@ -29,9 +31,26 @@ def gpu_as_device(name: str) -> Gpu:
     return gpu
 
 
-def weigh(variant: Variant, flags: Sequence[str], cards: int) -> tuple[str, planning.Weights]:
-    """(format, bytes on each of ``cards``) of a variant's weights as held in memory.
+@dataclass(frozen=True)
+class Weighed:
+    """What one variant serves: its shape, the format of most linear weights, their bytes.
 
+    planned: the format that planning computes with: ``fmt``, or AS_STORED
+    weights: on each of ``cards``
+    """
+
+    shape: DecoderShape
+    fmt: str
+    planned: str
+    weights: planning.Weights
+    cards: int
+
+
+def weigh(variant: Variant, flags: Sequence[str], cards: int) -> Weighed:
+    """A variant's weights as held in the memory of ``cards``.
+
+    A checkpoint that the plugin reads is weighed layer by layer as it is stored; another one
+    (AWQ, FP8 by blocks, ...) as if all linear layers had its format.
     Raises ValueError for a model whose shape planning does not know.
     """
     kinds, online = ("keep", "keep"), "bf16"
@@ -40,26 +59,29 @@ def weigh(variant: Variant, flags: Sequence[str], cards: int) -> tuple[str, plan
         kinds, online = (options.lm_head, options.embedding), options.online_format
     elif "--quantization" in flags:
         online = "fp8"  # what ``against`` adds for a 16-bit checkpoint
-    fmt = format_of(variant.folder, online)
-    shape = find_shape(str(variant.folder))
-    return fmt, planning.weights_of(shape, fmt, *kinds, cards=cards)
+    config, quantization = read_config(variant.folder)
+    shape = shape_of(config, str(variant.folder))
+    fmt = planned = format_of(variant.folder, online)
+    if quantization and method_name(quantization).startswith(SUPPORTED_METHODS):
+        shape, planned = as_stored(shape, detect(quantization)), planning.AS_STORED
+    weights = planning.weights_of(shape, planned, *kinds, cards=cards)
+    return Weighed(shape, fmt, planned, weights, cards)
 
 
 def decode_limits(
-    record: VariantRecord,
-    weights: planning.Weights,
-    device: Gpu,
-    batches: Sequence[int],
-    context: int,
-    cards: int,
+    weighed: Weighed, kv_dtype: str, device: Gpu, batches: Sequence[int], context: int
 ) -> list[Limit]:
     """The roofline per batch size, with ``context`` tokens in every sequence."""
-    shape = find_shape(record.model)
-    kv_bits = 8 if "fp8" in record.kv_dtype else 16
+    kv_bits = 8 if "fp8" in kv_dtype else 16
     limits = []
     for batch in batches:
         step = planning.decode(
-            shape, weights, record.weight_format, kv_bits, context, batch, device, cards
-        )
-        limits.append(Limit(batch, step.tokens_per_s, step.bound, step.num_bytes))
+            weighed.shape, weighed.weights, weighed.planned, kv_bits, context, batch, device,
+            weighed.cards,
+        )  # fmt: skip
+        terms = asdict(step)
+        del terms["tokens"]
+        for rate in ("linear_tflops", "other_tflops"):
+            terms[rate] = None if terms[rate] == float("inf") else terms[rate]
+        limits.append(Limit(batch, step.tokens_per_s, step.bound, **terms))
     return limits

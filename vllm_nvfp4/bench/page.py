@@ -7,6 +7,7 @@ Every table is made once, as text, and shown in both places. Pictures are inside
 from __future__ import annotations
 
 import base64
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,12 +155,45 @@ def ratio_table(results: Results, record: VariantRecord) -> Table:
     )
 
 
+def terms_table(results: Results, record: VariantRecord) -> Table:
+    """What the roofline of each batch size follows from, to be computed again by hand."""
+    context = results.settings["prompt_tokens"] + results.settings["tokens"] // 2
+    rows = tuple(
+        (
+            str(limit.batch),
+            f"{limit.weight_bytes / 1e9:.4f}",
+            f"{limit.kv_bytes / 1e9:.4f}",
+            f"{limit.gbps:.1f}",
+            *(
+                f"{value:.4g}" if limit.linear_tflops and value is not None else _NONE
+                for value in (
+                    limit.linear_flops / 1e12,
+                    limit.linear_tflops,
+                    limit.other_flops / 1e12,
+                    limit.other_tflops,
+                )
+            ),
+            limit.bound,
+            _text(limit.tokens_per_s),
+        )
+        for limit in record.limits
+    )
+    return Table(
+        f"{record.name}: terms of the roofline, {context} tokens in every sequence",
+        ("batch", "weights GB", "KV GB", "GB/s", "linear TFLOP", "TFLOP/s", "other TFLOP",
+         "TFLOP/s", "bound by", "tok/s"),
+        rows,
+        "tok/s = batch / max((weights + KV) / (GB/s), the sum of TFLOP / (TFLOP/s)).",
+    )  # fmt: skip
+
+
 def run_tables(results: Results) -> list[Table]:
     """Every table of one run that has a row, without columns that nothing could fill."""
     tables = []
     for record in results.variants:
         tables += [batch_table(results, record), rate_table(results, record)]
     tables += [ratio_table(results, record) for record in results.variants[1:]]
+    tables += [terms_table(results, record) for record in results.variants]
     return [_filled(table) for table in tables if table.rows]
 
 
@@ -215,9 +249,13 @@ def machine_table(runs: Mapping[str, Results]) -> Table:
 
 
 def _labels(runs: Mapping[str, Results]) -> Iterator[tuple[str, Results, VariantRecord]]:
+    """(label for a picture, its run, its record): what was served, shortened where that is clear,
+    after the run's name where there are several."""
     for name, run in runs.items():
-        for record in run.variants:
-            yield (record.name if len(runs) == 1 else f"{name}: {record.name}"), run, record
+        kinds = [re.split(r"[= ]", record.name)[0] for record in run.variants]
+        for kind, record in zip(kinds, run.variants, strict=True):
+            served = kind if kinds.count(kind) == 1 else record.name
+            yield (served if len(runs) == 1 else f"{name}: {served}"), run, record
 
 
 def draw(runs: Mapping[str, Results]) -> list[Picture]:

@@ -52,18 +52,32 @@ class Measurement:
 
 @dataclass
 class Limit:
-    """The roofline of decoding at one batch size: ``num_bytes`` are read for each step."""
+    """The roofline of decoding at one batch size, and the terms that it follows from.
+
+    tokens_per_s = batch / max((weight_bytes + kv_bytes) / (gbps * 10^9),
+                               (linear_flops / linear_tflops + other_flops / other_tflops) / 10^12)
+
+    Bytes and FLOP of one step on all cards; see planning.model.Roofline. A rate of None sets no
+    limit: its term is 0.
+    """
 
     batch: int
     tokens_per_s: float
     bound: str
-    num_bytes: float
+    weight_bytes: float
+    kv_bytes: float
+    gbps: float
+    linear_flops: float
+    linear_tflops: float | None
+    other_flops: float
+    other_tflops: float | None
 
 
 @dataclass
 class VariantRecord:
     """What was served.
 
+    weights:      bytes of every part on one card as planned, the fields of planning.model.Weights
     weight_parts: bytes of linear, lm_head, embedding and other weights, as held by the loader
     kv_bytes:     of the KV cache that the server reserved; None where it did not say
     kv_dtype:     as vLLM names it
@@ -75,6 +89,7 @@ class VariantRecord:
     model: str
     command: str
     weight_format: str = ""
+    weights: dict[str, int] = field(default_factory=dict)
     weight_parts: dict[str, float] = field(default_factory=dict)
     kv_bytes: float | None = None
     kv_tokens: int | None = None

@@ -27,11 +27,12 @@ from vllm_nvfp4.cli import serve
 from vllm_nvfp4.cli._progress import step
 from vllm_nvfp4.cli._server import Server, ServerError
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.planning.model import Weights
 from vllm_nvfp4.testing import machine
 
 # Shares of the throughput without pause at which load is measured where no rates are given.
 AUTO_SHARES = (0.25, 0.5, 0.75)
+# Load average per core, before the run, above which a machine counts as busy.
+_BUSY = 0.5
 # Tokens of each request in the run that no one reads: kernels are compiled and caches filled.
 _WARM_UP_TOKENS = 4
 # What a worker says of its KV cache: set by a flag on a GPU, profiled on a GPU, on a CPU.
@@ -92,7 +93,7 @@ class Bench:
     ) -> None:
         self.settings, self.variants, self.meter, self.out = settings, variants, meter, out
         self._num_jobs = 0
-        self._weights: dict[str, Weights] = {}
+        self._weighed: dict[str, limits.Weighed] = {}
         head = machine.provenance() | meter.describe() | {"cpu": machine.cpu_model()}
         self.results = Results(
             head | machine.versions(),
@@ -109,10 +110,10 @@ class Bench:
         try:
             args = self._args(variant)
             cards = _num_cards(args)
-            record.weight_format, weights = limits.weigh(variant, args, cards)
-            self._weights[variant.name] = weights
+            weighed = self._weighed[variant.name] = limits.weigh(variant, args, cards)
+            record.weight_format, record.weights = weighed.fmt, asdict(weighed.weights)
             for part in ("linear", "lm_head", "embedding", "other"):
-                record.weight_parts[part] = cards * getattr(weights, part)
+                record.weight_parts[part] = cards * getattr(weighed.weights, part)
         except ValueError as error:
             record.no_limit = str(error)
         return record
@@ -158,6 +159,7 @@ class Bench:
         """
         environ = dict(os.environ)
         compat_cpu_metadata.apply(environ)
+        self._note_load(say)
         with Client(self.out / "client.log", environ) as client:
             self._find_device(client)
             for turn in range(self.settings.turns):
@@ -175,6 +177,13 @@ class Bench:
                     self.results.save(self.out)
         self.results.is_complete = True
         self.results.save(self.out)
+
+    def _note_load(self, say: Callable[[str], None]) -> None:
+        """Record, and on a CPU say, how busy others keep the machine."""
+        load, cores = os.getloadavg()[0], machine.num_cores()
+        self.results.machine["load average before"] = f"{load:.1f} on {cores} cores"
+        if isinstance(self.meter, CpuMeter) and load > _BUSY * cores:
+            say(f"busy machine, load {load:.1f} on {cores} cores: trust ratios more than seconds")
 
     def _find_device(self, client: Client) -> None:
         """The device of the roofline: the card's data sheet, or this machine's measured memory."""
@@ -236,13 +245,12 @@ class Bench:
             # Measured: the parts keep their proportions.
             scale = sum(map(float, loaded)) * 2**30 / (sum(record.weight_parts.values()) or 1)
             record.weight_parts = {k: v * scale for k, v in record.weight_parts.items()}
-        weights = self._weights.get(record.name)
-        if self._device and weights:
+        weighed = self._weighed.get(record.name)
+        if self._device and weighed:
             settings = self.settings
             context = settings.prompt_tokens + settings.tokens // 2
-            cards = _num_cards(server.command)
             record.limits = limits.decode_limits(
-                record, weights, self._device, settings.batches, context, cards
+                weighed, record.kv_dtype, self._device, settings.batches, context
             )
 
     def _jobs(

@@ -7,7 +7,9 @@ import contextlib
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
+from vllm_nvfp4.checkpoints.gguf_header import check_gguf
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 
@@ -26,15 +28,19 @@ def gguf_to_folder(gguf: Path, target: Path) -> None:
                 "gguf and accelerate, to read GGUF",
                 f"pip install {package}",
             )
+    check_gguf(gguf)
     # transformers' progress bars and its advice on packed GGUF weights go to stderr.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             _convert(gguf, target)
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # the readers raise whatever a damaged value leads them to
+            lines = str(error).splitlines() or [""]
             raise CheckpointError(
                 str(gguf),
                 "GGUF",
-                str(error).split("\n")[0],
+                f"{type(error).__name__}: {lines[0]}",
                 "a whole GGUF file of an architecture that transformers reads",
                 "Start from the model's BF16 safetensors.",
             ) from error
@@ -46,7 +52,17 @@ def _convert(gguf: Path, target: Path) -> None:
 
     folder = str(gguf.parent)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.bfloat16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True
+    )
+    model, report = loaded
+    is_tied = model.config.tie_word_embeddings
+    missing = [n for n in report["missing_keys"] if not (is_tied and n == "lm_head.weight")]
+    if missing:  # transformers gives them random values
+        raise CheckpointError(
+            str(gguf), "GGUF", f"no tensor for {missing[0]} and {len(missing) - 1} others",
+            "one for each of the model's", "Download the file again.",
+        )  # fmt: skip
     # transformers leaves marks of the GGUF quantization on the model, and save_pretrained would
     # ask the quantizer to write what is BF16 by now.
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):

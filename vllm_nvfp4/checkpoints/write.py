@@ -34,7 +34,7 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.work import work_in
 from vllm_nvfp4.checkpoints.written import FORMATS, FP8, Fp8Format, StoredFormat, mixed_config
 from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -77,6 +77,11 @@ class Quantizer(Protocol):
         """The shards of one fused layer (or one layer), by name, with one global scale that is
         ``representable`` in the file: what is read back for one near its argument."""
 
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The same shards in FP8: codes [N, K] e4m3 and a scale for each row, [N, 1] float32."""
+
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """The unit is stored, now or by an earlier run; ``weights()`` dequantises what is there."""
 
@@ -98,6 +103,11 @@ class DataFree:
         largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
         shared = representable(largest)
         return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
+
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """Nothing follows."""
@@ -257,7 +267,7 @@ class _Job:
                 for group in unit.groups:
                     self._announce(group)
             else:
-                self.quantizer.start(unit, self.quantized - self.fp8)
+                self.quantizer.start(unit, self.quantized)
                 # A file under its own name is whole: what a kill leaves has another one.
                 part = path.with_suffix(".part")
                 with SafetensorsWriter(part, entries) as writer:
@@ -320,9 +330,10 @@ class _Job:
             for name, tensor in tensors.items():
                 self._check_finite(name, tensor)
             if group[0] in self.fp8:
-                for name, tensor in tensors.items():
-                    for entry, part in FP8.tensors(name.removesuffix(".weight"), tensor).items():
-                        writer.write(entry, part)
+                for name, (codes, scale) in self.quantizer.quantize_fp8(tensors).items():
+                    eight = FP8.tensors(name.removesuffix(".weight"), codes, scale)
+                    for entry, tensor in eight.items():
+                        writer.write(entry, tensor)
                 continue
             representable = self.options.stored.representable
             for name, weight in self.quantizer.quantize(tensors, representable).items():

@@ -26,7 +26,6 @@ import torch
 
 from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 
@@ -82,9 +81,10 @@ class Fp8Format:
             f"{layer}.weight_scale": TensorInfo("F32", (shape[0], 1)),
         }
 
-    def tensors(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of :meth:`entries` for a weight [N, K]."""
-        codes, scale = quantize_fp8_per_row(weight)
+    def tensors(
+        self, layer: str, codes: torch.Tensor, scale: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of :meth:`entries`. codes: [N, K] e4m3; scale: [N, 1] float32."""
         return {f"{layer}.weight": codes, f"{layer}.weight_scale": scale}
 
     def dequantize(self, layer: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:

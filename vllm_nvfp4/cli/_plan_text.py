@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_nvfp4.gpus import PRICE_SOURCE, Gpu
+from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.planning.choose import Choice
 from vllm_nvfp4.planning.fit import UTILIZATION
 from vllm_nvfp4.planning.model import Roofline
@@ -64,7 +64,7 @@ def terms(step: Roofline) -> str:
 
 def print_costs(asked: Asked, rows: list[Row]) -> None:
     """Cost of the recommendation and of BF16 on A100s, at the limit of decoding."""
-    print(f"\nCost, every token at the limit of decoding ({PRICE_SOURCE})")
+    print("\nCost, every token at the limit of decoding; --price or --buy sets your own")
     for row in rows:
         setup = row.found.setup
         name = f"{row.cards or 1} x {row.gpu.name}, {setup.fmt}"
@@ -90,4 +90,4 @@ def print_choice(shape: DecoderShape, choice: Choice | None, command: str | None
     print(f"Recommended: {cards} card{'s' if cards > 1 else ''}, {choice.reason}.")
     if shape.has_vision:
         print("The vision tower is not part of the plan.")
-    print(f"  {command}" if command else "A mixture of experts is planned only: no command.")
+    print(f"  {command}")

@@ -25,7 +25,7 @@ from vllm_nvfp4.cli._progress import step
 _STOP_SECONDS = 20.0
 _KILL_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
-_LOG_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?(INFO|WARNING|ERROR) [\d-]+ [\d:.]+ (\[[^]]*\] )?")
+_LOG_PREFIX = re.compile(r"^(\(\w+[^)]*\) )?(?P<level>[A-Z]+) [\d-]+ [\d:.]+ (\[[^]]*\] )?")
 
 _EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): ")
 
@@ -63,10 +63,16 @@ def group_is_alive(group: int) -> bool:
 
 
 def first_error(log: str) -> str:
-    """The first exception of a server's log, which later ones only pass on; else its last lines."""
-    lines = [_LOG_PREFIX.sub("", line) for line in log.splitlines()]
-    for index, line in enumerate(lines):
-        if _EXCEPTION.match(line):
+    """The first exception of a server's log, which later ones only pass on; else its last lines.
+
+    vLLM repeats the level before each line of a message: an exception that it only warns of, and
+    then goes on, is not why it ended.
+    """
+    found = log.splitlines()
+    prefixes = [_LOG_PREFIX.match(line) for line in found]
+    lines = [_LOG_PREFIX.sub("", line) for line in found]
+    for index, (prefix, line) in enumerate(zip(prefixes, lines, strict=True)):
+        if (prefix is None or prefix["level"] in ("ERROR", "CRITICAL")) and _EXCEPTION.match(line):
             # Pydantic puts what was wrong on the two lines below.
             more = lines[index + 1 : index + 3] if "validation error" in line else []
             return "\n  ".join([line, *more])

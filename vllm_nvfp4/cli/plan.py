@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.cli import _plan_text
-from vllm_nvfp4.gpus import GPUS, PRICE_SOURCE, Gpu, find_gpu
+from vllm_nvfp4.gpus import GPUS, Gpu, find_gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
 from vllm_nvfp4.planning.fit import Load, Setup
@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
     baseline = planning.row_of(
         asked, Setup(fmt="bf16", kv_bits=16), _gpu(choosing.BASELINE_GPU), False
     )
-    command = None
-    if choice and not shape.num_experts:
-        command = choosing.serve_command(shape, choice.found, asked.load)
+    command = choosing.serve_command(shape, choice.found, asked.load) if choice else None
     if args.json:
         value = _head(asked, gpu) | {
             "formats": [row.to_json() for row in rows],
@@ -97,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gpu(name: str) -> Gpu:
-    gpu = find_gpu(_ALIASES.get(" ".join(name.lower().split()), name))
+    name = " ".join(name.split())
+    gpu = find_gpu(_ALIASES.get(name.lower(), name)) or find_gpu(f"RTX {name}")
     if gpu is None:
         raise ValueError(f"--gpu {name}: unknown; cards: {', '.join(g.name for g in GPUS)}.")
     return gpu
@@ -131,10 +130,11 @@ def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
         "model": shape.name,
         "hub": shape.hub,
         "gpu": gpu.name,
+        "gpu_source": f"{gpu.source}; entered {gpu.date}",
+        "gpu_memory_source": gpu.cuda_source,
         "context": asked.load.context,
         "concurrency": asked.load.concurrency,
         "prompt": asked.prompt,
         "max_context": shape.max_context,
         "checkpoint_bytes": planning.checkpoint_sizes(shape),
-        "price_source": PRICE_SOURCE,
     }

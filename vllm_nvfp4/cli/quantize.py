@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq")
-# KL is compared token by token with the unquantised model's: few tokens order the layers.
-_SENSITIVITY_SAMPLES = 2
-_SENSITIVITY_LENGTH = 256
 
 
 def add_parser(subparsers: Any) -> None:
@@ -138,7 +135,7 @@ def _check_precision(args: argparse.Namespace) -> None:
 
 
 def _precision(
-    args: argparse.Namespace, source: Any, calibration: Calibration | None
+    args: argparse.Namespace, source: Any, method: str, calibration: Calibration | None
 ) -> Callable[[Path, set[str]], dict[str, str]] | None:
     """What WriteOptions.precision asks for; the measurement is kept for a run that goes on."""
     if args.target_bits is None and args.max_kl is None:
@@ -146,15 +143,14 @@ def _precision(
 
     def choose(work: Path, linear: set[str]) -> dict[str, str]:
         from vllm_nvfp4.quantize import report, sensitivity
-        from vllm_nvfp4.quantize.calibration import Calibration
         from vllm_nvfp4.quantize.precision import choose_formats
 
         kept = work / "sensitivity.json"
         if not kept.is_file():
             print("measuring the sensitivity of each layer", flush=True)
             text = calibration.text if calibration else "builtin"
-            samples = Calibration(text, _SENSITIVITY_SAMPLES, _SENSITIVITY_LENGTH, args.seed)
-            found = sensitivity.measure(source, linear, samples.samples(source.folder))
+            measurement = sensitivity.Measurement.of_text(text, source.folder, method, args.seed)
+            found = sensitivity.measure(source, linear, measurement)
             sensitivity.save(kept, found)
         groups = sensitivity.load(kept)
         formats = choose_formats(groups, target_bits=args.target_bits, max_kl=args.max_kl)
@@ -198,7 +194,7 @@ def _quantize(
             device=args.device,
             arguments=arguments,
             progress=progress,
-            precision=_precision(args, source, calibration),
+            precision=_precision(args, source, method, calibration),
             finish=_kv_scales(args, calibration),
         )
         return write_resumable(folder, target, quantizer, options)

@@ -148,6 +148,8 @@ def prepare(
     if dtypes is None:
         default = torch.get_default_dtype()
         dtypes = (default,) if default in DTYPE_NAMES else tuple(DTYPE_NAMES)
+    if dispatch.variant_of(fmt_name, _variant) != _variant:
+        _say_variant(fmt_name, _variant)
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
         with _devices_lock:
@@ -157,6 +159,14 @@ def prepare(
                 loaded.use_variant(_variant)
         loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes, _variant))
     return loaded
+
+
+@functools.cache
+def _say_variant(fmt_name: str, variant: str) -> None:
+    logger.info(
+        "vllm-nvfp4: a8_variant=%s: %s runs the %s kernel, as its scales leave FP8's range",
+        variant, fmt_name.upper(), dispatch.variant_of(fmt_name, variant),
+    )  # fmt: skip
 
 
 def wanted_kernels(

@@ -19,10 +19,10 @@ from vllm_nvfp4.numerics.formats import FORMATS
 
 ACTIVATIONS = ("auto", "16", "8")
 # Of the 8-bit kernel: "f16_partials" rounds sums of blocks to f16 (at most 5e-4 relative) and runs
-# at the f16 accumulator's rate, twice the other on GeForce cards.
-VARIANTS = tuple(
-    v for v in ("exact", "f16_partials") if v in {config.variant for config in GEMM_CONFIGS}
-)
+# at the f16 accumulator's rate, twice the other on GeForce cards. "folded" rounds each weight times
+# its block scale to e4m3 (about 2 %) and spends half of the issue slots, which are what limits the
+# exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada.
+VARIANTS = ("exact", "f16_partials", "folded")
 
 # A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
 # then be allocated once.
@@ -57,6 +57,7 @@ _INSTRUCTIONS = {
     ("gemm_w4a8", "exact", "mxfp4"): (0.9, 0.063),
     ("gemm_w4a8", "f16_partials", "nvfp4"): (0.9, 0.099),
     ("gemm_w4a8", "f16_partials", "mxfp4"): (0.9, 0.095),
+    ("gemm_w4a8", "folded", "nvfp4"): (3.8, 0.021),
 }
 
 
@@ -177,7 +178,7 @@ def activation_switch(
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
     # The scaling of partial sums may take more issue slots than the MMA takes time.
-    _, per_token = _INSTRUCTIONS["gemm_w4a8", variant, fmt_name]
+    _, per_token = _INSTRUCTIONS["gemm_w4a8", variant_of(fmt_name, variant), fmt_name]
     issue_us_per_m = n * k * per_token / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
     us8_per_m = max(2 * n * k / _tensor_flops_per_us(gpu, 8, variant), issue_us_per_m)
     return _crossing(gpu, k, memory_us, us16_per_m, us8_per_m, quantized_rows)
@@ -220,14 +221,21 @@ def reachable(
     fmt_name: str, dtype: str, activation_bits: int, variant: str = "exact"
 ) -> tuple[GemmConfig, ...]:
     """Every configuration that :func:`choose` may return for these: what a load has to prepare."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; needs one of {', '.join(VARIANTS)}")
-    wanted = ("gemm_w4a8", variant) if activation_bits == 8 else ("gemm_w4a16", "exact")
+    wanted = ("gemm_w4a16", "exact")
+    if activation_bits == 8:
+        wanted = ("gemm_w4a8", variant_of(fmt_name, variant))
     return tuple(
         c
         for c in GEMM_CONFIGS
         if (c.stem, c.variant, c.fmt_name, c.dtype) == (*wanted, fmt_name, dtype)
     )
+
+
+def variant_of(fmt_name: str, variant: str) -> str:
+    """The variant that runs a format: MXFP4's scales leave e4m3's range and are never folded."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; needs one of {', '.join(VARIANTS)}")
+    return "exact" if (fmt_name, variant) == ("mxfp4", "folded") else variant
 
 
 def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:

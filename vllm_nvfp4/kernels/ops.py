@@ -77,7 +77,7 @@ def configure(options: Options) -> None:
 
     if "cache_dir" in options.non_default():
         cubins.use_cache_dir(options.cache_dir)
-    devices.use_variant("f16_partials" if options.a8_partials == "f16" else "exact")
+    devices.use_variant(options.a8_variant)
 
 
 def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None:

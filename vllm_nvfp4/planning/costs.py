@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_nvfp4.gpus import PRICE_DATE, PRICES, Gpu, Price
+from vllm_nvfp4.gpus import PRICES, Gpu, Price
 
 HOURS_PER_MONTH = 730
 YEARS_OF_USE = 3
@@ -32,13 +32,13 @@ class Cost:
         return self.per_h / (3600 * tokens_per_s) * 1e6
 
 
-def price_of(gpu: Gpu, rent: float | None, buy: float | None) -> tuple[Price, str]:
-    """The user's price of one card, else the table's with its date."""
+def price_of(gpu: Gpu, rent: float | None, buy: float | None) -> Price:
+    """The user's price of one card, else the table's with its source and date."""
     if rent is not None:
-        return Price(rent), "your --price"
+        return Price(rent, rent_source="your --price")
     if buy is not None:
-        return Price(None, buy), "your --buy"
-    return PRICES.get(gpu.name, Price(None)), f"prices of {PRICE_DATE}"
+        return Price(None, buy, buy_source="your --buy")
+    return PRICES.get(gpu.name, Price(None))
 
 
 def cost_of(
@@ -48,14 +48,14 @@ def cost_of(
 
     electricity: dollars per kWh, for a card that is bought
     """
-    price, source = price_of(gpu, rent, buy)
+    price = price_of(gpu, rent, buy)
     watts = cards * gpu.tdp_w
     if price.rent_per_h is not None:
         per_h = cards * price.rent_per_h
-        basis = f"rent, {source}"
+        basis = f"rent: {price.rent_source}"
     elif price.buy is not None:
         per_h = cards * price.buy / (YEARS_OF_USE * HOURS_PER_YEAR) + watts / 1000 * electricity
-        basis = f"bought for {YEARS_OF_USE} years + electricity, {source}"
+        basis = f"bought for {YEARS_OF_USE} years + electricity: {price.buy_source}"
     else:
         return None
     return Cost(per_h, per_h * HOURS_PER_MONTH, watts, basis)

@@ -146,16 +146,20 @@ def _on_one_card(layer: Linear, shape: DecoderShape, fmt: str, cards: int) -> in
 def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
     """{part: bytes} of a weight-only checkpoint's tensors, by inventory.py's names of the parts.
 
-    lm_head and embedding in 16 bits. A bias is counted with the norms.
+    fmt: of the linear layers, or AS_STORED. lm_head and embedding in 16 bits, but for lm_head as
+    stored. A bias is counted with the norms, and no scale of activations or of a KV cache is.
     """
     table = 2 * shape.vocab_size * shape.hidden_size
     linear = sum(
         x.count * stored_bytes(x.rows, x.k, _format(x, fmt, ""), shape.int4_group)
-        for x in shape.linears
+        for x in (shape.stored if fmt == AS_STORED else shape.linears)
+    )
+    head = stored_bytes(
+        (shape.vocab_size,), shape.hidden_size, (fmt == AS_STORED and shape.head) or "bf16"
     )
     return {
         LINEAR: linear,
-        HEAD: 0 if shape.tie_word_embeddings else table,
+        HEAD: 0 if shape.tie_word_embeddings else head,
         EMBEDDING: table,
         OTHER: 2 * shape.num_other,
     }

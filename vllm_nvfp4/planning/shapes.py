@@ -140,8 +140,10 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            has_vision = entry.get("has_vision", False)
-            return replace(shape_of(entry["config"], name), hub=entry["hub"], has_vision=has_vision)
+            seen = {"hub": entry["hub"], "has_vision": entry.get("has_vision", False)}
+            shape = replace(shape_of(entry["config"], name), **seen)
+            stored = entry["config"].get("quantization_config")
+            return as_stored(shape, detect(stored)) if stored else shape
     accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")

@@ -15,11 +15,16 @@ import torch
 
 from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
-from vllm_nvfp4.quantize.hessian import quantize_gptq, quantize_hessian, shifted_target
+from vllm_nvfp4.quantize.hessian import (
+    quantize_fp8_gptq,
+    quantize_gptq,
+    quantize_hessian,
+    shifted_target,
+)
 
 METHODS = ("hessian", "gptq")
 # Layers whose output is added to the residual stream, and the module whose input is the stream
@@ -53,7 +58,7 @@ class Calibrated:
             lambda name: source.load(name, "cpu"),
             samples,
             device,
-            _forward_dtype(device),
+            forward_dtype(device),
         )
         self._hidden = self._model.hidden  # through the quantised layers
         self._exact_hidden = list(self._hidden)  # through the source's
@@ -76,7 +81,7 @@ class Calibrated:
             )
         self._layer = self._model.layer(self._index, {})
         if self._method == "gptq":
-            asked = {_input_module(n.removeprefix(unit.prefix)) for n in unit.names} & {
+            asked = {input_module(n.removeprefix(unit.prefix)) for n in unit.names} & {
                 n.removeprefix(unit.prefix).removesuffix(".weight") for n in quantized
             }
             self._run_exact(sorted(asked))
@@ -121,16 +126,7 @@ class Calibrated:
         weights: Mapping[str, torch.Tensor],
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> dict[str, BlockScaledWeight]:
-        # Shards of a fused layer have the same inputs, and rows do not know of each other: one
-        # tall weight is quantised in fewer, larger steps than several.
-        names = list(weights)
-        prefix = self._model.prefix(self._index)
-        module = _input_module(names[0].removeprefix(prefix))
-        target = torch.cat([weights[name].float().to(self._device) for name in names])
-        hessian, input_shift, output_shift = self._moments(module, len(target))
-        bounds = [len(weights[name]) for name in names]
-        if input_shift is not None:
-            target = shifted_target(target, hessian, input_shift, output_shift)
+        target, hessian, bounds = self._target(weights)
         largest = torch.stack([nvfp4_global_scale(t) for t in target.split(bounds)]).amax()
         choose = quantize_gptq if self._method == "gptq" else quantize_hessian
         whole = choose(target, hessian, representable(largest))
@@ -142,11 +138,44 @@ class Calibrated:
         )
         found = {
             name: BlockScaledWeight(codes, block_scale, scale, whole.fmt)
-            for name, (codes, block_scale, scale) in zip(names, parts, strict=True)
+            for name, (codes, block_scale, scale) in zip(weights, parts, strict=True)
         }
-        for name, weight in found.items():
-            self._layer.get_parameter(name.removeprefix(prefix)).copy_(weight.dequantize())
+        self._put({name: weight.dequantize() for name, weight in found.items()})
         return found
+
+    def quantize_fp8(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        if self._method == "gptq":
+            target, hessian, bounds = self._target(weights)
+            codes, scale = quantize_fp8_gptq(target, hessian)
+            parts = zip(codes.split(bounds), scale.split(bounds), strict=True)
+            found = dict(zip(weights, parts, strict=True))
+        else:
+            found = {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
+        self._put({name: codes.float() * scale for name, (codes, scale) in found.items()})
+        return found
+
+    def _target(
+        self, weights: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """(What to come near, [N, K] float32; E[x x^T]; the rows of each shard.)
+
+        Shards of a fused layer have the same inputs, and rows do not know of each other: one tall
+        weight is quantised in fewer, larger steps than several.
+        """
+        name = next(iter(weights)).removeprefix(self._model.prefix(self._index))
+        module = input_module(name)
+        target = torch.cat([weight.float().to(self._device) for weight in weights.values()])
+        hessian, input_shift, output_shift = self._moments(module, len(target))
+        if input_shift is not None:
+            target = shifted_target(target, hessian, input_shift, output_shift)
+        return target, hessian, [len(weight) for weight in weights.values()]
+
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        prefix = self._model.prefix(self._index)
+        for name, weight in weights.items():
+            self._layer.get_parameter(name.removeprefix(prefix)).copy_(weight)
 
     def _moments(
         self, module: str, num_rows: int
@@ -194,7 +223,7 @@ class Calibrated:
         self._exact = _Exact()
 
 
-def _forward_dtype(device: str) -> torch.dtype:
+def forward_dtype(device: str) -> torch.dtype:
     """BF16, as models are served, where the device multiplies it faster than float32."""
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
@@ -205,7 +234,7 @@ def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
     return term if total is None else total.add_(term)
 
 
-def _input_module(name: str) -> str:
+def input_module(name: str) -> str:
     """The module of a fused layer's first shard: all its shards have the same input."""
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     shards = next((shards for shards in FUSED if leaf in shards), (leaf,))

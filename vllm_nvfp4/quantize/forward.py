@@ -119,7 +119,8 @@ class LayerwiseModel:
         decoder.load_state_dict(state, strict=False)
         decoder.float().eval().to(self._device)
         hidden = []
-        with torch.inference_mode():
+        # Not inference_mode: a backward pass may go through the rotary tables later.
+        with torch.no_grad():
             for sample in samples:
                 tokens = sample[None].to(self._device)
                 try:
@@ -214,6 +215,35 @@ class LayerwiseModel:
             )
         return found, output
 
+    def traced(
+        self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, modules: Iterable[str]
+    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """({module: (its input, its output)}, the layer's output), to be differentiated.
+
+        hidden: [num_samples, length, hidden size], samples of equal length; requires_grad
+        """
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+                found[name] = (args[0].detach(), output)
+
+            return hook
+
+        by_name = dict(layer.named_modules())
+        missing = next((name for name in modules if name not in by_name), None)
+        if missing is not None:
+            raise self._unknown(f"no module {self.prefix(index)}{missing}")
+        handles = [by_name[n].register_forward_hook(note(n)) for n in modules]
+        with torch.enable_grad():
+            output = layer(hidden, **self._options[index])
+        for handle in handles:
+            handle.remove()
+        unseen = sorted(set(modules) - set(found))
+        if unseen:
+            raise self._unknown(f"{self.prefix(index)}{unseen[0]} is never reached by the text")
+        return found, output[0] if isinstance(output, tuple) else output
+
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""
         short = copy.deepcopy(_plain_config(self._folder))
@@ -227,10 +257,12 @@ class LayerwiseModel:
         lm_head.load_state_dict({"weight": self._stored(stored)})
         cap = getattr(short, "final_logit_softcapping", None)
 
+        for parameter in (*norm.parameters(), *lm_head.parameters()):
+            parameter.requires_grad_(False)
+
         def logits(hidden: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                found = lm_head(norm(hidden.float()))
-                return torch.tanh(found / cap) * cap if cap else found
+            found = lm_head(norm(hidden.float()))
+            return torch.tanh(found / cap) * cap if cap else found
 
         return logits
 

@@ -17,6 +17,8 @@ coordinate descent on the same quadratic form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
@@ -24,6 +26,8 @@ from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import (
     block_scale_candidates,
     block_scale_rtn,
+    quantize_fp8_per_row,
+    to_e4m3,
 )
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
@@ -116,6 +120,27 @@ def quantize_gptq(
     return _pack(value, scale, global_scale)
 
 
+def quantize_fp8_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, damping: float = DAMPING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ to E4M3 with one scale for a row, the row's absolute maximum over 448.
+
+    weight: [N, K] float; hessian: [K, K] float32. Returns codes [N, K] e4m3 and scale [N, 1] f32.
+    """
+    codes, scale = quantize_fp8_per_row(weight)
+    columns = weight.float().T.contiguous()
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    diagonal += damping * diagonal.mean()
+    start = (codes.float() * scale).T
+    step = scale.T.expand(len(columns) // BLOCK, -1)
+    value = _gptq_columns(columns, hessian, step, lambda x: to_e4m3(x).float())
+    value = _better_rows(columns, hessian, value, start)
+    return to_e4m3(value.T / scale), scale
+
+
 def _sweep_all(
     columns: torch.Tensor, hessian: torch.Tensor, global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,10 +179,15 @@ def _sweep_block(
     return best_step, best_value, best_error
 
 
-def _gptq_columns(columns: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def _gptq_columns(
+    columns: torch.Tensor,
+    hessian: torch.Tensor,
+    step: torch.Tensor,
+    nearest: Callable[[torch.Tensor], torch.Tensor] = round_e2m1,
+) -> torch.Tensor:
     """Round column by column; what each loses is made up for by the columns not yet rounded.
 
-    columns: [K, N]; step: [K/16, N]. Returns the values, [K, N].
+    columns: [K, N]; step: [K/16, N]; nearest: to a number of the format. Returns values, [K, N].
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
@@ -171,7 +201,7 @@ def _gptq_columns(columns: torch.Tensor, hessian: torch.Tensor, step: torch.Tens
         errors = torch.empty_like(panel)
         for i in range(end - start):
             k = start + i
-            value[k] = round_e2m1(panel[i] / steps[k]) * steps[k]
+            value[k] = nearest(panel[i] / steps[k]) * steps[k]
             errors[i] = (panel[i] - value[k]) / upper[k, k]
             panel[i + 1 :] -= torch.outer(upper[k, k + 1 : end], errors[i])
         left[end:] -= upper[start:end, end:].T @ errors

@@ -1,94 +1,268 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer's format costs: KL of the final logits with that layer alone quantised."""
+"""What each layer's format costs: KL of the final logits with that layer alone quantised.
+
+To second order in the change e[t] = x[t] (W' - W)^T of the layer's output, and for all layers from
+one backward pass:
+
+    KL(source || quantised) = 1/2 E[(sum_t g[t] . e[t])^2] / tokens,
+
+g[t] the gradient, by that output, of the log-probability of tokens drawn from the source's own
+predictions, one after each position of a sample; the mean is over samples and draws. The sum's
+terms of different drawn tokens are uncorrelated, so that its square has the mean of KL's Hessian,
+the Fisher information. Work grows with the number of layers, not with its square.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
+from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype, input_module
+from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
+from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
 from vllm_nvfp4.quantize.precision import Sensitivity
 
+# Of each sample, so that a few thousand tokens give enough of them for a mean of squares.
+LENGTH = 128
+NUM_SAMPLES = 32
+# Backward passes over each sample, with other tokens drawn.
+_DRAWS = 3
+# Samples that go through a layer together.
+_CHUNK = 8
 _FORMATS = ("nvfp4", "fp8")
+# Output changes of a fused layer's formats, by weight and format: W' - W, [N, K] float32.
+Changes = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """samples: [num_samples, length] int64, of which KL is the mean
+    others:  [num_others, length] int64, whose inputs the calibrated methods quantise for
+    method:  NVFP4's, and FP8's where that is "gptq"
+    draws, seed: of the tokens
+    dtype:   of the layers; differences are computed as such, and not rounded away
+    """
+
+    samples: torch.Tensor
+    others: torch.Tensor
+    method: str
+    draws: int = _DRAWS
+    seed: int = 0
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of_text(cls, text: str, folder: Path, method: str, seed: int) -> Measurement:
+        """Samples of a text; half of them are the others where the method asks for any.
+
+        text:   ``builtin`` or a path; folder: where the tokenizer is
+        Raises CheckpointError where the text is too short.
+        """
+        is_calibrated = method in METHODS
+        calibration = Calibration(text, NUM_SAMPLES * (1 + is_calibrated), LENGTH, seed)
+        samples = calibration.samples(folder)
+        if not is_calibrated:
+            return cls(samples, samples[:0], method, seed=seed)
+        return cls(samples[::2], samples[1::2], method, seed=seed)
 
 
 def measure(
     source: Source,
     quantized: set[str],
-    samples: torch.Tensor,
+    measurement: Measurement,
     progress: Callable[[str], None] | None = None,
 ) -> list[Sensitivity]:
     """KL(source || source with one fused layer quantised), mean over the samples' tokens.
 
     quantized: the weights to choose a format for, all of them in decoder layers
-    samples:   [num_samples, length] int64
-    NVFP4's codes are those of method "mse", FP8 has one scale for a row. In float32: FP8's KL is
-    below what BF16 would round away. One decoder layer is in memory, and the hidden states of all
-    variants of one layer. Raises CheckpointError where transformers cannot run the model.
+    In memory are one decoder layer and what goes into every layer. Raises CheckpointError where
+    transformers cannot run the model.
     """
+    model, inputs = _forward(source, measurement)
+    gradients = _head_gradients(model, inputs.pop()[0], measurement)
+    units = {unit.prefix: unit for unit in by_layer(source.tensors, quantized)}
+    count = measurement.samples.numel() * measurement.draws
+    found: list[list[Sensitivity]] = []
+    for i in reversed(range(model.num_layers)):
+        own, others = inputs.pop()
+        prefix = model.prefix(i)
+        groups = [g for g in units.get(prefix, Unit("", ())).groups if g[0] in quantized]
+        if progress is not None and groups:
+            progress(prefix.removesuffix("."))
+        layer = model.layer(i, {})
+        modules = {n: _module(prefix, n) for g in groups for n in g}
+        moments = {}
+        if measurement.method in METHODS:
+            asked = {input_module(n.removeprefix(prefix)) for n in modules}
+            moments = _second_moments(model, layer, i, others, sorted(asked))
+        changes: Changes = {}
+        for group in groups:
+            moment = moments.get(input_module(group[0].removeprefix(prefix)))
+            changes |= _changes(source, group, measurement.method, moment)
+        sums, gradients = _backward(model, layer, i, own, gradients, modules, changes)
+        sizes = [sum(math.prod(source.tensors[n].shape) for n in g) for g in groups]
+        found.append(
+            [
+                Sensitivity(group, size, {**_divergences(sums, group, count), "bf16": 0.0})
+                for group, size in zip(groups, sizes, strict=True)
+            ]
+        )
+    return [group for of_layer in reversed(found) for group in of_layer]
+
+
+def _module(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix).removesuffix(".weight")
+
+
+def _forward(
+    source: Source, measurement: Measurement
+) -> tuple[LayerwiseModel, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    """(The model; what goes into each layer, and comes out of the last: chunks of the samples and
+    of the others, [num_samples, length, hidden size])."""
     model = LayerwiseModel(
-        source.folder, source.tensors, lambda name: source.load(name, "cpu"), samples
+        source.folder,
+        source.tensors,
+        lambda name: source.load(name, "cpu"),
+        torch.cat([measurement.samples, measurement.others]),
+        dtype=measurement.dtype or forward_dtype("cpu"),
     )
-    head = model.head()
-    inputs = [model.hidden]
+    hidden, model.hidden = model.hidden, []
+    count = len(measurement.samples)
+    parts = hidden[:count], hidden[count:]
+    own, others = ([torch.cat(p[i : i + _CHUNK]) for i in range(0, len(p), _CHUNK)] for p in parts)
+    inputs = [(own, others)]
     for i in range(model.num_layers):
         layer = model.layer(i, {})
-        inputs.append([model.run(layer, i, h) for h in inputs[-1]])
-    exact = [torch.log_softmax(head(h), -1) for h in inputs.pop()]
-    units = {unit.prefix: unit for unit in by_layer(source.tensors, quantized)}
-    found: list[Sensitivity] = []
-    for i in range(model.num_layers):
-        prefix = model.prefix(i)
-        if prefix not in units:
-            continue
-        groups = [g for g in units[prefix].groups if g[0] in quantized]
-        if progress is not None:
-            progress(prefix.removesuffix("."))
-        states = [
-            [model.run(model.layer(i, _quantise(source, group, name)), i, h) for h in inputs[i]]
-            for group in groups
-            for name in _FORMATS
-        ]
-        for later in range(i + 1, model.num_layers):
-            layer = model.layer(later, {})
-            states = [[model.run(layer, later, h) for h in state] for state in states]
-        divergences = [_divergence(exact, head, state) for state in states]
-        for j, group in enumerate(groups):
-            pair = divergences[2 * j : 2 * j + 2]
-            size = sum(math.prod(source.tensors[name].shape) for name in group)
-            kl = {**dict(zip(_FORMATS, pair, strict=True)), "bf16": 0.0}
-            found.append(Sensitivity(group, size, kl))
+        own, others = ([model.run(layer, i, h) for h in part] for part in inputs[-1])
+        inputs.append((own, others))
+    return model, inputs
+
+
+def _head_gradients(
+    model: LayerwiseModel, hidden: Sequence[torch.Tensor], measurement: Measurement
+) -> list[list[torch.Tensor]]:
+    """For each chunk and draw: d log p(drawn tokens) / d hidden, like the chunk."""
+    head = model.head()
+    generator = torch.Generator().manual_seed(measurement.seed)
+    found = []
+    for chunk in hidden:
+        draws: list[list[torch.Tensor]] = [[] for _ in range(measurement.draws)]
+        for sample in chunk:
+            state = sample.detach().clone().float().requires_grad_()
+            logits = torch.log_softmax(head(state), -1)
+            drawn = torch.multinomial(
+                logits.detach().exp(), measurement.draws, replacement=True, generator=generator
+            )
+            for d, draw in enumerate(draws):
+                chosen = logits.gather(1, drawn[:, d, None]).sum()
+                last = d + 1 == measurement.draws
+                (gradient,) = torch.autograd.grad(chosen, state, retain_graph=not last)
+                draw.append(gradient.to(chunk.dtype))
+        found.append([torch.stack(draw) for draw in draws])
     return found
 
 
-def _quantise(source: Source, group: Sequence[str], name: str) -> dict[str, torch.Tensor]:
+def _backward(
+    model: LayerwiseModel,
+    layer: torch.nn.Module,
+    index: int,
+    hidden: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor]],
+    modules: dict[str, str],
+    changes: Changes,
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[list[torch.Tensor]]]:
+    """(sum_t g . e of each weight and format, over all chunks and draws [num_samples * draws];
+    the gradients by the layer's input, like ``gradients``)."""
+    sums: dict[str, dict[str, list[torch.Tensor]]] = {
+        name: {fmt: [] for fmt in _FORMATS} for name in modules
+    }
+    passed = []
+    for chunk, outer in zip(hidden, gradients, strict=True):
+        state = chunk.detach().clone().requires_grad_()
+        traced, output = model.traced(layer, index, state, modules.values())
+        names = list(modules)
+        outputs = [traced[modules[name]][1] for name in names]
+        effects = {
+            name: {
+                fmt: traced[modules[name]][0] @ change.to(chunk.dtype).T
+                for fmt, change in changes[name].items()
+            }
+            for name in names
+        }
+        inner = []
+        for d, gradient in enumerate(outer):
+            last = d + 1 == len(outer)
+            into, *by_output = torch.autograd.grad(
+                output, [state, *outputs], gradient, retain_graph=not last
+            )
+            inner.append(into)
+            for name, by in zip(names, by_output, strict=True):
+                for fmt, effect in effects[name].items():
+                    product = (by * effect).flatten(1).sum(1, dtype=torch.float64)
+                    sums[name][fmt].append(product)
+        passed.append(inner)
+    whole = {n: {fmt: torch.cat(parts) for fmt, parts in of.items()} for n, of in sums.items()}
+    return whole, passed
+
+
+def _divergences(
+    sums: dict[str, dict[str, torch.Tensor]], group: Sequence[str], count: int
+) -> dict[str, float]:
+    """KL of the group in each format: its shards' changes add up before they are squared."""
+    return {
+        fmt: float(sum(sums[name][fmt] for name in group).square().sum()) / (2 * count)
+        for fmt in _FORMATS
+    }
+
+
+def _second_moments(
+    model: LayerwiseModel,
+    layer: torch.nn.Module,
+    index: int,
+    hidden: Sequence[torch.Tensor],
+    modules: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """E[x x^T] of the inputs of each module, [K, K] float32."""
+    total: dict[str, torch.Tensor] = {}
+    count = 0
+    for chunk in hidden:
+        inputs, _ = model.inputs(layer, index, chunk, modules)
+        count += chunk.shape[0] * chunk.shape[1]
+        for name, x in inputs.items():
+            rows = x.flatten(0, -2).float()
+            total[name] = total.get(name, 0) + rows.T @ rows
+    return {name: moment / count for name, moment in total.items()}
+
+
+def _changes(
+    source: Source, group: Sequence[str], method: str, moment: torch.Tensor | None
+) -> Changes:
+    """W' - W of each weight of a fused layer in each format."""
     weights = {n: source.load(n, "cpu").float() for n in group}
-    if name == "fp8":
-        pairs = {n: quantize_fp8_per_row(w) for n, w in weights.items()}
-        return {n: codes.float() * scale for n, (codes, scale) in pairs.items()}
     shared = torch.stack([nvfp4_global_scale(w) for w in weights.values()]).amax()
-    return {n: quantize_nvfp4(w, "mse", shared).dequantize() for n, w in weights.items()}
-
-
-def _divergence(
-    exact: Sequence[torch.Tensor],
-    head: Callable[[torch.Tensor], torch.Tensor],
-    state: Sequence[torch.Tensor],
-) -> float:
-    total, count = 0.0, 0
-    for reference, hidden in zip(exact, state, strict=True):
-        mine = torch.log_softmax(head(hidden), -1)
-        total += float((reference.exp() * (reference - mine)).sum(dtype=torch.float64))
-        count += reference.shape[0] * reference.shape[1]
-    # Rounding can leave a sum that is 0 in truth just below it.
-    return max(total / count, 0.0)
+    found: Changes = {}
+    for name, weight in weights.items():
+        if moment is None:
+            four = quantize_nvfp4(weight, method, shared)
+        elif method == "gptq":
+            # The descent lowers all layers' errors alike, and takes as long as all the rest.
+            four = quantize_gptq(weight, moment, shared, descent_rounds=0)
+        else:
+            four = quantize_hessian(weight, moment, shared)
+        use_gptq = method == "gptq" and moment is not None
+        codes, scale = (
+            quantize_fp8_gptq(weight, moment) if use_gptq else quantize_fp8_per_row(weight)
+        )
+        eight = codes.float() * scale
+        found[name] = {"nvfp4": four.dequantize() - weight, "fp8": eight - weight}
+    return found
 
 
 def save(path: Path, groups: Sequence[Sensitivity]) -> None:

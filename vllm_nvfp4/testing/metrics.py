@@ -21,6 +21,7 @@ _F32_MMA_LOSS = 2.0**-22
 # truncates: each of them loses less than 2^-13 of the largest, together less than 2^-9 of the
 # block's absolute sum. (On random data it is about 1e-5.) Source: MMA-Sim's bit-exact model.
 _FP8_MMA_LOSS = 2.0**-9
+_FOLDED_CHAIN = 128  # products of one chain: the longest K step of the variant "folded"
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
@@ -42,7 +43,8 @@ def linear_tolerance(
     u_out is the unit roundoff of a's dtype, and ``loss`` what the accumulator of the MMA can lose:
     K/16 f32 additions for 16-bit activations; for 8 bits one FP8 accumulator of 16 products and
     then f32 additions; the variant "f16_partials" rounds each of those sums to f16 besides, and may
-    add up to four in f16 before they go on in f32. Subnormal outputs add half of the smallest step.
+    add up to four in f16 before they go on in f32; "folded" chains the accumulator over 128
+    products. Subnormal outputs add half of the smallest step.
     """
     if activation_bits == 8:
         q, scale = quantize_fp8_per_row(a)
@@ -50,9 +52,12 @@ def linear_tolerance(
         loss = _FP8_MMA_LOSS
         if variant == "f16_partials":
             loss += 5 * UNIT_ROUNDOFF[torch.float16]
+        if variant == "folded":
+            loss *= _FOLDED_CHAIN // 16
     else:
         a_abs, loss = a.double().abs(), 0.0
     loss += max(a.shape[1] // 16, 1) * _F32_MMA_LOSS
+    # Folding rounds a weight by at most 1/16: within the room that its loss leaves.
     absolute_sum = a_abs @ weight.dequantize(torch.float64).abs().T
     smallest = torch.finfo(a.dtype).smallest_normal * UNIT_ROUNDOFF[a.dtype]
     return UNIT_ROUNDOFF[a.dtype] * reference.abs() + loss * absolute_sum + smallest
@@ -121,6 +126,6 @@ def compare_linear(
 
     y: [M, N]; a: [M, K]; bias: [N] or None; activation_bits: 16 or 8; variant: of the 8-bit kernel
     """
-    reference = reference_linear(a, weight, bias, activation_bits)
+    reference = reference_linear(a, weight, bias, activation_bits, variant)
     tolerance = linear_tolerance(a, weight, reference, activation_bits, variant)
     return compare(y, reference, tolerance)

@@ -146,8 +146,9 @@ class LoopCost:
 
 
 def mma_k_of(config: GemmConfig) -> int:
-    """The K of one MMA: an MXFP4 block is 32 wide, of which only FP8 MMA makes use."""
-    return 32 if (config.stem, config.fmt_name) == ("gemm_w4a8", "mxfp4") else 16
+    """The K of one MMA: 32 of FP8 where the blocks are, or where none is scaled by itself."""
+    is_wide = config.fmt_name == "mxfp4" or config.variant == "folded"
+    return 32 if config.stem == "gemm_w4a8" and is_wide else 16
 
 
 def mmas_of_step(config: GemmConfig) -> int:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""llm-compressor's and ModelOpt's NVFP4 beside ours: same model, calibration tokens and text.
+
+    python benchmarks/bench_quantize_peers.py MODEL --wheel gensim-4.4.0-*.whl --work DIR \\
+        --llmcompressor .venvs/llmcompressor/bin/python --modelopt .venvs/modelopt/bin/python \\
+        --csv FILE
+
+Each peer runs in an environment of its own: their pins exclude vLLM's. Model and text as in
+bench_quantize.py. Weights only (W4A16), 4.5 bits, lm_head kept; every checkpoint is read by
+vllm_nvfp4.checkpoints and runs dequantised in float32. All calibrated methods see the same tokens:
+those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents. DIR keeps the
+checkpoints: a run that was stopped goes on. cpu_seconds is the CPU time of all threads; of ours the
+whole command's, of a peer's without the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench_quantize
+import common
+import torch
+
+HELPER = Path(__file__).with_name("quantize_with_peer.py")
+# (kind, maker, its method): a kind's rows can be compared.
+RUNS = (
+    ("rtn", "vllm-nvfp4", "rtn"),
+    ("rtn", "llmcompressor", "rtn"),
+    ("rtn", "modelopt", "rtn"),
+    ("mse", "vllm-nvfp4", "mse"),
+    ("mse", "llmcompressor", "mse"),
+    ("mse", "modelopt", "mse"),
+    ("hessian", "vllm-nvfp4", "hessian"),
+    ("hessian", "llmcompressor", "imatrix"),
+    ("hessian", "modelopt", "local_hessian"),
+    ("gptq", "vllm-nvfp4", "gptq"),
+    ("gptq", "llmcompressor", "gptq"),
+    ("gptq", "llmcompressor", "gptq-mse"),
+)
+FIELDS = ("kind", "maker", "method", "ppl", "ppl_ratio", "kl", "top1", "cpu_seconds", "finite")
+
+
+def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> float:
+    """The checkpoint, unless it is there; CPU seconds."""
+    seconds = target.with_suffix(".seconds")
+    if seconds.is_file():
+        return float(seconds.read_text())
+    if maker == "vllm-nvfp4":
+        options = []
+        if method in ("hessian", "gptq"):
+            options = ["--calibration", str(args.work / "calibration.txt")]
+            options += ["--samples", str(args.samples)]
+        found, _ = bench_quantize.quantize(args.model, target, method, options)
+    else:
+        python = {"llmcompressor": args.llmcompressor, "modelopt": args.modelopt}[maker]
+        command = [str(python), str(HELPER), maker, method, str(args.model), str(target)]
+        command += ["--samples", str(args.work / "calibration.safetensors")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{maker} {method}: {done.stderr[-2000:]}")
+        found = float(done.stdout.rpartition("cpu_seconds ")[2])
+    seconds.write_text(f"{found}\n")
+    return found
+
+
+def prepare(args: argparse.Namespace) -> torch.Tensor:
+    """Write the calibration text and its tokens; returns the tokens of the text for the scores."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from vllm_nvfp4.quantize.calibration import Calibration
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    texts = bench_quantize.articles(args.wheel)
+    text = args.work / "calibration.txt"
+    text.write_text("\n\n".join(texts[1::2]))
+    tokens = Calibration(str(text), args.samples).samples(args.model)
+    save_file({"tokens": tokens}, args.work / "calibration.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    found = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
+    return torch.tensor(found[: args.eval_samples * args.length]).view(-1, args.length)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
+    from vllm_nvfp4.testing.engine import plain_model, reference_model
+
+    samples = prepare(args)
+    reference = bench_quantize.logits_of(plain_model(args.model, torch.float32), samples)
+    base = bench_quantize.compare(reference, reference, samples)
+    yield {"kind": "bf16", "ppl_ratio": 1.0, "finite": True, **base}
+    for kind, maker, method in RUNS:
+        if kind not in args.kinds or (maker != "vllm-nvfp4" and getattr(args, maker) is None):
+            continue
+        target = args.work / f"{maker}-{method}"
+        seconds = make(args, maker, method, target)
+        state = dequantized_state_dict(target)
+        finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+        del state
+        logits = bench_quantize.logits_of(reference_model(target, torch.float32), samples)
+        found = bench_quantize.compare(logits, reference, samples)
+        yield {
+            "kind": kind,
+            "maker": maker,
+            "method": method,
+            "cpu_seconds": seconds,
+            "finite": finite and math.isfinite(found["ppl"]),
+            **found,
+            "ppl_ratio": found["ppl"] / base["ppl"],
+        }
+
+
+def peer_versions(args: argparse.Namespace) -> list[tuple[str, str]]:
+    code = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    found = []
+    for name, package in (("llmcompressor", "llmcompressor"), ("modelopt", "nvidia-modelopt")):
+        python = getattr(args, name)
+        if python is not None:
+            command = [str(python), "-c", code, package]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.append((package, done.stdout.strip()))
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--llmcompressor", type=Path, help="its environment's Python")
+    parser.add_argument("--modelopt", type=Path, help="its environment's Python")
+    kinds = tuple(dict.fromkeys(kind for kind, *_ in RUNS))
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
+    parser.add_argument("--eval-samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--csv", type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    notes = [*common.header(), *peer_versions(args)]
+    notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
+    notes.append(("calibration", f"other articles of the same wheel, {args.samples} x 1024 tokens"))
+    lines = [f"# {name}: {value}\n" for name, value in notes] + [",".join(FIELDS) + "\n"]
+    print("".join(lines), end="", flush=True)
+    if args.csv:
+        args.csv.write_text("".join(lines))
+    ok = True
+    for row in measure(args):
+        ok &= row["finite"]
+        cells = [row.get(name, "") for name in FIELDS]
+        cells = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
+        print(*cells, flush=True)
+        if args.csv:
+            with args.csv.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(cells)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
