@@ -92,6 +92,13 @@ def make_moe_kernel(prepare_finalize: Any, experts: Any) -> Any:
     return FusedMoEKernel(prepare_finalize, experts)
 
 
+def lacks_cpu_routing() -> bool:
+    """Whether vLLM is a CPU build that has no CPU router of its own, as 0.28."""
+    from vllm.platforms import current_platform
+
+    return vllm_version() < Version("0.32") and current_platform.is_cpu()
+
+
 def batch_invariant_module() -> Any:
     """Where vLLM puts reductions of its own in torch's place (it moved in 0.29)."""
     for package in ("determinism", "layers"):
