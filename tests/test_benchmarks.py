@@ -165,7 +165,7 @@ def test_moe_error_is_that_of_the_layer(load):
         6, layer.shape, "uniform", torch.bfloat16, torch.device("cpu"), 0
     )
     stacks = [Experts(w, None).stacked_by(cpu.pack_weight) for w in (layer.w13, layer.w2)]
-    y = cpu_moe.moe(a, *stacks, (weights, ids), backends.SILU, False, 16)
+    y = cpu_moe.moe(a, *stacks, (weights, ids, None), backends.SILU, False, 16)
     assert moe.sampled_error(y, tokens, layer) < 6e-3
     y[:, 3] += 1
     assert moe.sampled_error(y, tokens, layer) > 6e-3

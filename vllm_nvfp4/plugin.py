@@ -37,6 +37,7 @@ def register() -> None:
     _patch_legacy_modelopt()
     _patch_batch_invariance()
     _patch_cpu_routing()
+    _patch_cpu_dispatch()
     _registered = True
 
 
@@ -230,6 +231,16 @@ def _patch_cpu_routing() -> None:
 
     _custom_ops.topk_softmax = moe_routing.topk_softmax
     _custom_ops.topk_sigmoid = moe_routing.topk_sigmoid
+
+
+def _patch_cpu_dispatch() -> None:
+    """Let mixtures of experts run data-parallel on a CPU; compat_cpu_dispatch.py says why not."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_nvfp4 import compat_cpu_dispatch
+
+        compat_cpu_dispatch.install()
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:
