@@ -226,7 +226,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         """The routed experts' part; vLLM's runner computes the shared experts and adds them."""
         if self.moe_kernel is None:
             raise ValueError(f"{self.prefix}: experts whose weights have not been loaded")
-        return self.moe_kernel.apply(
+        y: Any = self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight,
             w2=layer.w2_weight,
@@ -239,6 +239,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )
+        return y
 
 
 class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
