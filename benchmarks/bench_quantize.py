@@ -7,7 +7,11 @@ MODEL is a folder of 16-bit safetensors. The text is the Wikipedia sample in the
 BY-SA; not part of this repository): every second article for the perplexity, the others for the
 calibration, unless --calibration says otherwise. Every method sees the same tokens; weights are
 dequantised and run in float32 with transformers. ppl_ratio and kl are against MODEL itself, kl the
-mean over tokens of KL(MODEL || quantised). seconds is the CPU time of all threads of the command.
+mean over tokens of KL(MODEL || quantised); *_se are standard errors by a bootstrap over blocks of
+tokens. cpu_s is the CPU time of all threads of the command, imports included, wall_s its duration
+while load processes (a mean over the last minute, itself among them) wanted the cores.
+
+FILE is written after every row. Methods that it has already are not measured again.
 """
 
 from __future__ import annotations
@@ -22,14 +26,19 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
 
-METHODS = ("rtn", "mse", "hessian", "gptq")
-FIELDS = ("method", "ppl", "ppl_ratio", "kl", "top1", "seconds", "peak_mib", "match")
+METHODS = ("rtn", "mse", "gptq", "mr-gptq", "hessian")
+FIELDS = (
+    *("method", "bits_per_weight", "ppl", "ppl_ratio", "ppl_ratio_se", "kl", "kl_se", "top1"),
+    *("cpu_s", "wall_s", "load", "peak_mib", "match", "commit"),
+)
 _MIN_CHARS = 2000
 
 
@@ -55,42 +64,63 @@ def _plain(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def logits_of(model: Any, samples: Any) -> Any:
-    """[num_samples, length, V] float32."""
+def scores_of(model: Any, samples: Any, reference: list[Any] | None) -> tuple[Any, list[Any]]:
+    """(Scores against the reference's last hidden states, those of this model). The head is the
+    same in all: no method quantises it."""
+    import numpy as np
     import torch
 
+    from vllm_nvfp4.quality.engine import Scores
+    from vllm_nvfp4.quality.recorder import score
+
+    found, states = [], []
     with torch.inference_mode():
-        return torch.cat([model(input_ids=sample[None]).logits.float() for sample in samples])
+        for i, tokens in enumerate(samples):
+            hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, :-1]
+            states.append(hidden)
+            theirs = hidden if reference is None else reference[i]
+            head = model.get_output_embeddings()
+            found.append(score(head(hidden), tokens[1:], head(theirs)))
+    fields = {name: np.array([f[name] for f in found]) for name in ("nll", "kl", "same")}
+    return Scores(**fields), states
 
 
-def compare(logits: Any, reference: Any, samples: Any) -> dict[str, float]:
-    """Perplexity, mean KL from the reference and agreement of the most likely token."""
-    import torch
+def compared(scores: Any, base: Any) -> dict[str, float]:
+    """The quality columns of a row."""
+    from vllm_nvfp4.quality.statistics import text_rows
 
-    loss, kl, same = 0.0, 0.0, 0
-    for mine, theirs, tokens in zip(logits, reference, samples, strict=True):
-        log_mine, log_theirs = (torch.log_softmax(x[:-1], -1) for x in (mine, theirs))
-        loss -= log_mine.gather(1, tokens[1:, None]).double().sum().item()
-        kl += (log_theirs.exp() * (log_theirs - log_mine)).sum(-1).double().sum().item()
-        same += int((log_mine.argmax(-1) == log_theirs.argmax(-1)).sum())
-    count = samples.shape[0] * (samples.shape[1] - 1)
-    ppl = torch.tensor(loss / count, dtype=torch.float64).exp().item()
-    return {"ppl": ppl, "kl": kl / count, "top1": same / count}
+    rows = {row.metric: row for row in text_rows(scores, base)}
+    ratio, kl = rows["perplexity, %"], rows["KL, mean"]
+    return {
+        "ppl": rows["perplexity"].value,
+        "ppl_ratio": ratio.value / 100,
+        "ppl_ratio_se": (ratio.standard_error or 0.0) / 100,
+        "kl": kl.value,
+        "kl_se": kl.standard_error or 0.0,
+        "top1": rows["top-1 agreement"].value,
+    }
 
 
-def quantize(model: Path, target: Path, method: str, options: list[str]) -> tuple[float, float]:
-    """(CPU seconds, MiB at the peak) of the command, imports included."""
+def quantize(model: Path, target: Path, method: str, options: list[str]) -> dict[str, float]:
+    """The cost columns of a row: what the command took."""
     command = [sys.executable, "-m", "vllm_nvfp4.cli.main", "quantize", str(model)]
     command += ["-o", str(target), "--method", method, *options]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(common.ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
+    wall = time.monotonic() - started
     peak = re.search(r"peak memory (\d+) MiB", done.stdout)
+    bits = re.search(r"([\d.]+) bits per weight", done.stdout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return seconds, float(peak[1]) if peak else float("nan")
+    return {
+        "bits_per_weight": float(bits[1]) if bits else float("nan"),
+        "cpu_s": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        "wall_s": wall,
+        "load": os.getloadavg()[0],
+        "peak_mib": float(peak[1]) if peak else float("nan"),
+    }
 
 
 def stored_matches(folder: Path, method: str, model: Path) -> bool:
@@ -114,7 +144,7 @@ def stored_matches(folder: Path, method: str, model: Path) -> bool:
     return False
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
     import torch
     from transformers import AutoTokenizer
 
@@ -124,35 +154,44 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
     samples = torch.tensor(tokens[: args.eval_samples * args.length]).view(-1, args.length)
-    reference = logits_of(plain_model(args.model, torch.float32), samples)
-    base = compare(reference, reference, samples)
-    rows = [{"method": "bf16", **base, "ppl_ratio": 1.0, "match": True}]
-    show(rows[-1])
+    base, reference = scores_of(plain_model(args.model, torch.float32), samples, None)
+    if "bf16" not in done:
+        size = {"bits_per_weight": 16.0, "match": True}
+        yield {"method": "bf16", **compared(base, base), **size}
     with tempfile.TemporaryDirectory() as temporary:
         other = Path(temporary) / "calibration.txt"
         other.write_text("\n\n".join(texts[1::2]))
         for method in args.methods:
+            if method in done:
+                continue
             options = []
-            if method in ("hessian", "gptq"):
+            if method not in ("rtn", "mse"):
                 options = ["--calibration", args.calibration or str(other)]
                 options += ["--samples", str(args.samples)]
             target = Path(temporary) / method
-            seconds, peak = quantize(args.model, target, method, options)
-            logits = logits_of(reference_model(target, torch.float32), samples)
-            found = compare(logits, reference, samples)
+            cost = quantize(args.model, target, method, options)
+            model = reference_model(target, torch.float32)
+            scores, _ = scores_of(model, samples, reference)
             match = stored_matches(target, method, args.model)
-            row = {"method": method, **found, "seconds": seconds, "peak_mib": peak, "match": match}
-            rows.append(row | {"ppl_ratio": found["ppl"] / base["ppl"]})
-            show(rows[-1])
-    return rows
+            yield {"method": method, **compared(scores, base), **cost, "match": match}
 
 
 def show(row: dict[str, Any]) -> None:
-    cells = [f"{row['method']:>8}", f"ppl {row['ppl']:7.3f}", f"x {row['ppl_ratio']:.4f}"]
+    cells = [f"{row['method']:>8}", f"ppl {row['ppl']:7.3f}"]
+    cells += [f"x {row['ppl_ratio']:.4f} +- {row['ppl_ratio_se']:.4f}"]
     cells += [f"kl {row['kl']:.4f}", f"top-1 {row['top1']:.3f}"]
-    if "seconds" in row:
-        cells += [f"{row['seconds']:6.1f} s", f"{row['peak_mib']:.0f} MiB"]
+    if "cpu_s" in row:
+        cells += [f"{row['cpu_s']:6.1f} s CPU, {row['wall_s']:.1f} s at load {row['load']:.0f}"]
+        cells += [f"{row['peak_mib']:.0f} MiB"]
     print(" | ".join(cells), "|", "match" if row["match"] else "MISMATCH", flush=True)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run, [] where there is none."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], notes: list[tuple[str, str]]) -> None:
@@ -172,7 +211,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--calibration", help="FILE or builtin, instead of the other articles")
     parser.add_argument("--samples", type=int, default=16, help="for the calibration")
-    parser.add_argument("--eval-samples", type=int, default=8)
+    parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--csv", type=Path)
     return parser.parse_args(argv)
@@ -181,15 +220,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     notes = common.header()
+    commit = dict(notes)["commit"]
     notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
     text = args.calibration or "other articles of the same wheel"
     notes.append(("calibration", f"{text}, {args.samples} x 1024 tokens"))
     for name, value in notes:
         print(f"{name}: {value}")
-    rows = measure(args)
-    if args.csv:
-        write_csv(args.csv, rows, notes)
-    return 0 if all(row["match"] for row in rows) else 1
+    rows = read_csv(args.csv) if args.csv else []
+    for row in measure(args, {row["method"] for row in rows}):
+        rows.append({**row, "commit": commit})
+        show(row)
+        if args.csv:
+            write_csv(args.csv, rows, notes)
+    return 0 if all(str(row["match"]) == "True" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> flo
         if method in ("hessian", "gptq"):
             options = ["--calibration", str(args.work / "calibration.txt")]
             options += ["--samples", str(args.samples)]
-        found, _ = bench_quantize.quantize(args.model, target, method, options)
+        found = bench_quantize.quantize(args.model, target, method, options)["cpu_s"]
     else:
         python = {"llmcompressor": args.llmcompressor, "modelopt": args.modelopt}[maker]
         command = [str(python), str(HELPER), maker, method, str(args.model), str(target)]
@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from vllm_nvfp4.testing.engine import plain_model, reference_model
 
     samples = prepare(args)
-    reference = bench_quantize.logits_of(plain_model(args.model, torch.float32), samples)
-    base = bench_quantize.compare(reference, reference, samples)
-    yield {"kind": "bf16", "ppl_ratio": 1.0, "finite": True, **base}
+    model = plain_model(args.model, torch.float32)
+    base, reference = bench_quantize.scores_of(model, samples, None)
+    yield {"kind": "bf16", "finite": True, **bench_quantize.compared(base, base)}
     for kind, maker, method in RUNS:
         if kind not in args.kinds or (maker != "vllm-nvfp4" and getattr(args, maker) is None):
             continue
@@ -104,8 +104,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         state = dequantized_state_dict(target)
         finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
         del state
-        logits = bench_quantize.logits_of(reference_model(target, torch.float32), samples)
-        found = bench_quantize.compare(logits, reference, samples)
+        model = reference_model(target, torch.float32)
+        scores, _ = bench_quantize.scores_of(model, samples, reference)
+        found = bench_quantize.compared(scores, base)
         yield {
             "kind": kind,
             "maker": maker,
@@ -113,7 +114,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "cpu_seconds": seconds,
             "finite": finite and math.isfinite(found["ppl"]),
             **found,
-            "ppl_ratio": found["ppl"] / base["ppl"],
         }
 
 

@@ -48,6 +48,7 @@ from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import write_model
 
 METHODS = ("rtn", "mse", "hessian", "gptq")
+CALIBRATED = ("hessian", "gptq", "mr-gptq")
 SMALL = ["--samples", "4", "--sample-length", "48"]
 
 
@@ -71,7 +72,7 @@ def copied(models, tmp_path):
 
 
 def quantize(source: Path, target: Path, method: str, *options: str) -> int:
-    arguments = [*SMALL, *options] if method in ("hessian", "gptq") else [*options]
+    arguments = [*SMALL, *options] if method in CALIBRATED else [*options]
     return main(["quantize", str(source), "-o", str(target), "--method", method, *arguments])
 
 
@@ -226,8 +227,10 @@ def _layer_moments(source: Source, layer: str) -> torch.Tensor:
     model = LayerwiseModel(source.folder, source.tensors, lambda n: source.load(n, "cpu"), samples)
     module = layer.removeprefix(model.prefix(0))
     first = model.layer(0, {})
-    inputs = [model.inputs(first, 0, h, [module], last=module)[0] for h in model.hidden]
-    x = torch.cat([found[module] for found in inputs]).flatten(0, -2)
+    inputs: list[torch.Tensor] = []
+    for hidden in model.hidden:
+        model.watch(first, 0, hidden, {module: inputs.append})
+    x = torch.cat(inputs).flatten(0, -2)
     return x.T @ x / len(x)
 
 
@@ -337,11 +340,13 @@ def test_layer_by_layer_is_the_whole_model(models, family):
     first, second = mine.layer(0, weights), mine.layer(1, {})
     hidden = [mine.run(first, 0, h) for h in mine.hidden]
     assert torch.allclose(torch.cat(hidden), output.hidden_states[1], rtol=1e-4, atol=1e-4)
-    for last in (None, name):
-        found = [mine.inputs(second, 1, h, [name], last=last) for h in hidden]
-        inputs = torch.cat([inputs[name] for inputs, _ in found])
-        assert torch.allclose(inputs, seen[0], rtol=1e-3, atol=1e-3)
-        assert all((output is None) == (last is not None) for _, output in found)
+    hidden = torch.cat(hidden)  # samples by themselves, then all at once
+    found: list[torch.Tensor] = []
+    last = mine.watch(second, 1, hidden, {name: found.append})
+    assert torch.allclose(found[0], seen[0], rtol=1e-3, atol=1e-3)
+    assert torch.equal(last, mine.run(second, 1, hidden))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.nonesuch"):
+        mine.watch(second, 1, hidden, {"mlp.nonesuch": found.append})
 
 
 def test_gptq_follows_the_unquantised_model(models, tmp_path):
@@ -375,14 +380,14 @@ def test_what_adds_to_the_residual_stream_is_found_by_adding_up(models, family, 
     source = Source(models(family))
     quantized, _ = source.quantizable(DEFAULT_IGNORE)
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
-    calibrated.start(by_layer(source.tensors, quantized)[1], quantized)
+    calibrated.start(by_layer(source.tensors, quantized)[1], quantized, set(), lambda scale: scale)
     assert bool(calibrated._adds_to) is found
 
 
 # --- the same again, and going on -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mr-gptq"])
 def test_a_run_repeats_to_the_bit(models, tmp_path, method):
     for name in ("first", "second"):
         assert quantize(models("llama"), tmp_path / name, method) == 0
@@ -399,7 +404,7 @@ def test_the_seed_chooses_the_text(models, tmp_path):
     assert len({tuple(sample.tolist()) for sample in samples}) == 8
 
 
-@pytest.mark.parametrize("method", ["mse", "gptq"])
+@pytest.mark.parametrize("method", ["mse", "gptq", "mr-gptq"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(models, tmp_path, method, monkeypatch):
     source = models("llama")
     assert quantize(source, tmp_path / "whole", method) == 0
@@ -538,7 +543,7 @@ def test_layers_of_another_decoder_are_refused(models, tmp_path):
     units = by_layer(source.tensors, quantized)
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\. where model\.layers\.0\. comes"):
-        calibrated.start(units[2], quantized)
+        calibrated.start(units[2], quantized, set(), lambda scale: scale)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,20 @@ class Source:
         with safe_open(self._file_of[name], "pt") as reader:
             return reader.get_tensor(name).to(device)
 
+    def load_finite(self, name: str, device: torch.device | str) -> torch.Tensor:
+        """As :meth:`load`. Raises CheckpointError where it holds NaN or an infinity."""
+        tensor = self.load(name, device)
+        num_bad = int((~tensor.isfinite()).sum())
+        if num_bad:
+            raise CheckpointError(
+                str(self.folder),
+                name,
+                f"{num_bad} of {tensor.numel()} weights are NaN or infinite",
+                "finite weights",
+                "Download the checkpoint again, or keep to another revision of it.",
+            )
+        return tensor
+
     def config(self) -> dict[str, Any]:
         """config.json. Raises CheckpointError where it says that the weights are quantised."""
         config, _ = read_config(self.folder)

@@ -30,9 +30,15 @@ from vllm_nvfp4.checkpoints.source import (
     matches,
     whole,
 )
-from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.work import work_in
-from vllm_nvfp4.checkpoints.written import FORMATS, FP8, Fp8Format, StoredFormat, mixed_config
+from vllm_nvfp4.checkpoints.written import (
+    FORMATS,
+    FP8,
+    Fp8Format,
+    FpQuantFormat,
+    StoredFormat,
+    mixed_config,
+)
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -66,16 +72,23 @@ class WriteReport:
 class Quantizer(Protocol):
     """How weights become codes. Called in the order of the units, and of the groups in them."""
 
-    def start(self, unit: Unit, quantized: set[str]) -> None:
-        """The unit's weights come next."""
-
-    def quantize(
+    def start(
         self,
-        weights: Mapping[str, torch.Tensor],
+        unit: Unit,
+        quantized: set[str],
+        fp8: set[str],
         representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> dict[str, BlockScaledWeight]:
-        """The shards of one fused layer (or one layer), by name, with one global scale that is
-        ``representable`` in the file: what is read back for one near its argument."""
+    ) -> None:
+        """The unit's weights come next. fp8: those of ``quantized`` that :meth:`quantize_fp8` is
+        asked for; representable: what is read back for an NVFP4 global scale near its argument."""
+
+    def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
+        """The shards of one fused layer (or one layer), by name, with one representable global
+        scale."""
+
+    def input_amax(self, name: str) -> float | None:
+        """The largest magnitude among the inputs of a weight just quantised, as the stored weight
+        meets them; None where none was seen."""
 
     def quantize_fp8(
         self, weights: Mapping[str, torch.Tensor]
@@ -92,22 +105,27 @@ class DataFree:
     def __init__(self, method: str = "mse") -> None:
         self._method = method
 
-    def start(self, unit: Unit, quantized: set[str]) -> None:
-        """Nothing to prepare."""
-
-    def quantize(
+    def start(
         self,
-        weights: Mapping[str, torch.Tensor],
+        unit: Unit,
+        quantized: set[str],
+        fp8: set[str],
         representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> dict[str, BlockScaledWeight]:
+    ) -> None:
+        self._representable = representable
+
+    def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
         largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
-        shared = representable(largest)
+        shared = self._representable(largest)
         return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
 
     def quantize_fp8(
         self, weights: Mapping[str, torch.Tensor]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
+
+    def input_amax(self, name: str) -> float | None:
+        return None
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         """Nothing follows."""
@@ -145,7 +163,7 @@ class WriteOptions:
     finish:    called with the finished folder before it appears, for :func:`write_resumable`
     """
 
-    stored: StoredFormat = FORMATS["modelopt"]
+    stored: StoredFormat | FpQuantFormat = FORMATS["modelopt"]
     ignore: Sequence[str] = DEFAULT_IGNORE
     device: torch.device | str = "cpu"
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -246,7 +264,7 @@ class _Job:
     quantized: set[str]
     fp8: set[str] = field(default_factory=set)
 
-    def _layout(self, name: str) -> StoredFormat | Fp8Format:
+    def _layout(self, name: str) -> StoredFormat | FpQuantFormat | Fp8Format:
         return FP8 if name in self.fp8 else self.options.stored
 
     def write(self, units: Sequence[Unit]) -> WriteReport:
@@ -267,7 +285,9 @@ class _Job:
                 for group in unit.groups:
                     self._announce(group)
             else:
-                self.quantizer.start(unit, self.quantized)
+                self.quantizer.start(
+                    unit, self.quantized, self.fp8, self.options.stored.representable
+                )
                 # A file under its own name is whole: what a kill leaves has another one.
                 part = path.with_suffix(".part")
                 with SafetensorsWriter(part, entries) as writer:
@@ -321,36 +341,23 @@ class _Job:
 
     def _write_unit(self, unit: Unit, writer: SafetensorsWriter) -> None:
         for group in unit.groups:
-            tensors = {name: self.source.load(name, self.options.device) for name in group}
             if group[0] not in self.quantized:
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
+                for name in group:
+                    writer.write(name, self.source.load(name, "cpu"))
                 continue
             self._announce(group)
-            for name, tensor in tensors.items():
-                self._check_finite(name, tensor)
+            tensors = {name: self.source.load_finite(name, self.options.device) for name in group}
             if group[0] in self.fp8:
                 for name, (codes, scale) in self.quantizer.quantize_fp8(tensors).items():
                     eight = FP8.tensors(name.removesuffix(".weight"), codes, scale)
                     for entry, tensor in eight.items():
                         writer.write(entry, tensor)
                 continue
-            representable = self.options.stored.representable
-            for name, weight in self.quantizer.quantize(tensors, representable).items():
-                stored = self.options.stored.tensors(name.removesuffix(".weight"), weight)
+            for name, weight in self.quantizer.quantize(tensors).items():
+                layer = name.removesuffix(".weight")
+                stored = self.options.stored.tensors(layer, weight, self.quantizer.input_amax(name))
                 for entry, tensor in stored.items():
                     writer.write(entry, tensor)
-
-    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        num_bad = int((~tensor.isfinite()).sum())
-        if num_bad:
-            raise CheckpointError(
-                str(self.source.folder),
-                name,
-                f"{num_bad} of {tensor.numel()} weights are NaN or infinite",
-                "finite weights",
-                "Download the checkpoint again, or keep to another revision of it.",
-            )
 
     def _stored(self, unit: Unit, path: Path) -> dict[str, torch.Tensor]:
         from safetensors import safe_open

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two layouts in which NVFP4 checkpoints are written here: tensor names, values, config.json.
+"""The layouts in which NVFP4 checkpoints are written here: tensor names, values, config.json.
 
 ModelOpt, per quantised layer P of shape [N, K]:
     P.weight              uint8 [N, K/2], the low nibble holds even k
@@ -12,8 +12,14 @@ compressed-tensors:
 FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN):
     P.weight              float8_e4m3fn [N, K]
     P.weight_scale        float32 [N, 1]; multiplies
-Weights only (W4A16): neither stores a scale of the activations. Sources: NVIDIA ModelOpt's Hugging
-Face export (W4A16_NVFP4), llm-compressor's NVFP4A16.
+FP-Quant, whose weights are rotated along K by a Hadamard matrix of size g, in blocks:
+    P.qweight             uint8 [N, K/2], the low nibble holds even k
+    P.scales              uint8 [N, K/16], the bits of float8_e4m3fn; multiplies
+    P.weight_global_scale bfloat16 [1]; divides, one value for all the shards of a fused layer
+    P.act_global_scale    bfloat16 [1]; divides, for engines that round the inputs to NVFP4 too
+    P.forward_hadamard_matrix, P.backward_hadamard_matrix  bfloat16 [g, g]
+All but FP-Quant are weights only (W4A16): they store no scale of the activations. Sources: NVIDIA
+ModelOpt's Hugging Face export (W4A16_NVFP4), llm-compressor's NVFP4A16, fp_quant 0.3.2.
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ import torch
 
 from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
+from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 
@@ -53,8 +61,11 @@ class StoredFormat:
         """The multiplier that is read back for one near ``global_scale``."""
         return 1.0 / (1.0 / global_scale) if self.is_divisor else global_scale
 
-    def tensors(self, layer: str, weight: BlockScaledWeight) -> dict[str, torch.Tensor]:
-        """The tensors of :meth:`entries`. The weight's rows have one global scale."""
+    def tensors(
+        self, layer: str, weight: BlockScaledWeight, input_amax: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of :meth:`entries`. The weight's rows have one global scale. input_amax: the
+        largest magnitude among the inputs, if known; only FP-Quant stores something of it."""
         scale = weight.global_scale[0]
         return {
             f"{layer}.{self.codes}": weight.codes,
@@ -69,6 +80,66 @@ class StoredFormat:
         scale = 1.0 / scale if self.is_divisor else scale
         block_scale = load(f"{layer}.weight_scale")
         return BlockScaledWeight(codes, block_scale, scale.expand(len(codes)), NVFP4).dequantize()
+
+
+@dataclass(frozen=True)
+class FpQuantFormat:
+    """As :class:`StoredFormat`; weights come rotated. size: of the Hadamard matrix."""
+
+    size: int
+    name: str = "fp-quant"
+
+    def entries(self, layer: str, shape: Sequence[int]) -> dict[str, TensorInfo]:
+        rows, cols = shape
+        rotation = TensorInfo("BF16", (self.size, self.size))
+        return {
+            f"{layer}.qweight": TensorInfo("U8", (rows, cols // 2)),
+            f"{layer}.scales": TensorInfo("U8", (rows, cols // NVFP4.block_size)),
+            f"{layer}.weight_global_scale": TensorInfo("BF16", (1,)),
+            f"{layer}.act_global_scale": TensorInfo("BF16", (1,)),
+            f"{layer}.forward_hadamard_matrix": rotation,
+            f"{layer}.backward_hadamard_matrix": rotation,
+        }
+
+    def representable(self, global_scale: torch.Tensor) -> torch.Tensor:
+        return 1.0 / (1.0 / global_scale).bfloat16().float()
+
+    def tensors(
+        self, layer: str, weight: BlockScaledWeight, input_amax: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        rotation = hadamard(self.size).bfloat16()
+        if not input_amax:
+            raise ValueError(f"{layer}: input_amax is {input_amax}; FP-Quant needs it above 0")
+        inputs = 1.0 / nvfp4_scale_from_amax(torch.tensor([input_amax]))
+        return {
+            f"{layer}.qweight": weight.codes,
+            f"{layer}.scales": weight.block_scale.view(torch.uint8),
+            f"{layer}.weight_global_scale": (1.0 / weight.global_scale[:1]).bfloat16(),
+            f"{layer}.act_global_scale": inputs.bfloat16(),
+            f"{layer}.forward_hadamard_matrix": rotation,
+            f"{layer}.backward_hadamard_matrix": rotation,
+        }
+
+    def dequantize(self, layer: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The stored layer as numbers before the rotation, [N, K] float32."""
+        codes = load(f"{layer}.qweight")
+        scale = 1.0 / load(f"{layer}.weight_global_scale").float()
+        block_scale = load(f"{layer}.scales").view(torch.float8_e4m3fn)
+        weight = BlockScaledWeight(codes, block_scale, scale.expand(len(codes)), NVFP4)
+        return rotate_blocks(weight.dequantize(), hadamard(self.size))
+
+    def config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        return {
+            "backward_dtype": "bf16",
+            "forward_dtype": "nvfp4",
+            "forward_method": "abs_max",
+            "hadamard_group_size": self.size,
+            "modules_to_not_convert": list(ignore),
+            "pseudoquantization": False,
+            "quant_method": "fp_quant",
+            "store_master_weights": False,
+            "transform_init": "hadamard",
+        }
 
 
 class Fp8Format:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_nvfp4.quantize.calibration import Calibration
 
 DATA_FREE = ("rtn", "mse")
-CALIBRATED = ("hessian", "gptq")
+CALIBRATED = ("hessian", "gptq", "mr-gptq")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,10 +34,13 @@ def add_parser(subparsers: Any) -> None:
         choices=(*DATA_FREE, *CALIBRATED),
         help="rtn: round to nearest; mse: best block scale by the weights alone (default); "
         "hessian: best block scale by the layer's inputs; gptq: codes and scales by the layer's "
-        "inputs (default with --calibration)",
+        "inputs (default with --calibration); mr-gptq: the same on rotated weights, for engines "
+        "that rotate each layer's inputs",
     )
     parser.add_argument(
-        "--format", choices=("modelopt", "compressed-tensors"), default="modelopt", help="dialect"
+        "--format",
+        choices=("modelopt", "compressed-tensors"),
+        help="dialect (default: modelopt; mr-gptq has FP-Quant's)",
     )
     parser.add_argument(
         "--calibration",
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    _check_format(args, method)
     _check_precision(args)
     calibration = None
     if method in CALIBRATED or is_measured:
@@ -114,6 +118,23 @@ def run(args: argparse.Namespace) -> int:
         raise
     _print_summary(report, target, method, time.monotonic() - started)
     return 0
+
+
+def _check_format(args: argparse.Namespace, method: str) -> None:
+    if method != "mr-gptq":
+        args.format = args.format or "modelopt"
+        return
+    if args.format:
+        raise ValueError(
+            f"--format {args.format} with --method mr-gptq; rotated weights are stored in "
+            "FP-Quant's dialect alone: drop --format, or use --method gptq"
+        )
+    if args.kv_cache != "keep":
+        raise ValueError(
+            f"--kv-cache {args.kv_cache} with --method mr-gptq; FP-Quant's dialect has no scales "
+            "for the cache: drop --kv-cache, or use --method gptq"
+        )
+    args.format = "fp-quant"
 
 
 def _check_precision(args: argparse.Namespace) -> None:
@@ -167,10 +188,10 @@ def _precision(
 def _quantize(
     args: argparse.Namespace, method: str, calibration: Calibration | None, target: Path
 ) -> WriteReport:
-    from vllm_nvfp4.checkpoints.source import Source
+    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
     from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
-    from vllm_nvfp4.checkpoints.written import FORMATS
-    from vllm_nvfp4.quantize.calibrated import Calibrated
+    from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
+    from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
 
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or choose another folder")
@@ -186,11 +207,13 @@ def _quantize(
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
 
     def make(progress: Callable[[str], None]) -> WriteReport:
+        size = rotation_size(source, source.quantizable(DEFAULT_IGNORE)[0])
+        rotation = size if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
-            quantizer = Calibrated(source, method, calibration, args.device)
+            quantizer = Calibrated(source, method, calibration, args.device, rotation)
         options = WriteOptions(
-            stored=FORMATS[args.format],
+            stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
             arguments=arguments,
             progress=progress,

@@ -46,6 +46,15 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-6.0, 6.0).add_(bias).sub_(bias).copysign_(x)
 
 
+def round_e2m1_(x: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """:func:`round_e2m1` in place, for steps so small that new memory is most of their cost; a zero
+    loses its sign. scratch: like x, overwritten. Returns x."""
+    torch.bitwise_and(x.view(torch.int32), 0x7F800000, out=scratch.view(torch.int32))
+    bias = scratch.mul_(_ROUND_TO_INTEGER / 2)
+    bias.clamp_(_ROUND_TO_INTEGER / 2, _ROUND_TO_INTEGER * 2)
+    return x.clamp_(-6.0, 6.0).add_(bias).sub_(bias)
+
+
 def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """value = E2M1(code). codes: uint8 (0..15), any shape; exact in every floating type."""
     magnitudes = torch.tensor(E2M1_VALUES, dtype=dtype, device=codes.device)

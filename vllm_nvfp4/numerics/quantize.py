@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
@@ -56,15 +54,14 @@ _CANDIDATE_OFFSETS = (0, -1, 1, 2, 3, 4, -2, -3, 5, 6, -4)
 _E4M3_MAX_BITS = 0x7E
 
 
-def block_scale_candidates(rtn: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The block scales to try instead of ``rtn``, as float32, ``rtn`` itself first.
+def block_scale_candidates(rtn: torch.Tensor) -> torch.Tensor:
+    """The block scales to try instead of ``rtn``, ``rtn`` itself first: [candidates, *] float32.
 
     rtn: float8_e4m3fn, positive, any shape
     """
-    bits = rtn.view(torch.uint8).to(torch.int16)
-    for offset in _CANDIDATE_OFFSETS:
-        candidate = (bits + offset).clamp_(1, _E4M3_MAX_BITS).to(torch.uint8)
-        yield candidate.view(torch.float8_e4m3fn).float()
+    offsets = torch.tensor(_CANDIDATE_OFFSETS, dtype=torch.int16, device=rtn.device)
+    bits = rtn.view(torch.uint8) + offsets.view(-1, *[1] * rtn.dim())
+    return bits.clamp_(1, _E4M3_MAX_BITS).to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 # Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch

@@ -7,14 +7,15 @@ one through the layers of the source. GPTQ rounds towards what brings the first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.calibration import Calibration
@@ -25,8 +26,12 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
+from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 
-METHODS = ("hessian", "gptq")
+METHODS = ("hessian", "gptq", "mr-gptq")
+# Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
+# layer's inputs can be cut into.
+_LARGEST_ROTATION = 64
 # Layers whose output is added to the residual stream, and the module whose input is the stream
 # that they add to; "" is the decoder layer itself.
 _ADDS_TO = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
@@ -34,23 +39,32 @@ _ADDS_TO = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 
 @dataclass
 class _Exact:
-    """The source's own decoder layer, for each sample: inputs of modules, and its output."""
+    """The source's own decoder layer: inputs of modules, and its output."""
 
-    inputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    output: list[torch.Tensor] = field(default_factory=list)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    output: torch.Tensor | None = None
 
 
 class Calibrated:
     """A Quantizer (see vllm_nvfp4.checkpoints.write) that runs the model on a text.
 
-    source: the 16-bit checkpoint; method: "hessian" or "gptq"
+    source: the 16-bit checkpoint; method: one of METHODS. "mr-gptq" is GPTQ in a rotated space:
+    what it gives is W R for inputs x R, R block-diagonal with a Hadamard matrix of size
+    ``rotation`` (MR-GPTQ: Egiazarian et al., arXiv 2509.23202)
     Raises CheckpointError where transformers cannot run the model, or the text is too short.
     """
 
     def __init__(
-        self, source: Source, method: str, calibration: Calibration, device: str = "cpu"
+        self,
+        source: Source,
+        method: str,
+        calibration: Calibration,
+        device: str = "cpu",
+        rotation: int = 0,
     ) -> None:
-        self._method, self._device = method, device
+        self._source, self._device = source, device
+        self._follows_exact = method != "hessian"
+        self._rotation = hadamard(rotation).to(device) if rotation else None
         samples = calibration.samples(source.folder)
         self._model = LayerwiseModel(
             source.folder,
@@ -60,15 +74,26 @@ class Calibrated:
             device,
             forward_dtype(device),
         )
-        self._hidden = self._model.hidden  # through the quantised layers
-        self._exact_hidden = list(self._hidden)  # through the source's
+        # All samples in one tensor: each layer computes them at once.
+        self._hidden = torch.cat(self._model.hidden)  # through the quantised layers
+        self._exact_hidden = self._hidden  # through the source's
         self._model.hidden = []
         self._index = 0
-        self._layer = torch.nn.Module()  # the current one, quantised so far
+        self._found: dict[str, BlockScaledWeight] = {}  # the current layer's
+        self._fp8: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._input_amax: dict[str, float] = {}
+        self._output: torch.Tensor | None = None  # its output with these
         self._exact = _Exact()
         self._adds_to: dict[str, str] = {}
 
-    def start(self, unit: Unit, quantized: set[str]) -> None:
+    def start(
+        self,
+        unit: Unit,
+        quantized: set[str],
+        fp8: set[str],
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Run the layer once. Each module waits for its input, is quantised for it, and goes on."""
         if not unit.prefix:
             return
         if unit.prefix != self._model.prefix(self._index):
@@ -79,56 +104,121 @@ class Calibrated:
                 "the layers of one decoder, all there and in order",
                 "Use --method mse, which needs no forward pass.",
             )
-        self._layer = self._model.layer(self._index, {})
-        if self._method == "gptq":
-            asked = {input_module(n.removeprefix(unit.prefix)) for n in unit.names} & {
-                n.removeprefix(unit.prefix).removesuffix(".weight") for n in quantized
-            }
-            self._run_exact(sorted(asked))
+        layer = self._model.layer(self._index, {})
+        groups = [list(group) for group in unit.groups if group[0] in quantized]
+        if self._follows_exact:
+            self._run_exact(layer, [self._module(group[0]) for group in groups])
+        seen: dict[str, torch.Tensor] = {}
 
-    def _run_exact(self, asked: list[str]) -> None:
-        layer = self._layer  # nothing in it is quantised yet
-        self._adds_to = self._residual_writers(layer)
-        modules = {*asked, *(m for m in self._adds_to.values() if m)}
-        self._exact = _Exact()
-        for hidden in self._exact_hidden:
-            inputs, output = self._model.inputs(layer, self._index, hidden, modules)
-            self._exact.inputs.append({n: x.to(hidden.dtype).cpu() for n, x in inputs.items()})
-            if output is not None:
-                self._exact.output.append(output)
+        def quantize_before(names: list[str]) -> Callable[[torch.Tensor], None]:
+            def hook(x: torch.Tensor) -> None:
+                if names[0] in {**self._found, **self._fp8}:  # by the hook on another shard
+                    return
+                target, hessian = self._target(names, x, seen)
+                if names[0] in fp8:
+                    weights = self._quantize_fp8(names, target, hessian)
+                else:
+                    self._input_amax |= dict.fromkeys(names, self._amax(x))
+                    weights = self._quantize(names, target, hessian, representable)
+                for name, weight in weights.items():
+                    layer.get_submodule(self._module(name)).weight.copy_(weight)
 
-    def _residual_writers(self, layer: torch.nn.Module) -> dict[str, str]:
-        """_ADDS_TO where the layer is built so: found by adding up, on the first sample."""
+            return hook
+
+        hooks = {self._module(n): quantize_before(group) for group in groups for n in group}
+        for name in self._adds_to.values():
+            if name:
+                hooks[name] = lambda x, name=name: seen.update({name: x})  # type: ignore[misc]
+        self._output = self._model.watch(layer, self._index, self._hidden, hooks)
+
+    def _module(self, name: str) -> str:
+        """A weight's module, by its name in the layer."""
+        return name.removeprefix(self._model.prefix(self._index)).removesuffix(".weight")
+
+    def _run_exact(self, layer: torch.nn.Module, asked: list[str]) -> None:
+        """Nothing in the layer is quantised yet."""
+        inputs: dict[str, torch.Tensor] = {}
         modules = dict(layer.named_modules())
-        if not {*_ADDS_TO, *_ADDS_TO.values()} <= set(modules):
-            return {}
         outputs: dict[str, torch.Tensor] = {}
+        writers = [n for n in _ADDS_TO if {*_ADDS_TO, *_ADDS_TO.values()} <= set(modules)]
 
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, args, output: outputs.update({name: output})
+        def note_output(name: str) -> Callable[..., None]:
+            return lambda module, args, output: outputs.update({name: output[:1].cpu()})
 
-        handles = [modules[n].register_forward_hook(note(n)) for n in _ADDS_TO]
-        hidden = self._exact_hidden[0]
-        mid_name = _ADDS_TO["mlp.down_proj"]
-        inputs, output = self._model.inputs(layer, self._index, hidden, [mid_name])
-        for handle in handles:
-            handle.remove()
-        mid = inputs[mid_name].cpu()
-        sums = (
-            (hidden + outputs["self_attn.o_proj"].cpu(), mid),
-            (mid + outputs["mlp.down_proj"].cpu(), output),
-        )
-        added = all(b is not None and torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in sums)
-        return dict(_ADDS_TO) if added else {}
+        def note_input(name: str) -> Callable[[torch.Tensor], None]:
+            return lambda x: inputs.update({name: x.to(self._exact_hidden.dtype).cpu()})
 
-    def quantize(
+        handles = [modules[n].register_forward_hook(note_output(n)) for n in writers]
+        watched = {*asked, *(_ADDS_TO[n] for n in writers if _ADDS_TO[n])}
+        hooks = {name: note_input(name) for name in sorted(watched)}
+        try:
+            output = self._model.watch(layer, self._index, self._exact_hidden, hooks)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._exact = _Exact(inputs, output)
+        self._adds_to = {}
+        if writers and self._is_sum(outputs, inputs, output):
+            self._adds_to = dict(_ADDS_TO)
+
+    def _is_sum(
         self,
-        weights: Mapping[str, torch.Tensor],
+        outputs: dict[str, torch.Tensor],
+        inputs: dict[str, torch.Tensor],
+        output: torch.Tensor,
+    ) -> bool:
+        """_ADDS_TO holds where the layer is built so: found by adding up, on the first sample."""
+        middle = inputs[_ADDS_TO["mlp.down_proj"]][:1]
+        sums = (
+            (self._exact_hidden[:1] + outputs["self_attn.o_proj"], middle),
+            (middle + outputs["mlp.down_proj"], output[:1]),
+        )
+        return all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in sums)
+
+    def _target(
+        self, names: list[str], x: torch.Tensor, seen: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(What to come near, [N, K] float32; H.) GPTQ's aim is :func:`shifted_target`.
+
+        Shards of a fused layer have the same inputs, and rows do not know of each other: one tall
+        weight is quantised in fewer, larger steps than several.
+        """
+        module = self._module(names[0])
+        target = torch.cat([self._source.load_finite(n, self._device).float() for n in names])
+        hessian = second_moment(x)
+        if not hessian.isfinite().all():
+            raise CheckpointError(
+                names[0],
+                "inputs on the calibration text",
+                "NaN or infinite numbers",
+                "finite ones",
+                "Check the checkpoint's embedding, norms and biases.",
+            )
+        if not self._follows_exact:
+            return target, hessian
+        input_shift = difference_moment(self._exact.inputs[module], x, x)
+        stream = self._adds_to.get(module)
+        output_shift = None
+        if stream is not None:
+            theirs = self._exact.inputs[stream] if stream else self._exact_hidden
+            output_shift = difference_moment(theirs, seen[stream] if stream else self._hidden, x)
+        return shifted_target(target, hessian, input_shift, output_shift), hessian
+
+    def _bounds(self, names: list[str]) -> list[int]:
+        return [self._source.tensors[name].shape[0] for name in names]
+
+    def _quantize(
+        self,
+        names: list[str],
+        target: torch.Tensor,
+        hessian: torch.Tensor,
         representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> dict[str, BlockScaledWeight]:
-        target, hessian, bounds = self._target(weights)
+    ) -> dict[str, torch.Tensor]:
+        """Shards in NVFP4; returns them as numbers, [N, K] float32."""
+        bounds = self._bounds(names)
+        target, hessian = self._rotate(target), self._rotate(self._rotate(hessian).T)
         largest = torch.stack([nvfp4_global_scale(t) for t in target.split(bounds)]).amax()
-        choose = quantize_gptq if self._method == "gptq" else quantize_hessian
+        choose = quantize_gptq if self._follows_exact else quantize_hessian
         whole = choose(target, hessian, representable(largest))
         parts = zip(
             whole.codes.split(bounds),
@@ -138,89 +228,67 @@ class Calibrated:
         )
         found = {
             name: BlockScaledWeight(codes, block_scale, scale, whole.fmt)
-            for name, (codes, block_scale, scale) in zip(weights, parts, strict=True)
+            for name, (codes, block_scale, scale) in zip(names, parts, strict=True)
         }
-        self._put({name: weight.dequantize() for name, weight in found.items()})
-        return found
+        self._found |= found
+        # R is symmetric and its own inverse: rotated twice is not rotated.
+        return {name: self._rotate(weight.dequantize()) for name, weight in found.items()}
+
+    def _quantize_fp8(
+        self, names: list[str], target: torch.Tensor, hessian: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if self._follows_exact:
+            codes, scale = quantize_fp8_gptq(target, hessian)
+        else:
+            codes, scale = quantize_fp8_per_row(target)
+        bounds = self._bounds(names)
+        parts = zip(codes.split(bounds), scale.split(bounds), strict=True)
+        found = dict(zip(names, parts, strict=True))
+        self._fp8 |= found
+        return {name: codes.float() * scale for name, (codes, scale) in found.items()}
+
+    def _amax(self, x: torch.Tensor) -> float:
+        """Of the inputs, rotated as the weight is."""
+        return max(float(self._rotate(sample.float()).abs().amax()) for sample in x)
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._rotation is None else rotate_blocks(x, self._rotation)
+
+    def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
+        return {name: self._found[name] for name in weights}
 
     def quantize_fp8(
         self, weights: Mapping[str, torch.Tensor]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        if self._method == "gptq":
-            target, hessian, bounds = self._target(weights)
-            codes, scale = quantize_fp8_gptq(target, hessian)
-            parts = zip(codes.split(bounds), scale.split(bounds), strict=True)
-            found = dict(zip(weights, parts, strict=True))
-        else:
-            found = {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
-        self._put({name: codes.float() * scale for name, (codes, scale) in found.items()})
-        return found
+        return {name: self._fp8[name] for name in weights}
 
-    def _target(
-        self, weights: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """(What to come near, [N, K] float32; E[x x^T]; the rows of each shard.)
+    def input_amax(self, name: str) -> float | None:
+        return self._input_amax[name]
 
-        Shards of a fused layer have the same inputs, and rows do not know of each other: one tall
-        weight is quantised in fewer, larger steps than several.
-        """
-        name = next(iter(weights)).removeprefix(self._model.prefix(self._index))
-        module = input_module(name)
-        target = torch.cat([weight.float().to(self._device) for weight in weights.values()])
-        hessian, input_shift, output_shift = self._moments(module, len(target))
-        if input_shift is not None:
-            target = shifted_target(target, hessian, input_shift, output_shift)
-        return target, hessian, [len(weight) for weight in weights.values()]
-
-    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        prefix = self._model.prefix(self._index)
-        for name, weight in weights.items():
-            self._layer.get_parameter(name.removeprefix(prefix)).copy_(weight)
-
-    def _moments(
-        self, module: str, num_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(H, D, R) of :func:`shifted_target`, means over all tokens; without GPTQ H alone."""
-        hessian = input_shift = output_shift = None
-        stream = self._adds_to.get(module)
-        asked = [module, *([stream] if stream else [])]
-        count = 0
-        for i, hidden in enumerate(self._hidden):
-            inputs, _ = self._model.inputs(self._layer, self._index, hidden, asked, last=module)
-            x = inputs[module].flatten(0, -2).float()
-            hessian = _add(hessian, x.T @ x)
-            count += len(x)
-            if self._method != "gptq":
-                continue
-            exact = self._exact.inputs[i]
-            shift = exact[module].to(x.device).flatten(0, -2).float() - x
-            input_shift = _add(input_shift, shift.T @ x)
-            if stream is not None:
-                theirs = exact[stream] if stream else self._exact_hidden[i]
-                mine = inputs[stream] if stream else hidden
-                lacking = (theirs.float() - mine.cpu().float()).to(x.device).flatten(0, -2)
-                output_shift = _add(output_shift, lacking.T @ x)
-        if hessian is None:
-            raise ValueError(f"{module}: no sample to calibrate on; at least one is needed")
-        for moment in (hessian, input_shift, output_shift):
-            if moment is not None:
-                moment /= count
-        return hessian, input_shift, output_shift
-
-    def finish(self, unit: Unit, weights: Callable[[], dict[str, Any]]) -> None:
+    def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         if not unit.prefix:
             return
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.
         if self._index < self._model.num_layers:
-            exact = self._exact.output
-            if self._method == "gptq" and not exact:  # an earlier run quantised this layer
+            stored = weights()
+            exact, output = self._exact.output, self._output
+            if self._follows_exact and exact is None:  # an earlier run quantised this layer
                 source = self._model.layer(index, {})
-                exact = [self._model.run(source, index, h) for h in self._exact_hidden]
-            layer = self._model.layer(index, weights())
-            self._hidden = [self._model.run(layer, index, h) for h in self._hidden]
-            self._exact_hidden = exact
-        self._exact = _Exact()
+                exact = self._model.run(source, index, self._exact_hidden)
+            if output is None or stored.keys() != {**self._found, **self._fp8}.keys():
+                layer = self._model.layer(index, stored)
+                output = self._model.run(layer, index, self._hidden)
+            self._hidden = output
+            if exact is not None:
+                self._exact_hidden = exact
+        self._found, self._fp8, self._input_amax = {}, {}, {}
+        self._output, self._exact = None, _Exact()
+
+
+def rotation_size(source: Source, quantized: set[str]) -> int:
+    """How large a Hadamard matrix mr-gptq takes for a model."""
+    return math.gcd(_LARGEST_ROTATION, *(source.tensors[n].shape[1] for n in quantized))
 
 
 def forward_dtype(device: str) -> torch.dtype:
@@ -228,10 +296,6 @@ def forward_dtype(device: str) -> torch.dtype:
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
-
-
-def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    return term if total is None else total.add_(term)
 
 
 def input_module(name: str) -> str:

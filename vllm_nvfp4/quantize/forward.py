@@ -38,10 +38,6 @@ class _Recorder(torch.nn.Module):
         return hidden_states
 
 
-class _Reached(Exception):
-    """The last of the modules whose input is asked for was called."""
-
-
 class LayerwiseModel:
     """A causal language model of which one decoder layer at a time has its weights.
 
@@ -163,7 +159,7 @@ class LayerwiseModel:
     def run(
         self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
     ) -> torch.Tensor:
-        """What the layer makes of one sample.
+        """What the layer makes of samples, [num_samples, length, hidden size].
 
         cache: what the attention puts its keys and values into, if anything (``update``)
         """
@@ -174,45 +170,55 @@ class LayerwiseModel:
             output = layer(hidden.to(self._device), **options)
         return (output[0] if isinstance(output, tuple) else output).cpu()
 
+    def watch(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        hidden: torch.Tensor,
+        hooks: Mapping[str, Callable[[torch.Tensor], None]],
+    ) -> torch.Tensor:
+        """:meth:`run`, in which each of some modules, by name in the layer, calls a function with
+        its input before it computes."""
+        reached = set()
+
+        def call(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                reached.add(name)
+                hooks[name](args[0].detach())
+
+            return hook
+
+        by_name = dict(layer.named_modules())
+        missing = next((name for name in hooks if name not in by_name), None)
+        if missing is not None:
+            raise self._unknown(f"no module {self.prefix(index)}{missing}")
+        handles = [by_name[n].register_forward_pre_hook(call(n)) for n in hooks]
+        try:
+            output = self.run(layer, index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = sorted(set(hooks) - reached)
+        if unseen:
+            raise self._unknown(
+                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
+            )
+        return output
+
     def inputs(
         self,
         layer: torch.nn.Module,
         index: int,
         hidden: torch.Tensor,
         modules: Iterable[str],
-        last: str | None = None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """(What goes into each of the modules, by name in the layer; the layer's output.)
-
-        last: the module after whose call the rest is left out, and there is no output.
-        """
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """(What goes into each of the modules, by name in the layer; the layer's output.)"""
         found: dict[str, torch.Tensor] = {}
 
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                found[name] = args[0].detach()
-                if name == last:
-                    raise _Reached
+        def note(name: str) -> Callable[[torch.Tensor], None]:
+            return lambda x: found.update({name: x})
 
-            return hook
-
-        by_name = dict(layer.named_modules())
-        missing = next((name for name in modules if name not in by_name), None)
-        if missing is not None:
-            raise self._unknown(f"no module {self.prefix(index)}{missing}")
-        handles = [by_name[n].register_forward_pre_hook(note(n)) for n in modules]
-        try:
-            output = self.run(layer, index, hidden)
-        except _Reached:
-            output = None
-        finally:
-            for handle in handles:
-                handle.remove()
-        unseen = sorted(set(modules) - set(found))
-        if unseen:
-            raise self._unknown(
-                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
-            )
+        output = self.watch(layer, index, hidden, {name: note(name) for name in modules})
         return found, output
 
     def traced(

@@ -17,11 +17,13 @@ coordinate descent on the same quadratic form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
+from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1_
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import (
     block_scale_candidates,
@@ -34,6 +36,10 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 BLOCK = NVFP4.block_size
 # Columns that are rounded before the rest of the weight hears of their errors, in one product.
 _PANEL = 128
+# On a CPU, rows of the weight that one thread quantises at a time, at most.
+_PART_ROWS = 768
+# Rows for which all scales of a block are tried at once: few enough to stay in a core's cache.
+_SWEEP_ROWS = 384
 # Added to the diagonal of H, as a share of its mean: what makes H invertible.
 DAMPING = 0.01
 # The same for the target: it is a regression on the calibration text, and has to hold beyond it.
@@ -83,9 +89,11 @@ def quantize_hessian(
 
     weight: [N, K] float; hessian: [K, K] float32; global_scale: scalar float32
     """
-    columns = weight.float().T.contiguous()
-    scale, value = _sweep_all(columns, hessian, global_scale)
-    return _pack(value, scale, global_scale)
+
+    def choose(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _sweep_all(columns, hessian, global_scale)
+
+    return _by_rows(choose, weight, global_scale)
 
 
 def quantize_gptq(
@@ -102,22 +110,21 @@ def quantize_gptq(
 
     weight: [N, K] float; hessian: [K, K] float32; global_scale: scalar float32
     """
-    columns = weight.float().T.contiguous()
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    # Inputs that were never other than 0 tell nothing: any positive weight will do for them.
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    scale, start = _sweep_all(columns, hessian, global_scale)
-    diagonal += damping * diagonal.mean()
-    value = _gptq_columns(columns, hessian, scale)
-    # Column by column rounding may, on a tiny weight, end above where it began.
-    value = _better_rows(columns, hessian, value, start)
-    residual = hessian @ (columns - value)
-    for _ in range(descent_rounds):
-        _descend_blocks(hessian, residual, value, scale, global_scale)
-        _descend_codes(hessian, residual, value, scale)
-    return _pack(value, scale, global_scale)
+    undamped, hessian = _invertible(hessian, damping)
+    order, upper = _inverse_factor(hessian)
+    blocks = hessian.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).diagonal(dim1=0, dim2=2)
+    local_inverse = torch.linalg.inv(blocks.permute(2, 0, 1))
+
+    def choose(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        step, start = _sweep_all(columns, undamped, global_scale)
+        value = _gptq_columns(columns, order, upper, step)
+        value, residual = _better_rows(columns, hessian, value, start)
+        for _ in range(descent_rounds):
+            _descend_blocks(hessian, local_inverse, residual, value, step, global_scale)
+            _descend_codes(hessian, residual, value, step)
+        return step, value
+
+    return _by_rows(choose, weight, global_scale)
 
 
 def quantize_fp8_gptq(
@@ -129,16 +136,59 @@ def quantize_fp8_gptq(
     """
     codes, scale = quantize_fp8_per_row(weight)
     columns = weight.float().T.contiguous()
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    diagonal += damping * diagonal.mean()
+    _, hessian = _invertible(hessian, damping)
     start = (codes.float() * scale).T
     step = scale.T.expand(len(columns) // BLOCK, -1)
-    value = _gptq_columns(columns, hessian, step, lambda x: to_e4m3(x).float())
-    value = _better_rows(columns, hessian, value, start)
+    value = _gptq_columns(
+        columns,
+        *_inverse_factor(hessian),
+        step,
+        lambda x, scratch: x.copy_(to_e4m3(x)),
+    )
+    value, _ = _better_rows(columns, hessian, value, start)
     return to_e4m3(value.T / scale), scale
+
+
+def _invertible(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H with a positive diagonal, the same with its mean times ``damping`` added to it)."""
+    undamped = hessian.clone()
+    diagonal = undamped.diagonal()
+    mean = diagonal.mean()
+    # Inputs that were never other than 0 tell nothing: any positive weight will do for them.
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    damped = undamped.clone()
+    damped.diagonal().add_(damping * diagonal.mean())
+    return undamped, damped
+
+
+def _inverse_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Columns in the order of falling H_kk, [K]; the upper Cholesky factor of H^-1 in it)."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def _by_rows(
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    weight: torch.Tensor,
+    global_scale: torch.Tensor,
+) -> BlockScaledWeight:
+    """``choose`` on the weight's columns, [K, N], in parts of N: rows do not know of each other.
+
+    On a CPU a thread for each core, with no threads of its own: most steps are small. The parts
+    do not depend on the number of cores, and so the result does not.
+    """
+    num_rows = len(weight)
+    if weight.device.type != "cpu":
+        return _pack(*choose(weight.float().T.contiguous()), global_scale)
+    num_parts = min(num_rows, 2 * -(-num_rows // (2 * _PART_ROWS)))
+    parts = [part.float().T.contiguous() for part in weight.tensor_split(num_parts)]
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(choose, parts))
+    torch.set_num_threads(num_threads)  # what torch gives to threads that start from now on
+    step, value = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    return _pack(value, step, global_scale)
 
 
 def _sweep_all(
@@ -146,52 +196,66 @@ def _sweep_all(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For every block: (step [K/16, N], value [K, N]); columns: [K, N]. A step is a block scale
     times the global scale."""
-    scales, values = [], []
+    scratch = _Scratch(columns.device)
+    steps, values = [], []
     for start in range(0, len(columns), BLOCK):
         part = slice(start, start + BLOCK)
-        scale, value, _ = _sweep_block(columns[part], hessian[part, part], global_scale)
-        scales.append(scale)
+        step, value, _ = _sweep_block(columns[part], hessian[part, part], global_scale, scratch)
+        steps.append(step)
         values.append(value)
-    return torch.stack(scales), torch.cat(values)
+    return torch.stack(steps), torch.cat(values)
 
 
 def _sweep_block(
-    target: torch.Tensor, hessian: torch.Tensor, global_scale: torch.Tensor
+    target: torch.Tensor, hessian: torch.Tensor, global_scale: torch.Tensor, scratch: _Scratch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The step, among the candidates, whose nearest codes v have the least
     error = (v - t)^T H_bb (v - t), for each row.
 
     target: [16, N]; hessian: [16, 16]. Returns step [N], value [16, N], error [N].
     """
-    base = block_scale_rtn(target.T, global_scale)
-    best_error = torch.full_like(target[0], torch.inf)
-    best_step = torch.zeros_like(best_error)
-    best_value = torch.zeros_like(target)
-    for scale in block_scale_candidates(base):
-        step = scale * global_scale
-        value = round_e2m1(target / step).mul_(step)
-        error = value - target
-        error = (hessian @ error).mul_(error).sum(0)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_step = torch.where(better, step, best_step)
-        best_value = torch.where(better, value, best_value)
-    return best_step, best_value, best_error
+    found = []
+    for part in target.split(_SWEEP_ROWS, dim=1):
+        # [candidates, n]; everything else is [16, candidates, n]
+        step = block_scale_candidates(block_scale_rtn(part.T, global_scale)) * global_scale
+        value, error, product = scratch.like(BLOCK, *step.shape)
+        torch.div(part[:, None], step, out=value)
+        round_e2m1_(value, error).mul_(step)
+        torch.sub(value, part[:, None], out=error)
+        torch.mm(hessian, error.flatten(1), out=product.flatten(1))
+        best, index = product.mul_(error).sum(0).min(0)
+        chosen = value.gather(1, index.expand(BLOCK, 1, -1))[:, 0]
+        found.append((step.gather(0, index[None])[0], chosen, best))
+    steps, values, errors = zip(*found, strict=True)
+    return torch.cat(steps), torch.cat(values, 1), torch.cat(errors)
+
+
+class _Scratch:
+    """Memory that the sweep of one block after the other is computed in."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(3, 0, device=device)
+
+    def like(self, *shape: int) -> tuple[torch.Tensor, ...]:
+        """Three tensors of a shape, float32; those of the last call are overwritten."""
+        size = math.prod(shape)
+        if self._memory.shape[1] < size:
+            self._memory = self._memory.new_empty(3, size)
+        return tuple(part[:size].view(shape) for part in self._memory)
 
 
 def _gptq_columns(
     columns: torch.Tensor,
-    hessian: torch.Tensor,
+    order: torch.Tensor,
+    upper: torch.Tensor,
     step: torch.Tensor,
-    nearest: Callable[[torch.Tensor], torch.Tensor] = round_e2m1,
+    round_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = round_e2m1_,
 ) -> torch.Tensor:
     """Round column by column; what each loses is made up for by the columns not yet rounded.
 
-    columns: [K, N]; step: [K/16, N]; nearest: to a number of the format. Returns values, [K, N].
+    columns: [K, N]; order, upper: of :func:`_inverse_factor`; step: [K/16, N]; round_: in place to
+    a number of the format, with memory for it. Returns the values, [K, N].
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
     left = columns[order]
     steps = step[order // BLOCK]
     value = torch.empty_like(left)
@@ -201,10 +265,11 @@ def _gptq_columns(
         errors = torch.empty_like(panel)
         for i in range(end - start):
             k = start + i
-            value[k] = nearest(panel[i] / steps[k]) * steps[k]
-            errors[i] = (panel[i] - value[k]) / upper[k, k]
-            panel[i + 1 :] -= torch.outer(upper[k, k + 1 : end], errors[i])
-        left[end:] -= upper[start:end, end:].T @ errors
+            torch.div(panel[i], steps[k], out=value[k])
+            round_(value[k], errors[i]).mul_(steps[k])
+            torch.sub(panel[i], value[k], out=errors[i]).div_(upper[k, k])
+            panel[i + 1 :].addr_(upper[k, k + 1 : end], errors[i], alpha=-1)
+        left[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     result = torch.empty_like(value)
     result[order] = value
     return result
@@ -212,16 +277,19 @@ def _gptq_columns(
 
 def _better_rows(
     columns: torch.Tensor, hessian: torch.Tensor, value: torch.Tensor, other: torch.Tensor
-) -> torch.Tensor:
-    def error(v: torch.Tensor) -> torch.Tensor:
-        difference = columns - v
-        return (hessian @ difference).mul_(difference).sum(0)
-
-    return torch.where(error(value) <= error(other), value, other)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value or other, row by row, H times what it lacks): column by column rounding may, on a tiny
+    weight, end above where it began."""
+    lacking = [columns - v for v in (value, other)]
+    residual = [hessian @ x for x in lacking]
+    error = [(r * x).sum(0) for r, x in zip(residual, lacking, strict=True)]
+    better = error[0] <= error[1]
+    return torch.where(better, value, other), torch.where(better, residual[0], residual[1])
 
 
 def _descend_blocks(
     hessian: torch.Tensor,
+    local_inverse: torch.Tensor,
     residual: torch.Tensor,
     value: torch.Tensor,
     step: torch.Tensor,
@@ -231,20 +299,28 @@ def _descend_blocks(
 
     With r = H (w - q), a block's best real values are t = q_b + H_bb^-1 r_b, and its error is
     (v - t)^T H_bb (v - t) plus a constant: the problem of :func:`_sweep_block`. In place.
+
+    local_inverse: [K/16, 16, 16], the H_bb^-1
     """
-    for start in range(0, len(value), BLOCK):
-        part = slice(start, start + BLOCK)
-        local = hessian[part, part]
-        target = value[part] + torch.linalg.solve(local, residual[part])
-        found_step, found, error = _sweep_block(target, local, global_scale)
-        current = value[part] - target
-        better = error < (local @ current).mul_(current).sum(0) * (1 - 1e-6)
-        change = torch.where(better, found - value[part], 0.0)
-        step[start // BLOCK] = torch.where(better, found_step, step[start // BLOCK])
-        value[part] += change
-        # The sum above rounds; a value has to be a code times its step exactly.
-        value[part] = torch.where(better, found, value[part])
-        residual -= hessian[:, part] @ change
+    scratch = _Scratch(value.device)
+    for start in range(0, len(value), _PANEL):
+        end = min(start + _PANEL, len(value))
+        part = residual[start:end].clone()
+        changes = torch.empty_like(part)
+        for first in range(start, end, BLOCK):
+            block, last = first // BLOCK, first + BLOCK
+            here = slice(first - start, last - start)
+            local = hessian[first:last, first:last]
+            lacking = local_inverse[block] @ part[here]  # t - q_b
+            old = value[first:last]
+            new_step, new, error = _sweep_block(old + lacking, local, global_scale, scratch)
+            better = error < (local @ lacking).mul_(lacking).sum(0) * (1 - 1e-6)
+            new = torch.where(better, new, old)
+            change = torch.sub(new, old, out=changes[here])
+            step[block] = torch.where(better, new_step, step[block])
+            value[first:last] = new
+            part[last - start :].addmm_(hessian[last:end, first:last], change, alpha=-1)
+        residual.addmm_(hessian[:, start:end], changes, alpha=-1)
 
 
 def _descend_codes(
@@ -259,11 +335,12 @@ def _descend_codes(
         for i in range(end - start):
             k = start + i
             steps = step[k // BLOCK]
-            best = round_e2m1((value[k] + part[i] / local[i, i]) / steps) * steps
-            changes[i] = best - value[k]
+            best = part[i].div(local[i, i]).add_(value[k]).div_(steps)
+            round_e2m1_(best, changes[i]).mul_(steps)
+            torch.sub(best, value[k], out=changes[i])
             value[k] = best
-            part[i + 1 :] -= torch.outer(local[i + 1 :, i], changes[i])
-        residual -= hessian[:, start:end] @ changes
+            part[i + 1 :].addr_(local[i + 1 :, i], changes[i], alpha=-1)
+        residual.addmm_(hessian[:, start:end], changes, alpha=-1)
 
 
 def _pack(value: torch.Tensor, step: torch.Tensor, global_scale: torch.Tensor) -> BlockScaledWeight:
