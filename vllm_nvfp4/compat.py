@@ -85,6 +85,12 @@ def make_prepare_finalize(layer: Any, quant_config: Any) -> Any:
     )
 
 
+def runs_modular_kernel(device_type: str) -> bool:
+    """Whether vLLM's modular kernel runs on the device. Before 0.30 it takes its buffers from a
+    manager that there is on GPUs only."""
+    return device_type != "cpu" or not Version("0") < vllm_version() < Version("0.30")
+
+
 def make_moe_kernel(prepare_finalize: Any, experts: Any) -> Any:
     """Both parts of a modular kernel as one."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
