@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything that needs a CUDA GPU, in about ten minutes: kernel tests, compute-sanitizer,
-# benchmarks, and real vLLM serving with the plugin and without it.
+# Everything that needs a CUDA GPU, in about fifteen minutes: kernel tests, compute-sanitizer,
+# benchmarks, real vLLM serving with the plugin and without it, and vLLM's features beside it.
 set -uo pipefail
 
 usage() {
@@ -10,7 +10,7 @@ usage: benchmarks/gpu_check.sh [options]
 
   --quick          less of everything: about four minutes
   --steps A,B,...  only these, in this order. All: env,install,kernels,sanitizer,gemm,moe,
-                   launch,tiles,checkpoint,serving
+                   launch,tiles,checkpoint,serving,features
   --bundle DIR     unpack the offline vLLM of DIR (site.tar.xz, unpack.sh) and use it
   --out DIR        results; default $OUT, else benchmarks/results/<gpu>-<date>
   --work DIR       scratch (package, vLLM, checkpoint), kept; default /tmp/vllm-nvfp4-gpu-check
@@ -20,13 +20,13 @@ usage: benchmarks/gpu_check.sh [options]
   -h, --help       this text
 
 PYTHON names the interpreter (default python3). It needs torch with CUDA, triton, cuda-core and
-cuda-bindings, setuptools, and for the last step vLLM. Every step has a time limit of its own and
-a log in the results folder; one that fails does not stop the next. Exit status: 0 all that ran
+cuda-bindings, setuptools, and for the last two steps vLLM. Every step has a time limit of its own
+and a log in the results folder; one that fails does not stop the next. Exit status: 0 all that ran
 passed, 1 a step failed or ran out of time, 2 wrong usage, 3 nothing ran.
 USAGE
 }
 
-ALL_STEPS=env,install,kernels,sanitizer,gemm,moe,launch,tiles,checkpoint,serving
+ALL_STEPS=env,install,kernels,sanitizer,gemm,moe,launch,tiles,checkpoint,serving,features
 root=$(cd "$(dirname "$0")/.." && pwd)
 here=$root/benchmarks
 python=${PYTHON:-python3}
@@ -206,12 +206,14 @@ step_checkpoint() {
     --out "$checkpoint" --keep
 }
 
+needs_vllm() { # name; true where it can be imported, or the commands are only printed
+  [ $dry_run = 1 ] || "$python" -c 'import vllm' >/dev/null 2>&1 ||
+    { not_run "$1" "vLLM cannot be imported (--bundle DIR brings one)" && return 1; }
+}
+
 step_serving() {
   needs_gpu serving || return
-  if [ $dry_run = 0 ] && ! "$python" -c 'import vllm' >/dev/null 2>&1; then
-    not_run serving "vLLM cannot be imported (--bundle DIR brings one)"
-    return
-  fi
+  needs_vllm serving || return
   if [ $dry_run = 0 ] && [ ! -f "$checkpoint/model.safetensors.index.json" ]; then
     not_run serving "no checkpoint at $checkpoint (the step checkpoint writes it)"
     return
@@ -221,6 +223,14 @@ step_serving() {
   run serving 540 "$python" -m vllm_nvfp4.cli.main bench "$checkpoint" --batches 1,8,32,128 \
     --against "stock --linear-backend marlin" --out "$out/serving-$(date +%H%M%S)" "${extra[@]}" \
     -- ${engine_args[@]+"${engine_args[@]}"}
+}
+
+step_features() {
+  needs_gpu features || return
+  needs_vllm features || return
+  local only=()
+  [ $quick = 0 ] || only=(--only "Prefix caching" --only "Sleep and wake")
+  run features 540 "$python" "$here/check_features.py" ${only[@]+"${only[@]}"}
 }
 
 summary() {

@@ -4,7 +4,8 @@
 
 Every step runs; the end is 1 if one failed. Into dist/ come the wheel, SHA256SUMS and, for each
 lock, a CycloneDX list of components (vllm_nvfp4-<lock>.cdx.json). The audit needs PyPI's own
-advisory service; a package that it does not know counts as a failure.
+advisory service: a package that it does not know counts as a failure, and where it answers for
+none the step says NOT RUN.
 """
 
 from __future__ import annotations
@@ -115,8 +116,13 @@ def list_components() -> str:
     return ", ".join(counts)
 
 
+class NotRunError(RuntimeError):
+    """A step had nothing to work with; the run ends with 1, as after a failure."""
+
+
 def audit() -> str:
-    """Raises RuntimeError for a known vulnerability, and for a package that was not looked up."""
+    """Raises RuntimeError for a known vulnerability and for a package that was not looked up,
+    NotRunError where not one was: the service is out of reach."""
     looked_up: dict[str, list[dict[str, Any]]] = {}
     skipped: set[str] = set()
     for lock in LOCKS:
@@ -137,12 +143,17 @@ def audit() -> str:
                     skipped.add(package["name"])
                 else:
                     looked_up[f"{package['name']} {package['version']}"] = package["vulns"]
+    if not looked_up:
+        raise NotRunError(
+            f"the package index's advisory service answered for none of {len(skipped)} packages: "
+            "nothing is known of their vulnerabilities. Run this where the service is in reach."
+        )
     found = [f"{name}: {vuln['id']}" for name, vulns in looked_up.items() for vuln in vulns]
     if found or skipped:
         names = ", ".join(sorted(skipped)[:5]) + (", ..." if len(skipped) > 5 else "")
         raise RuntimeError(
             f"{len(looked_up)} packages looked up; known vulnerabilities: {', '.join(found) or 0}; "
-            f"not known to the advisory service, or it is out of reach: {len(skipped)} ({names})"
+            f"not known to the advisory service: {len(skipped)} ({names})"
         )
     return f"no known vulnerability in {len(looked_up)} packages of both locks"
 
@@ -162,7 +173,8 @@ def main() -> int:
             print(f"{name:11} ok      {step()}", flush=True)
         except RuntimeError as error:
             failed = True
-            print(f"{name:11} FAILED  {error}", flush=True)
+            state = "NOT RUN" if isinstance(error, NotRunError) else "FAILED"
+            print(f"{name:11} {state:7} {error}", flush=True)
     return 1 if failed else 0
 
 

@@ -6,3 +6,13 @@ import os
 # The tests run on two processes (see the Makefile). OpenMP threads of both on the same cores wait
 # for each other in busy loops, which makes a suite of small tensors several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with engines first: the last one to run would leave the other process idle."""
+    with_engines = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in with_engines)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--vllm", help="the release that `import vllm` must give; default any")

@@ -51,9 +51,11 @@ def check_pairs(config: MoeConfig, columns: torch.Tensor, tiles: list[int]) -> i
     expected = weight.dequantize(torch.float64).T[columns].to(y.dtype)
     if not torch.equal(y, expected):
         token, row = (y != expected).nonzero()[0].tolist()
+        size = int((local == local[token]).sum())
+        found, wanted = y[token, row], expected[token, row]
         raise AssertionError(
-            f"{config.symbol}: column {columns[token]} of row {row} with a tile of "
-            f"{int((local == local[token]).sum())} tokens: {y[token, row]}, not {expected[token, row]}"
+            f"{config.symbol}, {size} tokens: column {columns[token]} of row {row} is {found}, "
+            f"not {wanted}"
         )
     return y.numel()
 

@@ -5,10 +5,7 @@ import torch
 
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, reference_model
-
-PROMPT = [3, 17, 200, 45, 99, 120, 7, 64, 250, 31, 12, 180]
-NUM_TOKENS = 12
-KEEP_KV = {"nvfp4": {"kv_cache": "keep"}}
+from vllm_nvfp4.testing.feature_checks import KEEP_KV, NUM_TOKENS, PROMPT
 
 
 def compare(folder, atol, **options):

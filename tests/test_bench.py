@@ -355,4 +355,5 @@ def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, 
     assert all(m.memory_bytes > held / 2 for m in found.measurements)
     assert [limit.batch for limit in record.limits] == [1, 2]
     assert float(found.machine["memory bandwidth GB/s"]) > 0
+    assert re.fullmatch(r"[\d.]+ on \d+ cores", found.machine["load average before"])
     assert "the run was not finished" in (out / page.PAGE_NAME).read_text()

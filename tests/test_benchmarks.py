@@ -21,7 +21,7 @@ from vllm_nvfp4.testing.shapes import EXPERT_LAYERS, MODELS
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS = (
     "env", "install", "kernels", "sanitizer", "gemm", "moe", "launch", "tiles", "checkpoint",
-    "serving",
+    "serving", "features",
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_moe_error_is_that_of_the_layer(load):
         6, layer.shape, "uniform", torch.bfloat16, torch.device("cpu"), 0
     )
     stacks = [Experts(w, None).stacked_by(cpu.pack_weight) for w in (layer.w13, layer.w2)]
-    y = cpu_moe.moe(a, *stacks, (weights, ids), backends.SILU, False, 16)
+    y = cpu_moe.moe(a, *stacks, (weights, ids, None), backends.SILU, False, 16)
     assert moe.sampled_error(y, tokens, layer) < 6e-3
     y[:, 3] += 1
     assert moe.sampled_error(y, tokens, layer) > 6e-3
@@ -353,6 +353,26 @@ def test_serving_says_what_it_lacks(gpu_check):
     status, stdout, _ = gpu_check("--steps", "serving")
     assert status == 3
     assert "the step checkpoint writes it" in stdout
+
+
+@pytest.mark.parametrize(("status", "state"), [(0, "passed"), (1, "failed"), (3, "not run")])
+def test_features_run_where_vllm_is(gpu_check, status, state):
+    _, stdout, _ = gpu_check("--quick", "--steps", "features", check_features=status)
+    assert table(stdout) == {"features": state}
+    assert "check_features.py --only Prefix\\ caching --only Sleep\\ and\\ wake" in stdout
+    _, stdout, _ = gpu_check("--steps", "features", gpu="")
+    assert table(stdout) == {"features": "not run"}
+
+
+def test_a_machine_runs_the_features_it_can(load):
+    check_features = load("check_features")
+    for num_gpus, missing in (
+        (0, {"Ray", "Sleep and wake"}),
+        (1, {"Tensor parallel", "Pipeline parallel", "Data parallel"}),
+        (2, set()),
+    ):
+        features = check_features.FEATURES
+        assert {f.name for f in features if check_features.obstacle(f, num_gpus)} == missing
 
 
 @pytest.mark.parametrize(

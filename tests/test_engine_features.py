@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM does with a model beside running it: compile, reload, adapt."""
-
-import json
+"""What vLLM does with a model beside running it: compile and reload it."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of
 
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.testing.checkpoints import extract_fixture, write_dequantized
+from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.engine import ask_engine, engine
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -74,49 +71,3 @@ def test_reloading_the_weights_in_place_gives_the_same_bits(name, tmp_path):
         assert {n: p.data_ptr() for n, p in layer.named_parameters()} == pointers
     assert after.tokens == before.tokens
     assert torch.equal(after.logprobs, before.logprobs)
-
-
-def write_adapter(folder, rank=4):
-    """A LoRA adapter with random weights on one row-parallel and two fused layers."""
-    generator = torch.Generator().manual_seed(0)
-    config = json.loads((folder / "config.json").read_text())
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    width = config["num_attention_heads"] * config["head_dim"]
-    shapes = {
-        "self_attn.q_proj": (width, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module, (rows, cols) in shapes.items():
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, cols, generator=generator)
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.05
-    adapter = folder / "adapter"
-    adapter.mkdir()
-    save_file(tensors, str(adapter / "adapter_model.safetensors"))
-    names = [module.rpartition(".")[2] for module in shapes]
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names})
-    )
-    return adapter
-
-
-def test_lora_adapter_on_quantised_layers(tmp_path):
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
-    plain = write_dequantized(folder, tmp_path / "plain")
-    request = LoRARequest("adapter", 1, str(write_adapter(folder)))
-    parameters = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
-    prompt = {"prompt_token_ids": PROMPT}
-    answers = []
-    for model, quantization in ((folder, "nvfp4"), (plain, None)):
-        with engine(model, quantization=quantization, enable_lora=True, **FLOAT32) as llm:
-            base = llm.generate([prompt], parameters, use_tqdm=False)[0].outputs[0]
-            adapted = llm.generate([prompt], parameters, use_tqdm=False, lora_request=request)[0]
-            answers.append((list(base.token_ids), list(adapted.outputs[0].token_ids)))
-    assert answers[0] == answers[1]
-    assert answers[0][0] != answers[0][1]

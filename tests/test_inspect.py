@@ -171,14 +171,23 @@ def write_headers(folder, model, num_layers):
     plain("model.norm", hidden)
     for i in range(num_layers):
         layer = f"model.layers.{i}"
-        for name, n, k in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+        for name, n, k in (
+            ("q", q, hidden),
+            ("k", kv, hidden),
+            ("v", kv, hidden),
+            ("o", hidden, q),
+        ):
             nvfp4(f"{layer}.self_attn.{name}_proj", n, k)
         for name, size in (("self_attn.q_norm", head), ("self_attn.k_norm", head),
                            ("input_layernorm", hidden), ("post_attention_layernorm", hidden)):  # fmt: skip
             plain(f"{layer}.{name}", size)
         plain(f"{layer}.mlp.gate", config["num_experts"], hidden)
         for e in range(config["num_experts"]):
-            for name, n, k in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            for name, n, k in (
+                ("gate", inner, hidden),
+                ("up", inner, hidden),
+                ("down", hidden, inner),
+            ):
                 nvfp4(f"{layer}.mlp.experts.{e}.{name}_proj", n, k)
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
@@ -194,7 +203,7 @@ def write_headers(folder, model, num_layers):
 
 
 def test_bytes_of_qwen3_30b_a3b_are_those_of_the_kernels_layout(tmp_path, capsys):
-    """Its experts as ``pack_weight`` makes them for the grouped kernel, and the whole as planned."""
+    """Its experts as ``pack_weight`` makes them for the grouped kernel, the whole as planned."""
     config = write_headers(tmp_path, "Qwen3-30B-A3B", num_layers=2)
     report = run_json(capsys, str(tmp_path))
     experts = [row for row in report["layers"] if ".experts." in row["name"]]

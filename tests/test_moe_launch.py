@@ -6,13 +6,10 @@ All above the driver is the code that a GPU runs; only the launch itself goes to
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vllm_nvfp4.gpus import find_gpu
 from vllm_nvfp4.kernels import cuda_moe, moe_configs, ops
@@ -20,51 +17,14 @@ from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
 from vllm_nvfp4.kernels.moe_dispatch import MoeShape, choose_moe, choose_moe_bits
 from vllm_nvfp4.numerics.activation import ExpertActivation
-from vllm_nvfp4.testing import host_gemm, host_moe, moe_checks
+from vllm_nvfp4.testing import moe_checks
+from vllm_nvfp4.testing.host_device import EmulatedDevice
 from vllm_nvfp4.testing.metrics import Comparison, relative_error
 from vllm_nvfp4.testing.moe_cases import Experts, compare_moe, random_experts, reference_moe, route
 from vllm_nvfp4.testing.shapes import MODELS
 
 SILU = ExpertActivation("silu")
 GPUS = [gpu for gpu in map(find_gpu, ("RTX 4090", "L40S", "L4")) if gpu is not None]
-
-
-class EmulatedDevice(TorchDispatchMode):
-    """A Device whose launches run on the emulated GPU, with every tensor that torch has made."""
-
-    gpu = GPUS[0]
-
-    def __init__(self, *tensors: torch.Tensor | None) -> None:
-        super().__init__()
-        self.tensors = [t for t in tensors if t is not None]
-        self.launches: list[tuple[str, tuple[int, int, int]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.tensors += [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
-        return made
-
-    def launch(self, config, grid, stream, layout: struct.Struct, params) -> None:
-        self.launches.append((config.symbol, grid))
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors}
-        buffers = {
-            f"at {begin:x}": torch.tensor([], dtype=torch.uint8).set_(storage)
-            for begin, storage in storages.items()
-            if any(begin <= word < begin + storage.nbytes() for word in params)
-        }
-        is_moe = config in ALL_MOE_CONFIGS
-        fmt_name = getattr(config, "fmt_name", "")
-        module = host_moe.shipped(config.stem, fmt_name) if is_moe else host_gemm.shipped(config)
-        module.launch(
-            config.symbol,
-            layout.pack(*params),
-            # As many blocks as there are tiles at the most: three of them show what many would.
-            grid=(min(grid[0], 3), 1, 1) if config in MOE_CONFIGS else grid,
-            block=(config.threads, 1, 1),
-            smem_bytes=config.smem_bytes,
-            buffers=buffers,
-            outputs=set(buffers),
-        )
 
 
 def run(a, w13: Experts, w2: Experts, weights, ids, expert_map=None, bits="16", on_input=False,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tensor-parallel ranks give what one gives: the cut of codes, scales and rotations is right.
 
-In float32 the order of sums costs 1e-6, so a wrong cut cannot hide.
+In float32 the order of sums costs 1e-6, so a wrong cut cannot hide. Every stored checkpoint:
+tests/trust/test_scale_out.py.
 """
 
 import pytest
@@ -25,10 +26,8 @@ def _one_core_per_rank(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "modelopt/awq-llama",
         "modelopt/mixed-llama",
         "compressed_tensors/nvfp4a16-qwen3",
-        "compressed_tensors/mxfp4-gemma3",
         "fp_quant/nvfp4-llama",
     ],
 )

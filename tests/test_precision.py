@@ -14,7 +14,9 @@ from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder
 from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.quantize import sensitivity
+from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq
 from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import (
@@ -87,7 +89,7 @@ def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
     model = plain_model(source.folder, torch.float32)
     with torch.inference_mode():
         exact = torch.log_softmax(model(samples).logits, -1)
-        for group in (found[1], found[-1]):
+        for group in (found[0], found[-1]):  # q/k/v fused, and down_proj
             moment = layerwise(group.names[0]) if method == "gptq" else None
             changes = sensitivity._changes(source, group.names, method, moment)
             for name in ("nvfp4", "fp8"):
@@ -99,6 +101,27 @@ def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
                 assert group.kl[name] == pytest.approx(float(expected), rel=0.2)
                 for n, weight in kept.items():
                     model.get_parameter(n).copy_(weight)
+
+
+def test_fp8_by_gptq_changes_the_output_less_than_the_nearest_codes():
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(40, 96, generator=generator)
+    mixing = torch.randn(96, 96, generator=generator)
+    inputs = torch.randn(300, 96, generator=generator) @ mixing
+    moment = inputs.T @ inputs / len(inputs)
+    codes, scale = quantize_fp8_gptq(weight, moment)
+    nearest, same_scale = quantize_fp8_per_row(weight)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(scale, same_scale)
+
+    def error(codes: torch.Tensor) -> float:
+        difference = (weight - codes.float() * scale).double()
+        return float(((difference @ moment.double()) * difference).sum())
+
+    assert error(codes) < 0.7 * error(nearest)
+    # Inputs that are always 0 leave nothing to choose by.
+    silent, _ = quantize_fp8_gptq(weight, torch.zeros(96, 96))
+    assert torch.equal(silent.float(), nearest.float())
 
 
 def inputs_of_layers(source, samples):

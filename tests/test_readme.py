@@ -32,7 +32,7 @@ _CHECKPOINT_FILES = {"config.json", "hf_quant_config.json"}
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def commands_of(program: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import sys
 import tomllib
@@ -95,3 +96,31 @@ def test_builds_that_differ_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(supply, "build_wheel", build)
     with pytest.raises(RuntimeError, match="two builds of the same sources"):
         supply.build_twice()
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "words"),
+    [
+        ([{"name": "a", "skip_reason": "x"}], "NOT RUN the package index's advisory service"),
+        (
+            [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}],
+            "FAILED  1 packages looked up; known vulnerabilities: a 1: CVE-1",
+        ),
+        (
+            [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "x"}],
+            "known vulnerabilities: 0; not known to the advisory service: 1 (b)",
+        ),
+        ([{"name": "a", "version": "1", "vulns": []}], "ok      no known vulnerability in 1"),
+    ],
+)
+def test_what_an_audit_says(dependencies, words, monkeypatch, capsys):
+    def answer(*command):
+        Path(command[command.index("-o") + 1]).write_text(
+            json.dumps({"dependencies": dependencies})
+        )
+
+    monkeypatch.setattr(supply, "tool", Path)
+    monkeypatch.setattr(supply, "run", answer)
+    monkeypatch.setattr(supply, "STEPS", {"advisories": supply.audit})
+    assert supply.main() == (0 if words.startswith("ok") else 1)
+    assert words in capsys.readouterr().out

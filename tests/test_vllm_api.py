@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -43,6 +44,17 @@ def wheel(folder, sources, **edits):
                 text = text.replace(old, new)
             archive.writestr(name, text)
     return path
+
+
+def test_vllm_is_the_one_that_was_asked_for_and_sees_the_plugin(pytestconfig):
+    """scripts/on_vllm.py puts another release before the environment's."""
+    import vllm
+
+    found = Version(vllm.__version__).base_version
+    assert found == (pytestconfig.getoption("--vllm") or found)
+    assert compat.vllm_version().base_version == found
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins", name="nvfp4")
+    assert {plugin.value for plugin in plugins} == {"vllm_nvfp4:register"}
 
 
 def test_the_installed_vllm_has_all_of_it_and_the_record_says_so(sources, tmp_path):

@@ -36,6 +36,7 @@ def register() -> None:
     _patch_engine_args()
     _patch_legacy_modelopt()
     _patch_batch_invariance()
+    _patch_cpu_dispatch()
     _registered = True
 
 
@@ -217,6 +218,16 @@ def _patch_batch_invariance() -> None:
     if not current_platform.is_cpu() or (module := compat.batch_invariant_module()) is None:
         return
     module.enable_batch_invariant_mode = lambda: None
+
+
+def _patch_cpu_dispatch() -> None:
+    """Let mixtures of experts run data-parallel on a CPU; compat_cpu_dispatch.py says why not."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm_nvfp4 import compat_cpu_dispatch
+
+        compat_cpu_dispatch.install()
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

@@ -41,12 +41,19 @@ def test_five_hundred_clients_for_five_minutes(tmp_path: Path, count: Callable[.
 
 
 @pytest.mark.parametrize("target", ["EngineCore", "Worker"])
-def test_killed_process_ends_the_server(
+def test_killed_process_ends_the_server_and_a_restart_serves(
     target: str, tmp_path: Path, count: Callable[..., None]
 ) -> None:
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
     for number in range(3):
-        status, log, _ = kill_midway(folder, tmp_path / f"log-{number}", target)
+        status, log, error = kill_midway(folder, tmp_path / f"log-{number}", target)
         assert status == 1
         assert "the engine process of this server has died" in log
+        assert "500" in error or "Connection" in error or "Remote" in error
+    with server(folder, tmp_path / "again") as running:
+        running.wait_ready(io.StringIO())
+        load = put_load(running.url, running._process.pid, clients=1, seconds=1)
+    assert load.errors == []
+    assert load.wrong == 0
+    assert load.answers > 0
     count(servers=3)

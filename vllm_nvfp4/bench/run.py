@@ -31,6 +31,14 @@ from vllm_nvfp4.testing import machine
 
 # Shares of the throughput without pause at which load is measured where no rates are given.
 AUTO_SHARES = (0.25, 0.5, 0.75)
+# What decides speed besides the flags, recorded where it is set.
+_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_KVCACHE_SPACE", "VLLM_BATCH_INVARIANT", "VLLM_NVFP4_ACTIVATION", "VLLM_NVFP4_LM_HEAD",
+    "VLLM_NVFP4_EMBEDDING", "VLLM_NVFP4_KV_CACHE", "VLLM_NVFP4_ONLINE_FORMAT", "VLLM_NVFP4_CPU_ISA",
+)  # fmt: skip
+# Load average per core, before the run, above which a machine counts as busy.
+_BUSY = 0.5
 # Tokens of each request in the run that no one reads: kernels are compiled and caches filled.
 _WARM_UP_TOKENS = 4
 # What a worker says of its KV cache: set by a flag on a GPU, profiled on a GPU, on a CPU.
@@ -93,6 +101,8 @@ class Bench:
         self._num_jobs = 0
         self._weighed: dict[str, limits.Weighed] = {}
         head = machine.provenance() | meter.describe() | {"cpu": machine.cpu_model()}
+        if set_names := [name for name in _ENVIRONMENT if os.environ.get(name)]:
+            head["environment"] = " ".join(f"{name}={os.environ[name]}" for name in set_names)
         self.results = Results(
             head | machine.versions(),
             asdict(settings),
@@ -157,6 +167,7 @@ class Bench:
         """
         environ = dict(os.environ)
         compat_cpu_metadata.apply(environ)
+        self._note_load(say)
         with Client(self.out / "client.log", environ) as client:
             self._find_device(client)
             for turn in range(self.settings.turns):
@@ -174,6 +185,13 @@ class Bench:
                     self.results.save(self.out)
         self.results.is_complete = True
         self.results.save(self.out)
+
+    def _note_load(self, say: Callable[[str], None]) -> None:
+        """Record, and on a CPU say, how busy others keep the machine."""
+        load, cores = os.getloadavg()[0], machine.num_cores()
+        self.results.machine["load average before"] = f"{load:.1f} on {cores} cores"
+        if isinstance(self.meter, CpuMeter) and load > _BUSY * cores:
+            say(f"busy machine, load {load:.1f} on {cores} cores: trust ratios more than seconds")
 
     def _find_device(self, client: Client) -> None:
         """The device of the roofline: the card's data sheet, or this machine's measured memory."""

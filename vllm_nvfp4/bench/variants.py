@@ -21,7 +21,7 @@ from vllm_nvfp4.options import Options
 KINDS = {
     "stock": "the same checkpoint through vLLM without the plugin",
     "bf16": "16-bit weights through vLLM without the plugin",
-    "fp8": "an FP8 checkpoint, or a 16-bit one quantised by vLLM while it loads",
+    "fp8": "an FP8 checkpoint, or on a GPU a 16-bit one that vLLM quantises while it loads",
     "awq": "an AWQ checkpoint through vLLM without the plugin",
     "nvfp4": "the plugin again, with other flags",
 }

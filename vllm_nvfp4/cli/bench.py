@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
             is_interrupted = True
     done = len(bench.results.measurements)
     if is_interrupted:
-        print(f"\ninterrupted: {done} of {bench.num_planned} measurements are kept in "
-              f"{bench.out / FILE_NAME}", file=sys.stderr)  # fmt: skip
+        kept = f"{done} of {bench.num_planned} measurements are kept in {bench.out / FILE_NAME}"
+        print(f"\ninterrupted: {kept if done else 'nothing was measured yet'}", file=sys.stderr)
     if done:
         page.print_tables(page.run_tables(bench.results))
         print(f"page: {page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)}")

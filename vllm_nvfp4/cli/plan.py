@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gpu(name: str) -> Gpu:
-    gpu = find_gpu(_ALIASES.get(" ".join(name.lower().split()), name))
+    name = " ".join(name.split())
+    gpu = find_gpu(_ALIASES.get(name.lower(), name)) or find_gpu(f"RTX {name}")
     if gpu is None:
         raise ValueError(f"--gpu {name}: unknown; cards: {', '.join(g.name for g in GPUS)}.")
     return gpu

@@ -17,29 +17,33 @@ def moe(
     a: torch.Tensor,
     w13: PackedWeight,
     w2: PackedWeight,
-    routing: tuple[torch.Tensor, torch.Tensor],
+    routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     activation: ExpertActivation,
     is_weight_on_input: bool,
     activation_bits: int,
     biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[m] = sum_j weight[m, j] * (w2[e] act(w13[e] a[m] + b13[e]) + b2[e]),  e = expert[m, j]
 
     a:       [M, H] bf16, fp16 or f32
     w13, w2: the packed weights of all local experts, stacked: a leading dimension E on each tensor;
              num_rows and num_cols are those of one expert
-    routing: weight [M, k] float; expert [M, k] integer, -1 where another rank has the expert
+    routing: weight [M, k] float; expert [M, k] integer, of all ranks' experts; expert_map [all
+             experts] integer, number here or -1, or None where all are here
     is_weight_on_input: the weight multiplies a instead
+    activation_bits: 8, or else 16
     biases:  b13 [E, rows of w13] and b2 [E, H] of a's dtype, or None
+    y:       [M, H] of a's dtype to write into, or None for a new tensor
     Only experts that a token chose are read. The sum over j is formed in float32, in the order of
-    the experts' numbers, so that it does not depend on threads. Returns [M, H] of a's dtype.
-    Raises ValueError for shapes that do not fit.
+    the experts' numbers, so that it does not depend on threads.
+    Returns y. Raises ValueError for shapes that do not fit.
     """
     for name, stack in (("w13", w13), ("w2", w2)):
         _check(name, stack)
-    weight, expert = routing
-    num_choices = expert.shape[1]
-    y = torch.zeros(a.shape[0], w2.num_rows, dtype=torch.float32)
+    weight, expert = routing[0], _local(*routing[1:])
+    num_choices, bits = expert.shape[1], activation_bits or 16
+    total = torch.zeros(a.shape[0], w2.num_rows, dtype=torch.float32)
     for e, choice in _choices(expert, len(w13.codes)):
         token = choice // num_choices
         factor = weight.flatten()[choice].float()[:, None]
@@ -47,32 +51,39 @@ def moe(
         if is_weight_on_input:
             x = (x.float() * factor).to(a.dtype)
         b13, b2 = (None if bias is None else bias[e] for bias in biases)
-        h = linear(x, _expert(w13, e), b13, activation_bits)
+        h = linear(x, _expert(w13, e), b13, bits)
         h = activation(h.float()).to(a.dtype)
-        out = linear(h, _expert(w2, e), b2, activation_bits).float()
-        # A token chooses an expert once, so each row of y is added to once.
-        y.index_add_(0, token, out if is_weight_on_input else out * factor)
-    return y.to(a.dtype)
+        out = linear(h, _expert(w2, e), b2, bits).float()
+        # A token chooses an expert once, so each row of the sum is added to once.
+        total.index_add_(0, token, out if is_weight_on_input else out * factor)
+    return total.to(a.dtype) if y is None else y.copy_(total)
 
 
 def rows(
     a: torch.Tensor,
     stack: PackedWeight,
-    expert: torch.Tensor,
+    choices: tuple[torch.Tensor, torch.Tensor | None],
     choices_per_row: int,
     activation_bits: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y[c] = w[e] a[c // choices_per_row] + bias[e],  e = expert[c]; 0 where e is -1
+    """y[c] = w[e] a[c // choices_per_row] + bias[e],  e = expert[c]; 0 where another rank has e
 
-    stack, expert, bias: as in :func:`moe`. Returns [choices, num_rows] of a's dtype.
+    choices: expert and expert_map; the others as in :func:`moe`.
+    Returns [choices, num_rows] of a's dtype.
     """
     _check("the weight", stack)
+    expert, bits = _local(*choices), activation_bits or 16
     y = a.new_zeros(expert.numel(), stack.num_rows)
     for e, choice in _choices(expert, len(stack.codes)):
         b = None if bias is None else bias[e]
-        y[choice] = linear(a[choice // choices_per_row], _expert(stack, e), b, activation_bits)
+        y[choice] = linear(a[choice // choices_per_row], _expert(stack, e), b, bits)
     return y
+
+
+def _local(expert: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The numbers on this rank, -1 where another has the expert."""
+    return expert if expert_map is None else expert_map[expert.long()]
 
 
 def _choices(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -65,6 +65,12 @@ def backend(device_type: str) -> ModuleType:
     return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}")
 
 
+@functools.cache
+def experts_backend(device_type: str) -> ModuleType:
+    """The same for routed experts: ``kernels.cpu_moe`` or ``kernels.cuda_moe``."""
+    return importlib.import_module(f"{backend(device_type).__name__}_moe")
+
+
 def configure(options: Options) -> None:
     """Hand the options that concern CUDA kernels to them, before weights load."""
     from vllm_nvfp4.kernels import cubins, devices
@@ -91,9 +97,7 @@ def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None
 def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> None:
     """Have the kernels of routed experts of a format ready, at load time."""
     if device.type == "cuda":
-        from vllm_nvfp4.kernels import cuda_moe
-
-        cuda_moe.prepare_moe(device, fmt)
+        experts_backend("cuda").prepare_moe(device, fmt)
     else:
         warm_up(device, fmt, activation_bits)
 
@@ -342,20 +346,11 @@ def moe(
     rows, hidden_size = intermediate_size * (2 if act.is_gated else 1), a.shape[1]
     first = PackedWeight(w13[0], w13[1], w13[2], rows, hidden_size, FORMATS[fmt])
     second = PackedWeight(w2[0], w2[1], w2[2], hidden_size, intermediate_size, FORMATS[fmt])
-    biases = (w13_bias, w2_bias)
-    if a.device.type == "cuda":
-        from vllm_nvfp4.kernels import cuda_moe
-
-        routing = (topk_weights, topk_ids, expert_map)
-        return cuda_moe.moe(
-            a, first, second, routing, act, is_weight_on_input, activation_bits, biases, y
-        )
-    from vllm_nvfp4.kernels import cpu_moe
-
-    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-    routing, bits = (topk_weights, ids), activation_bits or 16
-    found = cpu_moe.moe(a, first, second, routing, act, is_weight_on_input, bits, biases)
-    return found if y is None else y.copy_(found)
+    found: torch.Tensor = experts_backend(a.device.type).moe(
+        a, first, second, (topk_weights, topk_ids, expert_map), act, is_weight_on_input,
+        activation_bits, (w13_bias, w2_bias), y,
+    )  # fmt: skip
+    return found
 
 
 def moe_into(y: torch.Tensor, *arguments) -> None:
@@ -384,15 +379,8 @@ def moe_rows(
     num_tokens, num_choices = topk_ids.shape
     stack = PackedWeight(weight[0], weight[1], weight[2], num_rows, a.shape[-1], FORMATS[fmt])
     rows, per_row = a.reshape(-1, a.shape[-1]), 1 if a.dim() == 3 else num_choices
-    if a.device.type == "cuda":
-        from vllm_nvfp4.kernels import cuda_moe
-
-        y = cuda_moe.rows(rows, stack, (topk_ids, expert_map), per_row, activation_bits, bias)
-    else:
-        from vllm_nvfp4.kernels import cpu_moe
-
-        ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-        y = cpu_moe.rows(rows, stack, ids, per_row, activation_bits or 16, bias)
+    choices = (topk_ids, expert_map)
+    y = experts_backend(a.device.type).rows(rows, stack, choices, per_row, activation_bits, bias)
     return y.view(num_tokens, num_choices, num_rows)
 
 

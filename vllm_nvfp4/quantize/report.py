@@ -64,11 +64,13 @@ def plot(groups: Sequence[Sensitivity], formats: Sequence[str], path: Path) -> N
     positions = range(len(groups))
     axes.bar(positions, [g.kl["nvfp4"] for g in groups], color=[_COLOURS[f] for f in formats])
     axes.plot(positions, [g.kl["fp8"] for g in groups], "k_", markersize=4)
-    axes.set_yscale("symlog", linthresh=1e-6)
+    positive = [kl for g in groups for kl in (g.kl["nvfp4"], g.kl["fp8"]) if kl > 0]
+    axes.set_yscale("symlog", linthresh=min(positive, default=1e-6), linscale=0.2)
     axes.set_xlabel("fused layer, in the order of the model")
     axes.set_ylabel("KL of the logits, this layer alone in NVFP4")
     handles = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
-    axes.legend(handles=handles, title="chosen (dash: KL in FP8)")
+    # Beside the bars: there is one wherever a legend within the axes could stand.
+    figure.legend(handles=handles, title="chosen\n(dash: KL in FP8)", loc="outside right upper")
     axes.set_title(summary(groups, formats), fontsize=9)
     # No date in the file: the same run gives the same bytes.
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -30,9 +30,9 @@ from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
 from vllm_nvfp4.quantize.precision import Sensitivity
 
-# Of each sample, so that a few thousand tokens give enough of them for a mean of squares.
+# Short samples, so that a few thousand tokens give enough of them for a mean of squares.
 LENGTH = 128
-NUM_SAMPLES = 32
+NUM_SAMPLES = 16
 # Backward passes over each sample, with other tokens drawn.
 _DRAWS = 3
 # Samples that go through a layer together.
@@ -60,17 +60,17 @@ class Measurement:
 
     @classmethod
     def of_text(cls, text: str, folder: Path, method: str, seed: int) -> Measurement:
-        """Samples of a text; half of them are the others where the method asks for any.
+        """Samples of a text, and two others for each where the method asks for any.
 
         text:   ``builtin`` or a path; folder: where the tokenizer is
         Raises CheckpointError where the text is too short.
         """
-        is_calibrated = method in METHODS
-        calibration = Calibration(text, NUM_SAMPLES * (1 + is_calibrated), LENGTH, seed)
-        samples = calibration.samples(folder)
-        if not is_calibrated:
+        if method not in METHODS:
+            samples = Calibration(text, NUM_SAMPLES, LENGTH, seed).samples(folder)
             return cls(samples, samples[:0], method, seed=seed)
-        return cls(samples[::2], samples[1::2], method, seed=seed)
+        samples = Calibration(text, 3 * NUM_SAMPLES, LENGTH, seed).samples(folder)
+        others = torch.cat([samples[1::3], samples[2::3]])
+        return cls(samples[::3], others, method, seed=seed)
 
 
 def measure(

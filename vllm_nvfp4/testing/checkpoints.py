@@ -177,3 +177,34 @@ def _forget_quantization(config: dict[str, Any]) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = "float32"
+
+
+def write_adapter(folder: Path, target: Path, rank: int = 4) -> Path:
+    """A LoRA adapter of a checkpoint, with random weights, on one row-parallel and two fused
+    layers; returns its new folder below ``target``."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    width = config["num_attention_heads"] * config["head_dim"]
+    shapes = {
+        "self_attn.q_proj": (width, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (rows, cols) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, cols, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.05
+    adapter = target / "adapter"
+    adapter.mkdir(parents=True)
+    save_file(tensors, str(adapter / "adapter_model.safetensors"))
+    names = [module.rpartition(".")[2] for module in shapes]
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names})
+    )
+    return adapter

@@ -51,15 +51,15 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         yield llm
 
 
-def ask_engine(llm: Any, prompt: list[int], num_tokens: int) -> Answer:
-    """Greedy continuation and all log-probabilities, from vLLM."""
+def ask_engine(llm: Any, prompt: list[int], num_tokens: int, lora_request: Any = None) -> Answer:
+    """Greedy continuation and all log-probabilities, from vLLM, with an adapter if one is given."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
         temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
     )
     request = {"prompt_token_ids": prompt}
-    output = llm.generate([request], parameters, use_tqdm=False)[0]
+    output = llm.generate([request], parameters, use_tqdm=False, lora_request=lora_request)[0]
     rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
     table = [[row[token].logprob for token in sorted(row)] for row in rows]
     return Answer(list(output.outputs[0].token_ids), torch.tensor(table))

@@ -10,50 +10,51 @@ from dataclasses import dataclass
 class Feature:
     """One row of the README's table.
 
-    name:  what vLLM's users call it
+    name:  what vLLM's users call it; also its check in feature_checks.py
     flag:  how it is asked for on the command line; "" where it is part of a request
     test:  the test that compares it with the plain run, ``file.py::function``
     cpu:   how far the test goes on vLLM's CPU backend
+    num_gpus: that it takes
     """
 
     name: str
     flag: str
     test: str
     cpu: str = "the same tokens"
+    num_gpus: int = 1
 
+
+_SAME = "test_features.py::test_the_same_answers"
+_SCALE_OUT = "trust/test_scale_out.py::test_features_of_several_processes"
 
 FEATURES = (
     Feature(
         "Tensor parallel",
         "--tensor-parallel-size",
         "test_parallel.py::test_two_ranks_give_the_same_tokens",
+        num_gpus=2,
     ),
     Feature(
         "Pipeline parallel",
         "--pipeline-parallel-size",
-        "test_features.py::test_pipeline_parallel",
+        _SCALE_OUT,
         "the same tokens in compiled mode; in eager mode vLLM 0.32 for the CPU ends with an "
         "AssertionError, with 16-bit models too",
+        num_gpus=2,
     ),
-    Feature("Data parallel", "--data-parallel-size", "test_features.py::test_data_parallel"),
+    Feature("Data parallel", "--data-parallel-size", _SCALE_OUT, num_gpus=2),
     Feature(
         "Ray",
         "--distributed-executor-backend ray",
         "test_features.py::test_ray_worker",
         "refused by vLLM; an engine inside a Ray worker gives the same tokens",
     ),
-    Feature("Prefix caching", "--enable-prefix-caching", "test_features.py::test_prefix_caching"),
-    Feature(
-        "Chunked prefill", "--enable-chunked-prefill", "test_features.py::test_chunked_prefill"
-    ),
-    Feature("Structured output", "", "test_features.py::test_structured_output"),
-    Feature("Log-probabilities", "", "test_features.py::test_logprobs", "equal to 1e-4"),
-    Feature(
-        "N-gram speculation", "--speculative-config", "test_features.py::test_ngram_speculation"
-    ),
-    Feature(
-        "LoRA", "--enable-lora", "test_engine_features.py::test_lora_adapter_on_quantised_layers"
-    ),
+    Feature("Prefix caching", "--enable-prefix-caching", _SAME),
+    Feature("Chunked prefill", "--enable-chunked-prefill", _SAME),
+    Feature("Structured output", "", _SAME),
+    Feature("Log-probabilities", "", _SAME, "equal to 1e-4"),
+    Feature("N-gram speculation", "--speculative-config", _SAME),
+    Feature("LoRA", "--enable-lora", _SAME),
     Feature(
         "Compiled graphs",
         "",
@@ -74,16 +75,16 @@ FEATURES = (
     Feature(
         "CPU offload",
         "--cpu-offload-gb",
-        "test_features.py::test_cpu_offload",
+        _SAME,
         "the same tokens; the weights are in the CPU's memory anyway",
     ),
     Feature(
         "FP8 KV cache, on and off",
         "--kv-cache-dtype",
-        "test_features.py::test_kv_cache",
+        _SAME,
         "as exact as 16-bit weights with the same cache",
     ),
-    Feature("Embeddings", "--runner pooling", "test_features.py::test_embeddings", "equal to 1e-5"),
+    Feature("Embeddings", "--runner pooling", _SAME, "equal to 1e-5"),
 )
 
 

@@ -34,11 +34,16 @@ def output_of(*command: str) -> str:
     return " ".join(done.stdout.split())
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def cpu_model() -> str:
     """The processor's name and the number of its cores that this process may use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} cores"
+    return f"{next(names, platform.machine())}, {num_cores()} cores"
 
 
 def provenance(checkout: Path = ROOT) -> dict[str, str]:
