@@ -178,9 +178,10 @@ def write_headers(folder, model, num_layers):
             ("o", hidden, q),
         ):
             nvfp4(f"{layer}.self_attn.{name}_proj", n, k)
-        for name, size in (("self_attn.q_norm", head), ("self_attn.k_norm", head),
-                           ("input_layernorm", hidden), ("post_attention_layernorm", hidden)):  # fmt: skip
-            plain(f"{layer}.{name}", size)
+        for name in ("self_attn.q_norm", "self_attn.k_norm"):
+            plain(f"{layer}.{name}", head)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            plain(f"{layer}.{name}", hidden)
         plain(f"{layer}.mlp.gate", config["num_experts"], hidden)
         for e in range(config["num_experts"]):
             for name, n, k in (

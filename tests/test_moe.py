@@ -7,8 +7,10 @@ The checkpoints are those of ModelOpt and llm-compressor for tiny Qwen3-MoE and 
 
 import pytest
 import torch
-from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, rounded
+from packaging.version import Version
+from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, layer_of, rounded
 
+from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.write import write_nvfp4
@@ -45,6 +47,47 @@ def test_w1_and_w3_keep_their_own_global_scale(name, tmp_path):
 @pytest.mark.vllm
 def test_compiled_by_torch(tmp_path):
     compare(extract_fixture(FIXTURES[0], tmp_path), atol=1e-4, enforce_eager=False)
+
+
+@pytest.mark.vllm
+def test_a_vllm_whose_modular_kernel_runs_on_gpus_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: Version("0.28"))
+    compare(extract_fixture(FIXTURES[2], tmp_path), atol=1e-4)
+
+
+@pytest.mark.vllm
+def test_any_order_of_the_experts_gives_the_same_tokens(tmp_path, monkeypatch):
+    """As vLLM moves experts between ranks to balance their load: a row of every parameter that
+    ``get_expert_weights`` names, and the numbers that the router chooses with it."""
+
+    def moved(router, order):
+        select, place = router.select_experts, order.argsort()
+
+        def select_moved(*args, **kwargs):
+            weights, ids = select(*args, **kwargs)
+            return weights, place[ids.long()].to(ids.dtype)
+
+        return select_moved
+
+    folder = give_shards_their_own_scale(extract_fixture(FIXTURES[0], tmp_path))
+    with engine(folder, dtype="float32", additional_config=KEEP_KV) as llm:
+        expected = ask_engine(llm, PROMPT, NUM_TOKENS)
+        order = torch.tensor([2, 0, 3, 1])
+        for i in range(2):
+            mlp = layer_of(llm, f"model.layers.{i}.mlp")
+            routed = mlp.experts.routed_experts
+            assert routed.quant_method.supports_eplb
+            rows = list(routed.get_expert_weights())
+            assert len(rows) == 6  # codes and two kinds of scales, of w13 and of w2
+            for weight in rows:
+                assert weight.shape[0] == 4
+                weight.copy_(weight[order])
+            runner = layer_of(llm, f"model.layers.{i}.mlp.experts")
+            monkeypatch.setattr(runner.router, "select_experts", moved(runner.router, order))
+        llm.reset_prefix_cache()
+        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
+    assert answer.tokens == expected.tokens
+    assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
 
 
 @pytest.mark.vllm

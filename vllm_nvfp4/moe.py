@@ -158,19 +158,20 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         ops.check_activation(device, self.config.options.activation)
         bits = ACTIVATION_BITS[self.config.options.activation]
         self.activation = declared.uninterleaved()
-        if self.moe_kernel is None:  # else the weights are loaded again
-            self.moe_kernel = self.make_kernel(layer, declared.is_interleaved, bits)
+        self.experts = NvFp4Experts(layer, self.activation, declared.is_interleaved, bits)
+        # Where the weights are loaded again, adapters are on the experts of the first time.
+        if self.moe_kernel is None and compat.runs_modular_kernel(device.type):
+            self.moe_kernel = self.make_kernel(layer, self.experts)
         ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
         kernel = ops.describe_experts_path(device.type, bits)
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
-    def make_kernel(self, layer: Any, is_interleaved: bool, activation_bits: int) -> Any:
+    def make_kernel(self, layer: Any, experts: NvFp4Experts) -> Any:
         """vLLM's modular kernel: its way to move tokens between ranks, around these experts.
 
         Raises CheckpointError for a way that hands tokens over in another form than rows.
         """
-        experts = NvFp4Experts(layer, self.activation, is_interleaved, activation_bits)
         mover = compat.make_prepare_finalize(layer, experts.quant_config)
         if mover.activation_format != experts.activation_format():
             raise CheckpointError(
@@ -224,9 +225,14 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The routed experts' part; vLLM's runner computes the shared experts and adds them."""
+        is_weight_on_input = layer.apply_router_weight_on_input
         if self.moe_kernel is None:
-            raise ValueError(f"{self.prefix}: experts whose weights have not been loaded")
-        return self.moe_kernel.apply(
+            if is_weight_on_input:
+                x = x * topk_weights.to(x.dtype)
+            return self.experts.sums(
+                x, topk_weights, topk_ids, layer.expert_map, is_weight_on_input
+            )
+        y: Any = self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight,
             w2=layer.w2_weight,
@@ -235,10 +241,11 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             activation=layer.activation,
             global_num_experts=layer.global_num_experts,
             expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            apply_router_weight_on_input=is_weight_on_input,
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )
+        return y
 
 
 class NvFp4OnlineMoEMethod(NvFp4MoEMethod):

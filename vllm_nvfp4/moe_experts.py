@@ -64,10 +64,6 @@ class NvFp4Experts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
         return True
 
-    def supports_expert_map(self) -> bool:
-        """Whether a rank may hold some of the experts. (vLLM up to 0.28 asks.)"""
-        return True
-
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
@@ -110,18 +106,35 @@ class NvFp4Experts(LoRAExpertsMixin, FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """output[m] = sum_j topk_weights[m, j] * expert topk_ids[m, j] of hidden_states[m], over
-        this rank's experts; without the weights where the preparation has multiplied them in."""
-        if apply_router_weight_on_input:
+        """:meth:`sums` into ``output``."""
+        self.sums(
+            hidden_states, topk_weights, topk_ids, expert_map, apply_router_weight_on_input, output
+        )
+
+    def sums(
+        self,
+        a: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        is_weight_in_input: bool,
+        y: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y[m] = sum_j topk_weights[m, j] * expert topk_ids[m, j] of a[m], over this rank's
+        experts; without the weights where they have been multiplied into a.
+
+        a: [M, H]; topk_weights, topk_ids: [M, k]; expert_map as the ops take it. Returns y [M, H],
+        a new tensor where there is none to write into.
+        """
+        y = torch.empty_like(a) if y is None else y
+        if is_weight_in_input:
             topk_weights = torch.ones_like(topk_weights)
         if self._lora_context is not None:
-            y = moe_lora.apply(self, hidden_states, topk_weights, topk_ids, expert_map)
-            output.copy_(y)
-            return
+            return y.copy_(moe_lora.apply(self, a, topk_weights, topk_ids, expert_map))
         act, layer = self.expert_activation, self.layer
         torch.ops.vllm_nvfp4.moe_into(
-            output,
-            hidden_states,
+            y,
+            a,
             experts_of(layer, "w13"),
             experts_of(layer, "w2"),
             topk_weights,
@@ -136,3 +149,4 @@ class NvFp4Experts(LoRAExpertsMixin, FusedMoEExpertsModular):
             getattr(layer, "w13_bias", None),
             getattr(layer, "w2_bias", None),
         )
+        return y

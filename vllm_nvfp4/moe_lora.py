@@ -53,6 +53,8 @@ def apply(
 class Adapters:
     """The adapters' products in one forward pass of a layer. shape: rows of w13, H, I."""
 
+    context: Any
+
     def __init__(
         self,
         experts: NvFp4Experts,
@@ -61,11 +63,12 @@ class Adapters:
         expert_map: torch.Tensor | None,
         shape: tuple[int, int, int],
     ) -> None:
-        self.experts, self.context = experts, experts._lora_context
+        self.experts = experts
+        self.context = experts._lora_context
         self.topk_weights, self.topk_ids, self.expert_map = topk_weights, topk_ids, expert_map
-        num_experts, (rows, hidden, inner) = self.context.local_num_experts, shape
+        num_experts, (rows, hidden, inner) = len(experts_of(experts.layer, "w13")[0]), shape
         # vLLM's tuning reads the shapes alone, of plain weights.
-        self.w13_w2 = {
+        self.w13_w2: dict[str, Any] = {
             "w1": torch.empty(num_experts, rows, hidden, device="meta"),
             "w2": torch.empty(num_experts, hidden, inner, device="meta"),
         }

@@ -354,8 +354,9 @@ def moe(
 
 
 def moe_into(y: torch.Tensor, *arguments) -> None:
-    """:func:`moe` into y [M, H]."""
-    moe(*arguments, *[None] * (14 - len(arguments)), y=y)
+    """:func:`moe` into y [M, H]; torch leaves out biases that are None."""
+    operands = [*arguments[:12], *[*arguments[12:], None, None][:2], y]
+    moe(*operands)
 
 
 def moe_rows(

@@ -69,7 +69,7 @@ def emulated_experts() -> Iterator[list[str]]:
     attach, steps = weights.attach_experts, (cuda_moe.run, cuda_moe.run_rows)
 
     def attach_as_on_a_gpu(*args: Any) -> None:
-        with mock.patch.object(ops, "backend", lambda device_type: layout):
+        with mock.patch.object(ops, "backend", return_value=layout):
             attach(*args)
 
     def emulated(step: Any) -> Any:
@@ -84,10 +84,10 @@ def emulated_experts() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(moe, "attach_experts", attach_as_on_a_gpu),
-        mock.patch.object(ops, "experts_backend", lambda device_type: cuda_moe),
-        mock.patch.object(cuda_moe, "loaded_device", lambda index, fmt_name: None),
-        mock.patch.object(cuda_moe, "current_stream", lambda index: 0),
-        mock.patch.object(torch.cuda, "current_device", lambda: None),
+        mock.patch.object(ops, "experts_backend", return_value=cuda_moe),
+        mock.patch.object(cuda_moe, "loaded_device", return_value=None),
+        mock.patch.object(cuda_moe, "current_stream", return_value=0),
+        mock.patch.object(torch.cuda, "current_device", return_value=None),
         mock.patch.object(cuda_moe, "run", emulated(steps[0])),
         mock.patch.object(cuda_moe, "run_rows", emulated(steps[1])),
     ):
