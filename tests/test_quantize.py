@@ -40,6 +40,7 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
+from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -391,6 +392,17 @@ def test_a_run_repeats_to_the_bit(models, tmp_path, method):
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
 
+def test_memory_is_estimated_before_the_run_and_does_not_grow_with_layers(models):
+    source = Source(models("llama"))
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    units = by_layer(source.tensors, quantized)
+    # The embedding is the largest tensor: its bytes, and 30 % for codes.
+    assert data_free_bytes(source, units) == int(1.3 * 288 * 64 * 2)
+    few, many = (calibrated_bytes(source, units, quantized, n, 2) for n in (100, 1100))
+    assert many > few > data_free_bytes(source, units)
+    assert calibrated_bytes(source, units[:2], quantized, 100, 2) == few
+
+
 def test_the_seed_chooses_the_text(models, tmp_path):
     for seed in ("0", "1"):
         assert quantize(models("llama"), tmp_path / seed, "gptq", "--seed", seed) == 0
@@ -509,7 +521,8 @@ def test_inputs_that_are_not_finite_are_refused(copied, tmp_path, capsys):
     edit_tensors(copied, damage)
     assert quantize(copied, tmp_path / "out", "hessian") == 1
     error = capsys.readouterr().err
-    assert "layers.0.self_attn.q_proj.weight: inputs on the calibration text: found NaN" in error
+    assert "model.layers.0.self_attn." in error
+    assert "inputs on the calibration text: found NaN or infinite numbers" in error
     assert not (tmp_path / "out").exists()
 
 
