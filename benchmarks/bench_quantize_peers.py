@@ -8,9 +8,10 @@
 Each peer runs in an environment of its own: their pins exclude vLLM's. Model and text as in
 bench_quantize.py. Weights only (W4A16), 4.5 bits, lm_head kept; every checkpoint is read by
 vllm_nvfp4.checkpoints and runs dequantised in float32. All calibrated methods see the same tokens:
-those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents. DIR keeps the
-checkpoints: a run that was stopped goes on. cpu_seconds is the CPU time of all threads; of ours the
-whole command's, of a peer's without the imports.
+those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents; ModelOpt's mse,
+local_hessian and awq_lite need Triton and a GPU. DIR keeps the checkpoints: a run that was stopped
+goes on. cpu_seconds is the CPU time of all threads; of ours the whole command's, of a peer's
+without the imports.
 """
 
 from __future__ import annotations
@@ -36,10 +37,8 @@ RUNS = (
     ("rtn", "modelopt", "rtn"),
     ("mse", "vllm-nvfp4", "mse"),
     ("mse", "llmcompressor", "mse"),
-    ("mse", "modelopt", "mse"),
     ("hessian", "vllm-nvfp4", "hessian"),
     ("hessian", "llmcompressor", "imatrix"),
-    ("hessian", "modelopt", "local_hessian"),
     ("gptq", "vllm-nvfp4", "gptq"),
     ("gptq", "llmcompressor", "gptq"),
     ("gptq", "llmcompressor", "gptq-mse"),
