@@ -165,9 +165,10 @@ def test_an_awq_scale_of_an_expert_is_named(tmp_path):
     )
     name = "model.layers.1.mlp.experts.2.down_proj.pre_quant_scale"
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(64)}))
-    options = {"dtype": "float32", "additional_config": KEEP_KV}
-    message = r"layers.1.mlp.experts.2.*pre_quant_scale.*AWQ"
-    with pytest.raises(CheckpointError, match=message), engine(folder, **options):
+    with (
+        pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.2.*pre_quant_scale.*AWQ"),
+        engine(folder, dtype="float32", additional_config=KEEP_KV),
+    ):
         pass
 
 

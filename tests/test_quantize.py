@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +40,7 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
+from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -394,6 +392,17 @@ def test_a_run_repeats_to_the_bit(models, tmp_path, method):
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
 
+def test_memory_is_estimated_before_the_run_and_does_not_grow_with_layers(models):
+    source = Source(models("llama"))
+    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    units = by_layer(source.tensors, quantized)
+    # The embedding is the largest tensor: its bytes, and 30 % for codes.
+    assert data_free_bytes(source, units) == int(1.3 * 288 * 64 * 2)
+    few, many = (calibrated_bytes(source, units, quantized, n, 2) for n in (100, 1100))
+    assert many > few > data_free_bytes(source, units)
+    assert calibrated_bytes(source, units[:2], quantized, 100, 2) == few
+
+
 def test_the_seed_chooses_the_text(models, tmp_path):
     for seed in ("0", "1"):
         assert quantize(models("llama"), tmp_path / seed, "gptq", "--seed", seed) == 0
@@ -427,29 +436,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(models, tmp_path, method, m
     assert files_of(target) == files_of(tmp_path / "whole")
     assert all((target / name).stat().st_mtime_ns == times[name] for name in times)
     assert not work_folder(target).exists()
-
-
-def test_a_killed_run_goes_on(models, tmp_path):
-    """SIGKILL in the middle of a layer's file, in a process of its own."""
-    source, target = models("llama"), tmp_path / "out"
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable\n"
-        "def progress(layer):\n"
-        "    if layer == 'model.layers.1.mlp.gate_proj':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_resumable(Path(sys.argv[1]), Path(sys.argv[2]), DataFree('mse'),\n"
-        "                WriteOptions(progress=progress))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(source), str(target)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not target.exists()
-    left = {path.name for path in (work_folder(target) / "checkpoint").iterdir()}
-    assert "model-00003-of-00003.part" in left
-    write_resumable(source, target, DataFree("mse"), WriteOptions())
-    write_resumable(source, tmp_path / "whole", DataFree("mse"), WriteOptions())
-    assert files_of(target) == files_of(tmp_path / "whole")
 
 
 def _leave_unfinished(source: Path, target: Path) -> None:
@@ -528,6 +514,18 @@ def test_a_calibration_text_that_is_too_short_is_refused(models, tmp_path, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"short.txt"}
 
 
+def test_inputs_that_are_not_finite_are_refused(copied, tmp_path, capsys):
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"][3] = float("inf")
+
+    edit_tensors(copied, damage)
+    assert quantize(copied, tmp_path / "out", "hessian") == 1
+    error = capsys.readouterr().err
+    assert "model.layers.0.self_attn." in error
+    assert "inputs on the calibration text: found NaN or infinite numbers" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_architecture_needs_a_method_without_data(copied, tmp_path, capsys):
     edit_json(copied / "config.json", lambda config: config.update(model_type="nonesuch"))
     assert quantize(copied, tmp_path / "out", "hessian") == 1
@@ -551,6 +549,9 @@ def test_layers_of_another_decoder_are_refused(models, tmp_path):
     [
         (["--method", "mse", "--calibration", "builtin"], "--method mse looks at no text"),
         (["--device", "cuda"], "torch sees no CUDA device; use --device cpu"),
+        (["--method", "mr-gptq", "--format", "modelopt"], "drop --format, or use --method gptq"),
+        (["--method", "mr-gptq", "--kv-cache", "fp8"], "FP-Quant's dialect has no scales"),
+        (["--method", "mr-gptq", "--target-bits", "5"], "--format fp-quant with --target-bits"),
     ],
 )
 def test_options_that_do_not_go_together(models, tmp_path, capsys, monkeypatch, options, message):

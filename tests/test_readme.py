@@ -129,7 +129,7 @@ def test_python_imports_exist(code: str):
         assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize("script", ["readme_options.py", "readme_quality.py"])
+@pytest.mark.parametrize("script", ["readme_options.py", "readme_quality.py", "readme_bench.py"])
 def test_tables_are_current(script):
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), "--check"],

@@ -95,7 +95,19 @@ def make_moe_kernel(prepare_finalize: Any, experts: Any) -> Any:
     """Both parts of a modular kernel as one."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
+    if lacks_cpu_routing():
+        # Nor does its CPU worker set up the buffers that every modular kernel asks for.
+        workspace = importlib.import_module("vllm.v1.worker.workspace")
+        if not workspace.is_workspace_manager_initialized():
+            workspace.init_workspace_manager("cpu")
     return FusedMoEKernel(prepare_finalize, experts)
+
+
+def lacks_cpu_routing() -> bool:
+    """Whether vLLM is a CPU build that has no CPU router of its own, as 0.28."""
+    from vllm.platforms import current_platform
+
+    return vllm_version() < Version("0.32") and current_platform.is_cpu()
 
 
 def batch_invariant_module() -> Any:

@@ -36,6 +36,7 @@ def register() -> None:
     _patch_engine_args()
     _patch_legacy_modelopt()
     _patch_batch_invariance()
+    _patch_cpu_routing()
     _patch_cpu_dispatch()
     _registered = True
 
@@ -218,6 +219,18 @@ def _patch_batch_invariance() -> None:
     if not current_platform.is_cpu() or (module := compat.batch_invariant_module()) is None:
         return
     module.enable_batch_invariant_mode = lambda: None
+
+
+def _patch_cpu_routing() -> None:
+    """Choose experts in torch where vLLM's CPU build asks CUDA kernels to do it."""
+    if not compat.lacks_cpu_routing():
+        return
+    from vllm import _custom_ops
+
+    from vllm_nvfp4 import moe_routing
+
+    _custom_ops.topk_softmax = moe_routing.topk_softmax
+    _custom_ops.topk_sigmoid = moe_routing.topk_sigmoid
 
 
 def _patch_cpu_dispatch() -> None:

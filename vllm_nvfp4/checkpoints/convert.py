@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
 from vllm_nvfp4.numerics.formats import BlockFormat
+from vllm_nvfp4.numerics.hadamard import rotate_blocks
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 _REBUILD = "The file is damaged or was written wrongly: download or quantise it again."
@@ -187,3 +188,23 @@ def _refuse(is_bad: torch.Tensor, values: torch.Tensor, name: str, needed: str) 
 def _name(spec: LayerSpec, role: Role) -> str:
     tensor = spec.tensor(role)
     return tensor.name if tensor else role.value
+
+
+def dequantize_layer(
+    spec: LayerSpec, tensors: Mapping[str, torch.Tensor], layer: str = "layer"
+) -> torch.Tensor:
+    """One layer's weight, [N, K] float32, from its stored tensors by name.
+
+    What its inputs go through is folded in: an AWQ scale s gives W diag(s), and FP-Quant's rotation
+    H gives W H^T, since (x H) W^T = x (W H^T)^T.
+    """
+    roles = {t.role: tensors[t.name] for t in spec.tensors if t.name in tensors}
+    if spec.kind is LayerKind.FP8:
+        weight, row_scale = fp8_to_rows(spec, roles, [len(roles[Role.WEIGHT])], layer)
+        return (weight.double() * row_scale.double()[:, None]).float()
+    value = to_weight(spec, roles, [len(roles[Role.CODES])], layer).dequantize()
+    if Role.PRE_SCALE in roles:
+        value = value * roles[Role.PRE_SCALE].float()
+    if Role.HADAMARD in roles:
+        value = rotate_blocks(value, roles[Role.HADAMARD].float().T)
+    return value

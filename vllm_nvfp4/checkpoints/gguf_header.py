@@ -25,7 +25,7 @@ _HEAD_BYTES = 24
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # Of the types with values of one size, the struct code.
-_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 # A vocabulary of 262,144 has 1.4 million elements in its four arrays.
 _MAX_ELEMENTS = 8 << 20
 _MAX_NAME = 1 << 16

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
 
@@ -207,11 +207,12 @@ def _quantize(
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
 
     def make(progress: Callable[[str], None]) -> WriteReport:
-        size = rotation_size(source, source.quantizable(DEFAULT_IGNORE)[0])
-        rotation = size if method == "mr-gptq" else 0
+        linear, _ = source.quantizable(DEFAULT_IGNORE)
+        rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
+        _print_memory(source, linear, calibration if method in CALIBRATED else None, args.device)
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
@@ -227,6 +228,24 @@ def _quantize(
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
+
+
+def _print_memory(
+    source: Source, linear: set[str], calibration: Calibration | None, device: str
+) -> None:
+    from vllm_nvfp4.checkpoints.source import by_layer
+    from vllm_nvfp4.quantize.calibrated import forward_dtype
+    from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes, expected_peak
+
+    units = by_layer(source.tensors, linear)
+    if calibration is None:
+        extra = data_free_bytes(source, units)
+    else:
+        num_tokens = calibration.num_samples * calibration.length
+        itemsize = forward_dtype(device).itemsize
+        extra = calibrated_bytes(source, units, linear, num_tokens, itemsize)
+    where = "" if device == "cpu" else f", part of it on {device}"
+    print(f"memory: about {expected_peak(extra) / 2**20:.0f} MiB at the most{where}", flush=True)
 
 
 def _kv_scales(
@@ -316,16 +335,17 @@ def _with_progress(
 
 
 def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:
+    from vllm_nvfp4.quantize.memory import peak_bytes
+
     mebi = 2**20
     for layer in report.odd:
         print(f"kept in 16 bits: {layer} (K is not a multiple of 16)")
     bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
     formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{target}\n"
         f"  {len(report.quantized)} layers in {formats} by {method}, {bits:.2f} bits per weight; "
         f"{len(report.kept)} matrices kept\n"
         f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
-        f"  {seconds:.1f} s, peak memory {peak:.0f} MiB"
+        f"  {seconds:.1f} s, peak memory {peak_bytes() / mebi:.0f} MiB"
     )

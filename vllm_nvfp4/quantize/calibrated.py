@@ -121,7 +121,7 @@ class Calibrated:
                     self._input_amax |= dict.fromkeys(names, self._amax(x))
                     weights = self._quantize(names, target, hessian, representable)
                 for name, weight in weights.items():
-                    layer.get_submodule(self._module(name)).weight.copy_(weight)
+                    layer.get_parameter(f"{self._module(name)}.weight").copy_(weight)
 
             return hook
 

@@ -141,7 +141,7 @@ def _dequantized(folder: Path) -> tuple[list[str], Callable[[str], torch.Tensor]
     """(names of the plain model's tensors, how to read one)."""
     from safetensors import safe_open
 
-    from vllm_nvfp4.testing.checkpoints import dequantize_layer
+    from vllm_nvfp4.checkpoints.convert import dequantize_layer
 
     _, quant_config = read_config(folder)
     headers = read_headers(folder)

@@ -217,7 +217,8 @@ def _divergences(
 ) -> dict[str, float]:
     """KL of the group in each format: its shards' changes add up before they are squared."""
     return {
-        fmt: float(sum(sums[name][fmt] for name in group).square().sum()) / (2 * count)
+        fmt: float(torch.stack([sums[name][fmt] for name in group]).sum(0).square().sum())
+        / (2 * count)
         for fmt in _FORMATS
     }
 
@@ -256,10 +257,10 @@ def _changes(
             four = quantize_gptq(weight, moment, shared, descent_rounds=0)
         else:
             four = quantize_hessian(weight, moment, shared)
-        use_gptq = method == "gptq" and moment is not None
-        codes, scale = (
-            quantize_fp8_gptq(weight, moment) if use_gptq else quantize_fp8_per_row(weight)
-        )
+        if method == "gptq" and moment is not None:
+            codes, scale = quantize_fp8_gptq(weight, moment)
+        else:
+            codes, scale = quantize_fp8_per_row(weight)
         eight = codes.float() * scale
         found[name] = {"nvfp4": four.dequantize() - weight, "fp8": eight - weight}
     return found

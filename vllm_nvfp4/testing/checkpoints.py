@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.headers import read_headers
-from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
+from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec
 from vllm_nvfp4.checkpoints.validate import group_by_module
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     """
     from safetensors import safe_open
 
+    from vllm_nvfp4.checkpoints.convert import dequantize_layer
+
     _, quant_config = read_config(folder)
     headers = read_headers(folder)
     dialect = detect(quant_config)
@@ -151,25 +153,6 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
 
 def _holds(spec: LayerSpec, tensors: dict[str, torch.Tensor]) -> bool:
     return all(t.optional or t.name in tensors for t in spec.tensors)
-
-
-def dequantize_layer(
-    spec: LayerSpec, tensors: dict[str, torch.Tensor], layer: str = "layer"
-) -> torch.Tensor:
-    """One layer's weight, [N, K] float32, from its stored tensors by name."""
-    from vllm_nvfp4.checkpoints.convert import fp8_to_rows, to_weight
-
-    roles = {t.role: tensors[t.name] for t in spec.tensors if t.name in tensors}
-    if spec.kind is LayerKind.FP8:
-        weight, row_scale = fp8_to_rows(spec, roles, [len(roles[Role.WEIGHT])], layer)
-        return (weight.double() * row_scale.double()[:, None]).float()
-    value = to_weight(spec, roles, [len(roles[Role.CODES])], layer).dequantize()
-    if Role.PRE_SCALE in roles:
-        value = value * roles[Role.PRE_SCALE].float()
-    if Role.HADAMARD in roles:
-        rotation = roles[Role.HADAMARD].float()
-        value = (value.view(-1, len(rotation)) @ rotation.T).view(value.shape)
-    return value
 
 
 def write_dequantized(folder: Path, target: Path) -> Path:

@@ -172,12 +172,12 @@ def _structured_output(setup: Setup) -> None:
     )
     config = {"backend": "xgrammar", "disable_any_whitespace": True}
     tokenizer = AutoTokenizer.from_pretrained(setup.folder)
-    texts = []
+    texts: list[str] = []
     for folder, is_plain in ((setup.folder, False), (setup.dequantised, True)):
         with engine(folder, **setup.options(is_plain, structured_outputs_config=config)) as llm:
             prompt = {"prompt_token_ids": PROMPT}
             output = llm.generate([prompt], parameters, use_tqdm=False)[0].outputs[0]
-            texts.append(tokenizer.decode(output.token_ids, skip_special_tokens=True))
+            texts.append(str(tokenizer.decode(output.token_ids, skip_special_tokens=True)))
     answer = json.loads(texts[0])
     is_valid = answer["city"] in ("Paris", "Rome") and isinstance(answer["large"], bool)
     need(is_valid, f"the answer is not of the schema: {texts[0]}")
@@ -296,10 +296,13 @@ def _data_parallel(setup: Setup) -> None:
     need(replicas == {"0", "1"}, f"only replicas {sorted(replicas)} answered")
 
 
-_TWO_PROCESSES = {"distributed_executor_backend": "mp"}
+_TWO_PROCESSES: dict[str, Any] = {"distributed_executor_backend": "mp"}
 # vLLM's CPU backend makes room for a stage's input only where the model is traced; it need not be
 # compiled.
-_TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+_TRACED: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
 CHECKS: dict[str, Callable[[Setup], None]] = {
     "Tensor parallel": partial(_with_options, tensor_parallel_size=2, **_TWO_PROCESSES),
     "Pipeline parallel": partial(

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a run of `quantize` needs: estimated from shapes, before it begins.
+
+By the weights alone: the largest tensor, or shards of one fused layer, and its codes. With a text:
+one decoder layer in float32 as it is read, the hidden states and inputs of all samples, and what
+GPTQ computes in for the largest layer. Neither grows with the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_nvfp4.checkpoints.source import Source, Unit
+
+# Of a weight's size: the codes and scales that it becomes, 4.5 bits of at least 16.
+_CODES = 0.3
+# float32 copies: a layer while it is read and converted; a weight while GPTQ rounds it (target,
+# columns, values, residual and what updates them); its second moment with factors and inverse.
+_LAYER_COPIES, _WEIGHT_COPIES, _MOMENT_COPIES = 2, 8, 6
+# Tensors as wide as the widest module's output, and as the hidden state (two of them float32), that
+# a layer's forward pass holds at a time.
+_WIDE, _HIDDEN = 3, 8
+
+
+def data_free_bytes(source: Source, units: Sequence[Unit]) -> int:
+    """Beyond what the process has already."""
+    groups = (group for unit in units for group in unit.groups)
+    largest = max(sum(source.tensors[n].num_bytes for n in group) for group in groups)
+    return int(largest * (1 + _CODES))
+
+
+def calibrated_bytes(
+    source: Source, units: Sequence[Unit], quantized: set[str], num_tokens: int, itemsize: int
+) -> int:
+    """The same for a method with a text. itemsize: bytes of a number in a hidden state."""
+    most = 0
+    for unit in units:
+        shapes = [[source.tensors[n].shape for n in g] for g in unit.groups if g[0] in quantized]
+        if not shapes:
+            continue
+        size = sum(math.prod(source.tensors[n].shape) for n in unit.names)
+        # [N, K] of each fused layer
+        fused = [(sum(shape[0] for shape in group), group[0][1]) for group in shapes]
+        hidden = min(cols for _, cols in fused)
+        wide = max(max(rows, cols) for rows, cols in fused)
+        states = itemsize * (sum(cols for _, cols in fused) + _WIDE * wide + _HIDDEN * hidden)
+        rounding = max(_WEIGHT_COPIES * n * k + _MOMENT_COPIES * k * k for n, k in fused)
+        most = max(most, 4 * (_LAYER_COPIES * size + rounding) + num_tokens * states)
+    return max(most, data_free_bytes(source, units))
+
+
+def peak_bytes() -> int:
+    """The process's largest resident set so far. Not getrusage's: that of the process which started
+    this one counts in it."""
+    return _status("VmHWM")
+
+
+def expected_peak(extra: int) -> int:
+    """The process's largest resident set with ``extra`` bytes more than it has now."""
+    return max(_status("VmRSS") + extra, peak_bytes())
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
