@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Time layers of routed experts against vLLM's Marlin and its Triton kernel in BF16.
+"""Time layers of routed experts against vLLM's Marlin, Humming and its Triton kernel in BF16.
 
     python benchmarks/bench_moe.py --models Qwen3-30B-A3B --out moe.csv
 
@@ -27,7 +27,7 @@ from common import EXIT_NO_GPU, copy_bandwidth_gbps, gpu_slug, header, require_g
 from vllm_nvfp4.testing.shapes import EXPERT_LAYERS
 
 DEFAULT_M = "1,2,4,8,16,32,64,128,256,512,1024,4096"
-DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,triton-bf16"
+DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,triton-bf16"
 ROUTINGS = ("uniform", "skewed")
 
 

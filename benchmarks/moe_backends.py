@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -82,6 +83,74 @@ def _marlin(layer: Layer, dtype: torch.dtype) -> Call:
     )  # fmt: skip
 
 
+def humming_layer(layer: Layer, dtype: torch.dtype) -> torch.nn.Module:
+    """What vLLM's ModelOpt NVFP4 method holds of the layer when it converts it for Humming."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    if layer.w13[0].fmt.name != "nvfp4":
+        raise RuntimeError("this comparison with Humming is for NVFP4")
+    shape, place = layer.shape, torch.nn.Module()
+    place.moe_config = FusedMoEConfig(
+        num_experts=shape.num_experts, experts_per_token=shape.num_choices,
+        hidden_dim=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_local_experts=shape.num_experts, num_logical_experts=shape.num_experts,
+        activation=MoEActivation.SILU, device=layer.w13[0].codes.device, in_dtype=dtype,
+        routing_method=RoutingMethodType.Default,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+    )  # fmt: skip
+    place.params_dtype, place.layer_name = dtype, "experts"
+    for stem, weights, shards in (("w13", layer.w13, 2), ("w2", layer.w2, 1)):
+        scales = torch.stack([w.global_scale.max() for w in weights])
+        for name, value in (
+            ("weight", torch.stack([w.codes for w in weights])),
+            ("weight_scale", torch.stack([w.block_scale.view(torch.uint8) for w in weights])
+             .view(torch.float8_e4m3fn)),
+            ("weight_scale_2", scales[:, None].repeat(1, shards) if shards == 2 else scales),
+        ):  # fmt: skip
+            parameter = torch.nn.Parameter(value, requires_grad=False)
+            place.register_parameter(f"{stem}_{name}", parameter)
+    return place
+
+
+def _humming(layer: Layer, dtype: torch.dtype) -> Call:
+    """vLLM's Humming experts in its modular kernel, converted as for ``--moe-backend humming``."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+    from vllm.model_executor.layers.fused_moe.experts.fused_humming_moe import (
+        HummingIndexedExperts,
+    )
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+    from vllm.model_executor.layers.quantization.utils.humming import (
+        convert_to_humming_moe_kernel_format,
+        get_humming_moe_quant_config,
+    )
+    from vllm.v1.worker import workspace
+
+    device = layer.w13[0].codes.device
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+    place: Any = humming_layer(layer, dtype)
+    with set_current_vllm_config(VllmConfig()):
+        convert_to_humming_moe_kernel_format(
+            place, quant_config={"quant_method": "modelopt", "quant_algo": "nvfp4"}
+        )
+        config = get_humming_moe_quant_config(place)
+        mover = maybe_make_prepare_finalize(
+            moe=place.moe_config, quant_config=config, allow_new_interface=True
+        )
+        kernel: Any = FusedMoEKernel(mover, HummingIndexedExperts(place.moe_config, config))
+    return lambda a, weights, ids: kernel.apply(
+        a, place.w13_weight, place.w2_weight, topk_weights=weights, topk_ids=ids,
+        activation=place.moe_config.activation, global_num_experts=layer.shape.num_experts,
+        expert_map=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+
+
 def _triton_bf16(layer: Layer, dtype: torch.dtype) -> Call:
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
@@ -115,6 +184,7 @@ BACKENDS = {
         Backend("ours-w4a16", _ours(16), 16),
         Backend("ours-w4a8", _ours(8), 8, max_error=_A8_ERROR),
         Backend("marlin", _marlin, 16),
+        Backend("humming", _humming, 16),
         Backend("triton-bf16", _triton_bf16, 16, 16),
     )
 }

@@ -171,6 +171,22 @@ def test_moe_error_is_that_of_the_layer(load):
     assert moe.sampled_error(y, tokens, layer) > 6e-3
 
 
+def test_humming_gets_the_layer_as_vllms_modelopt_method_has_it(load):
+    """As much of it as there is without a GPU: the parameters before vLLM converts them."""
+    backends = load("moe_backends")
+    layer = backends.Layer(MoeShape(4, 2, 64, 48), "nvfp4", torch.device("cpu"), 0)
+    place = backends.humming_layer(layer, torch.bfloat16)
+    assert {name: tuple(p.shape) for name, p in place.named_parameters()} == {
+        "w13_weight": (4, 96, 32), "w13_weight_scale": (4, 96, 4), "w13_weight_scale_2": (4, 2),
+        "w2_weight": (4, 64, 24), "w2_weight_scale": (4, 64, 3), "w2_weight_scale_2": (4,),
+    }  # fmt: skip
+    assert place.moe_config.intermediate_size_per_partition == 48
+    assert not place.moe_config.has_bias
+    mxfp4 = backends.Layer(MoeShape(1, 1, 64, 32), "mxfp4", torch.device("cpu"), 0)
+    with pytest.raises(RuntimeError, match="for NVFP4"):
+        backends.humming_layer(mxfp4, torch.bfloat16)
+
+
 def test_moe_speedups_are_against_the_same_routing(load):
     moe = load("bench_moe")
 

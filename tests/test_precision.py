@@ -36,7 +36,7 @@ def random_groups(num: int, seed: int) -> list[Sensitivity]:
         size = 48 * int(torch.randint(1, 9, (1,), generator=generator))
         kl = float(torch.rand(1, generator=generator)) ** 3
         kls = {"nvfp4": kl, "fp8": kl * float(torch.rand(1, generator=generator)) / 10, "bf16": 0.0}
-        groups.append(Sensitivity((f"layer{i}.weight",), size, kls))
+        groups.append(Sensitivity((f"layer{i}.weight",), size, size // 48, kls))
     return groups
 
 
@@ -62,7 +62,7 @@ def test_choice_is_the_best_of_all(seed):
 
 def test_sizes_without_a_common_divisor_stay_within_the_budget():
     sizes = enumerate(random_groups(40, 9))
-    groups = [Sensitivity((f"{i}",), 10_000_019 + 2 * i, g.kl) for i, g in sizes]
+    groups = [Sensitivity((f"{i}",), 10_000_019 + 2 * i, 4096, g.kl) for i, g in sizes]
     found = choose_formats(groups, target_bits=5.5)
     assert 5.45 < average_bits(groups, found) <= 5.5
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two data-parallel engines that share the experts of a model: each gives the tokens of one alone.
 
-Each rank has prompts of its own, of different lengths, and one has more of them: for a while it
-runs alone, and the other takes part with no tokens of its own.
+Each rank has prompts of its own, of different lengths and numbers. One engine at a time may hold
+but one request, so that it runs on while the other, done, takes part with no tokens of its own.
 """
 
 import json
@@ -28,8 +28,8 @@ def main():
     folder, options, prompts, num_tokens = sys.argv[1], *map(json.loads, sys.argv[2:])
     llm = LLM(folder, **options)
     parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    for prompt in prompts:
-        output = llm.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False)[0]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for output in llm.generate(requests, parameters, use_tqdm=False):
         print("TOKENS", json.dumps(list(output.outputs[0].token_ids)), flush=True)
     # A rank that ends takes the others with it.
     here = pathlib.Path(folder).parent
@@ -63,7 +63,7 @@ def test_two_data_parallel_ranks_give_the_tokens_of_one(name, is_expert_parallel
     script.write_text(RANK)
     options = {
         "dtype": "float32", "quantization": "nvfp4", "enforce_eager": True, "max_model_len": 128,
-        "max_num_seqs": 4, "additional_config": {"nvfp4": {"kv_cache": "keep"}},
+        "max_num_seqs": 1, "additional_config": {"nvfp4": {"kv_cache": "keep"}},
         "enable_expert_parallel": is_expert_parallel,
     }  # fmt: skip
     ranks = []

@@ -15,7 +15,6 @@ the Fisher information. Work grows with the number of layers, not with its squar
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,14 +106,14 @@ def measure(
             moment = moments.get(input_module(group[0].removeprefix(prefix)))
             changes |= _changes(source, group, measurement.method, moment)
         sums, gradients = _backward(model, layer, i, own, gradients, modules, changes)
-        sizes = [sum(math.prod(source.tensors[n].shape) for n in g) for g in groups]
-        found.append(
-            [
-                Sensitivity(group, size, {**_divergences(sums, group, count), "bf16": 0.0})
-                for group, size in zip(groups, sizes, strict=True)
-            ]
-        )
+        found.append([_sensitivity(source, g, _divergences(sums, g, count)) for g in groups])
     return [group for of_layer in reversed(found) for group in of_layer]
+
+
+def _sensitivity(source: Source, group: tuple[str, ...], kl: dict[str, float]) -> Sensitivity:
+    shapes = [source.tensors[name].shape for name in group]
+    num_weights, num_rows = sum(n * k for n, k in shapes), sum(n for n, _ in shapes)
+    return Sensitivity(group, num_weights, num_rows, {**kl, "bf16": 0.0})
 
 
 def _module(prefix: str, name: str) -> str:
@@ -276,4 +275,4 @@ def save(path: Path, groups: Sequence[Sensitivity]) -> None:
 def load(path: Path) -> list[Sensitivity]:
     """What :func:`save` wrote."""
     entries = json.loads(path.read_text())
-    return [Sensitivity(tuple(e["names"]), e["num_weights"], e["kl"]) for e in entries]
+    return [Sensitivity(tuple(e.pop("names")), **e) for e in entries]
