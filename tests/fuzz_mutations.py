@@ -95,10 +95,15 @@ def _some_file(files: Files, rng: Random) -> str:
     return rng.choice(sorted(names)) if names else "config.json"
 
 
+def _bytes_of(files: Files, name: str) -> bytearray:
+    """A copy to damage, of one byte at least."""
+    return bytearray(files[name].data if name in files else b"") or bytearray(b"{}")
+
+
 @mutation
 def flip_bits(files: Files, rng: Random) -> None:
     name = _some_file(files, rng)
-    data = bytearray(files[name].data) if name in files else bytearray(b"{}")
+    data = _bytes_of(files, name)
     # Half of the flips hit the header: data is by far the larger part.
     end = min(len(data), 4000) if rng.random() < 0.5 else len(data)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
@@ -124,7 +129,7 @@ def extend(files: Files, rng: Random) -> None:
 @mutation
 def overwrite(files: Files, rng: Random) -> None:
     name = _some_file(files, rng)
-    data = bytearray(files[name].data) if name in files else bytearray(b"{}")
+    data = _bytes_of(files, name)
     start = rng.randrange(len(data))
     end = min(len(data), start + rng.choice((1, 4, 16, 256)))
     data[start:end] = rng.choice((b"\0", b"\xff", b"\x7f", b"[", b'"')) * (end - start)

@@ -200,11 +200,6 @@ def test_16_bit_layer_of_odd_width_stays_as_it_is():
     ("what", "message"),
     [
         ({"has_bias": True}, "found experts with biases; needed experts without, or gpt-oss's"),
-        ({"is_lora_enabled": True}, "found --enable-lora; needed serving without adapters"),
-        (
-            {"moe_parallel_config": SimpleNamespace(enable_eplb=True)},
-            "found --enable-eplb; needed experts that stay on their rank",
-        ),
     ],
 )
 def test_what_experts_cannot_do_is_refused(registered, what, message):
