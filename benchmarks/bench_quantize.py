@@ -144,23 +144,51 @@ def stored_matches(folder: Path, method: str, model: Path) -> bool:
     return False
 
 
-def measure(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
+def texts_of(args: argparse.Namespace, calibration: Path) -> Any:
+    """The tokens that every model is scored on, [eval_samples, length]; the other articles are
+    written to the file ``calibration``."""
     import torch
     from transformers import AutoTokenizer
 
-    from vllm_nvfp4.testing.engine import plain_model, reference_model
-
     texts = articles(args.wheel)
+    calibration.write_text("\n\n".join(texts[1::2]))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
-    samples = torch.tensor(tokens[: args.eval_samples * args.length]).view(-1, args.length)
-    base, reference = scores_of(plain_model(args.model, torch.float32), samples, None)
-    if "bf16" not in done:
-        size = {"bits_per_weight": 16.0, "match": True}
-        yield {"method": "bf16", **compared(base, base), **size}
+    return torch.tensor(tokens[: args.eval_samples * args.length]).view(-1, args.length)
+
+
+def text_notes(
+    args: argparse.Namespace, calibration: str = "other articles of the same wheel"
+) -> list[tuple[str, str]]:
+    """What the header of a results file says of the texts."""
+    return [
+        ("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"),
+        ("calibration", f"{calibration}, {args.samples} x 1024 tokens"),
+    ]
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, eval_samples: int) -> None:
+    """The model, the texts and the CSV, alike in every benchmark of quantisers."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
+    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
+    parser.add_argument("--eval-samples", type=int, default=eval_samples)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--csv", type=Path)
+
+
+def measure(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from vllm_nvfp4.testing.engine import plain_model, reference_model
+
     with tempfile.TemporaryDirectory() as temporary:
         other = Path(temporary) / "calibration.txt"
-        other.write_text("\n\n".join(texts[1::2]))
+        samples = texts_of(args, other)
+        base, reference = scores_of(plain_model(args.model, torch.float32), samples, None)
+        if "bf16" not in done:
+            size = {"bits_per_weight": 16.0, "match": True}
+            yield {"method": "bf16", **compared(base, base), **size}
         for method in args.methods:
             if method in done:
                 continue
@@ -206,14 +234,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]], notes: list[tuple[str, str
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
+    add_text_arguments(parser, eval_samples=16)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--calibration", help="FILE or builtin, instead of the other articles")
-    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
-    parser.add_argument("--eval-samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--csv", type=Path)
     return parser.parse_args(argv)
 
 
@@ -221,9 +244,7 @@ def main() -> int:
     args = parse()
     notes = common.header()
     commit = dict(notes)["commit"]
-    notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
-    text = args.calibration or "other articles of the same wheel"
-    notes.append(("calibration", f"{text}, {args.samples} x 1024 tokens"))
+    notes += text_notes(args, args.calibration) if args.calibration else text_notes(args)
     for name, value in notes:
         print(f"{name}: {value}")
     rows = read_csv(args.csv) if args.csv else []

@@ -16,7 +16,6 @@ match: layer 0's o_proj is bit for bit what the definition of the method gives.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -152,20 +151,8 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, required=True, help="folder with 16 GB free")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    notes = common.header()
-    ok = True
-    lines = [f"# {name}: {value}\n" for name, value in notes] + [",".join(FIELDS) + "\n"]
-    print("".join(lines), end="")
-    if args.csv:
-        args.csv.write_text("".join(lines))
-    for row in measure(args):
-        ok &= row["match"]
-        cells = [f"{row[f]:.0f}" if isinstance(row[f], float) else row[f] for f in FIELDS]
-        print(*cells, flush=True)
-        if args.csv:
-            with args.csv.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(cells)
-    return 0 if ok else 1
+    rows = common.write_rows(args.csv, common.header(), FIELDS, measure(args), digits=".0f")
+    return 0 if all(row["match"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@
 Each peer runs in an environment of its own: their pins exclude vLLM's. Model and text as in
 bench_quantize.py. Weights only (W4A16), 4.5 bits, lm_head kept; every checkpoint is read by
 vllm_nvfp4.checkpoints and runs dequantised in float32. All calibrated methods see the same tokens:
-those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents; ModelOpt's mse,
-local_hessian and awq_lite need Triton and a GPU. DIR keeps the checkpoints: a run that was stopped
-goes on. cpu_seconds is the CPU time of all threads; of ours the whole command's, of a peer's
-without the imports.
+those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents; ModelOpt's mse needs
+Triton, and its local_hessian and awq_lite were not tried. DIR keeps the checkpoints: a run that was
+stopped goes on. cpu_seconds is the CPU time of all threads; of ours the whole command's, of a
+peer's without the imports.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import subprocess
 import sys
@@ -72,19 +71,15 @@ def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> flo
 def prepare(args: argparse.Namespace) -> torch.Tensor:
     """Write the calibration text and its tokens; returns the tokens of the text for the scores."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
 
     from vllm_nvfp4.quantize.calibration import Calibration
 
     args.work.mkdir(parents=True, exist_ok=True)
-    texts = bench_quantize.articles(args.wheel)
     text = args.work / "calibration.txt"
-    text.write_text("\n\n".join(texts[1::2]))
+    samples: torch.Tensor = bench_quantize.texts_of(args, text)
     tokens = Calibration(str(text), args.samples).samples(args.model)
     save_file({"tokens": tokens}, args.work / "calibration.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    found = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
-    return torch.tensor(found[: args.eval_samples * args.length]).view(-1, args.length)
+    return samples
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -130,39 +125,20 @@ def peer_versions(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
+    bench_quantize.add_text_arguments(parser, eval_samples=8)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--llmcompressor", type=Path, help="its environment's Python")
     parser.add_argument("--modelopt", type=Path, help="its environment's Python")
     kinds = tuple(dict.fromkeys(kind for kind, *_ in RUNS))
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
-    parser.add_argument("--eval-samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--csv", type=Path)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    notes = [*common.header(), *peer_versions(args)]
-    notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
-    notes.append(("calibration", f"other articles of the same wheel, {args.samples} x 1024 tokens"))
-    lines = [f"# {name}: {value}\n" for name, value in notes] + [",".join(FIELDS) + "\n"]
-    print("".join(lines), end="", flush=True)
-    if args.csv:
-        args.csv.write_text("".join(lines))
-    ok = True
-    for row in measure(args):
-        ok &= row["finite"]
-        cells = [row.get(name, "") for name in FIELDS]
-        cells = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
-        print(*cells, flush=True)
-        if args.csv:
-            with args.csv.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(cells)
-    return 0 if ok else 1
+    notes = [*common.header(), *peer_versions(args), *bench_quantize.text_notes(args)]
+    rows = common.write_rows(args.csv, notes, FIELDS, measure(args))
+    return 0 if all(row["finite"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ match: the file is within the budget, and all its weights are finite.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,20 +29,14 @@ FIELDS = (
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from transformers import AutoTokenizer
-
     from vllm_nvfp4.testing.engine import plain_model, reference_model
 
-    texts = bench_quantize.articles(args.wheel)
-    tokens = AutoTokenizer.from_pretrained(args.model)("\n\n".join(texts[::2]), verbose=False)
-    samples = torch.tensor(tokens.input_ids[: args.eval_samples * args.length])
-    samples = samples.view(-1, args.length)
-    model = plain_model(args.model, torch.float32)
-    base, reference = bench_quantize.scores_of(model, samples, None)
-    del model
     with tempfile.TemporaryDirectory() as temporary:
         text = Path(temporary) / "calibration.txt"
-        text.write_text("\n\n".join(texts[1::2]))
+        samples = bench_quantize.texts_of(args, text)
+        model = plain_model(args.model, torch.float32)
+        base, reference = bench_quantize.scores_of(model, samples, None)
+        del model
         for bits in args.target_bits:
             target = Path(temporary) / str(bits)
             options = ["--target-bits", str(bits)]
@@ -62,31 +55,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
+    bench_quantize.add_text_arguments(parser, eval_samples=8)
     parser.add_argument("--target-bits", type=float, nargs="+", default=(5.5,))
     parser.add_argument("--method", choices=("mse", "hessian", "gptq"), default="gptq")
-    parser.add_argument("--samples", type=int, default=16, help="for the calibration")
-    parser.add_argument("--eval-samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    notes = common.header()
-    notes.append(("text", f"{args.wheel.name}, {args.eval_samples} x {args.length} tokens"))
-    notes.append(("calibration", f"other articles of the same wheel, {args.samples} x 1024 tokens"))
-    lines = [f"# {name}: {value}\n" for name, value in notes] + [",".join(FIELDS) + "\n"]
-    print("".join(lines), end="", flush=True)
-    if args.csv:
-        args.csv.write_text("".join(lines))
-    ok = True
-    for row in measure(args):
-        ok &= row["match"]
-        cells = [f"{row[f]:.6g}" if isinstance(row[f], float) else row[f] for f in FIELDS]
-        print(*cells, flush=True)
-        if args.csv:
-            with args.csv.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(cells)
-    return 0 if ok else 1
+    notes = [*common.header(), *bench_quantize.text_notes(args)]
+    rows = common.write_rows(args.csv, notes, FIELDS, measure(args))
+    return 0 if all(row["match"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import csv
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # This checkout before any installed copy, but after PYTHONPATH: gpu_check.sh puts one there that
@@ -42,6 +45,34 @@ def header() -> list[tuple[str, str]]:
         rows["cpu"] = cpu_model()
     rows["cuda"] = str(torch.version.cuda)
     return list((rows | versions()).items())
+
+
+def write_rows(
+    path: Path | None,
+    notes: Sequence[tuple[str, str]],
+    fields: Sequence[str],
+    rows: Iterable[Mapping[str, Any]],
+    digits: str = ".6g",
+) -> list[Mapping[str, Any]]:
+    """Print rows and write them to a CSV, each as soon as it is measured; returns them all.
+
+    notes: lines before the table, as :func:`header` has them; digits: how a float is written.
+    A field that a row does not have stays empty.
+    """
+    lines = [f"# {name}: {value}\n" for name, value in notes] + [",".join(fields) + "\n"]
+    print("".join(lines), end="", flush=True)
+    if path is not None:
+        path.write_text("".join(lines))
+    found = []
+    for row in rows:
+        found.append(row)
+        cells = [row.get(name, "") for name in fields]
+        cells = [f"{cell:{digits}}" if isinstance(cell, float) else cell for cell in cells]
+        print(*cells, flush=True)
+        if path is not None:
+            with path.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(cells)
+    return found
 
 
 def copy_bandwidth_gbps(num_bytes: int = 1 << 30) -> float:

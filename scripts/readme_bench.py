@@ -8,13 +8,12 @@ With --check, write nothing and end with 1 if the table is not current.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+
+import readme_table
 
 from vllm_nvfp4.bench import results
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-FOLDER = ROOT / "benchmarks" / "results" / "smollm2_cpu"
+FOLDER = readme_table.ROOT / "benchmarks" / "results" / "smollm2_cpu"
 BEGIN = "<!-- speeds: written by scripts/readme_bench.py -->\n"
 END = "<!-- end of speeds -->\n"
 _HEADER = (
@@ -40,25 +39,5 @@ def table(run: results.Results) -> str:
     return text
 
 
-def with_current_table(text: str) -> str:
-    """The README with the table between its two marks replaced by the one of the results."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README.name}: needs once each of {BEGIN.strip()} and {END.strip()}")
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + table(results.load(FOLDER)) + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    text = README.read_text()
-    current = with_current_table(text)
-    if current == text:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print(f"{README.name}: the table of speeds is not current; run {Path(__file__).name}")
-        return 1
-    README.write_text(current)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(readme_table.main(__file__, BEGIN, END, lambda: table(results.load(FOLDER))))

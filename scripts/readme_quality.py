@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import csv
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "quality_cpu.csv"
+import readme_table
+
+RESULTS = readme_table.ROOT / "benchmarks" / "results" / "quality_cpu.csv"
 BEGIN = "<!-- formats: written by scripts/readme_quality.py -->\n"
 END = "<!-- end of formats -->\n"
 _HEADER = (
@@ -45,25 +44,5 @@ def table(results: str) -> str:
     return text
 
 
-def with_current_table(text: str) -> str:
-    """The README with the table between its two marks replaced by the one of the results."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README.name}: needs once each of {BEGIN.strip()} and {END.strip()}")
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + table(RESULTS.read_text()) + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    text = README.read_text()
-    current = with_current_table(text)
-    if current == text:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("README.md: the table of formats is not current; run scripts/readme_quality.py")
-        return 1
-    README.write_text(current)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(readme_table.main(__file__, BEGIN, END, lambda: table(RESULTS.read_text())))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vllm_nvfp4.kernels import cuda_moe, ops
+from vllm_nvfp4.kernels import cuda_moe, moe_ops
 from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.testing import moe_checks
@@ -50,7 +50,9 @@ def test_cuda_graph(num_tokens):
 
     def call(a, weights, ids):
         constants = [math.inf, 1.0, 0.0]
-        return ops.moe(a, *stacks, weights, ids, None, 96, "nvfp4", "silu", constants, False, 16)
+        return moe_ops.moe(
+            a, *stacks, weights, ids, None, 96, "nvfp4", "silu", constants, False, 16
+        )
 
     inputs = tokens()
     call(*inputs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import cuda_moe, moe_configs, ops
+from vllm_nvfp4.kernels import cuda_moe, moe_configs, moe_ops
 from vllm_nvfp4.kernels.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
 from vllm_nvfp4.kernels.moe_dispatch import MoeShape, choose_moe, choose_moe_bits
@@ -142,7 +142,7 @@ def test_the_cpu_and_cuda_paths_agree() -> None:
          for name in ("codes", "block_scale", "global_scale")]
         for experts in (w13, w2)
     ]  # fmt: skip
-    expected = ops.moe(
+    expected = moe_ops.moe(
         a, *stacks, weights, ids, None, 48, "nvfp4", "silu", [2.0, 1.702, 1.0], False, 16,
         w13.bias, w2.bias,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
-import vllm_nvfp4.kernels.ops  # noqa: F401 registers the op
+import vllm_nvfp4.kernels.moe_ops  # noqa: F401 registers the op
 from vllm_nvfp4.kernels.cpu import pack_weight
 from vllm_nvfp4.numerics.activation import SUPPORTED
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4

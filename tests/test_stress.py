@@ -225,7 +225,7 @@ def test_weights_beyond_float32_are_refused_on_the_cpu(byte):
 @pytest.mark.parametrize("fmt_name", FORMATS)
 def test_a_bad_token_spoils_only_itself_among_experts(isa, fmt_name, bits, on_input):
     """The bad token shares its two experts with the others."""
-    import vllm_nvfp4.kernels.ops  # noqa: F401 registers the op
+    import vllm_nvfp4.kernels.moe_ops  # noqa: F401 registers the op
 
     quantize = quantize_nvfp4 if fmt_name == "nvfp4" else quantize_mxfp4
     generator = torch.Generator().manual_seed(3)

@@ -65,13 +65,6 @@ def maximum_over_expert_ranks(amax: Any, num_ranks: int) -> None:
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
 
 
-def unquantized_moe_config() -> Any:
-    """vLLM's description of experts whose inputs have 16 bits."""
-    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
-
-    return FUSED_MOE_UNQUANTIZED_CONFIG
-
-
 def make_prepare_finalize(layer: Any, quant_config: Any) -> Any:
     """vLLM's way to hand tokens to the ranks that have their experts, and the sums back."""
     from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 
 from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints.convert import check_blocks, to_weight
@@ -24,7 +25,7 @@ from vllm_nvfp4.checkpoints.spec import (
     Role,
     describe,
 )
-from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels import moe_ops, ops
 from vllm_nvfp4.moe_experts import NvFp4Experts
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -162,9 +163,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         # Where the weights are loaded again, adapters are on the experts of the first time.
         if self.moe_kernel is None and compat.runs_modular_kernel(device.type):
             self.moe_kernel = self.make_kernel(layer, self.experts)
-        ops.warm_up_experts(device, layer.nvfp4_format, bits)
+        moe_ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
-        kernel = ops.describe_experts_path(device.type, bits)
+        kernel = moe_ops.describe_experts_path(device.type, bits)
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
     def make_kernel(self, layer: Any, experts: NvFp4Experts) -> Any:
@@ -213,7 +214,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         """That of 16-bit inputs: the experts find their weights in the layer."""
-        return compat.unquantized_moe_config()
+        return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def apply(
         self,

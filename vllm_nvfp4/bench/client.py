@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vllm_nvfp4.cli._server import first_error
+from vllm_nvfp4.testing import machine
 
 _STOP_SECONDS = 10.0
 # Larger than the caches of any CPU, so that reading it is reading memory.
@@ -137,7 +138,7 @@ def _bandwidth() -> dict[str, Any]:
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.num_cores()
     parts = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.int32).chunk(cores)
 
     def read(part: torch.Tensor) -> float:

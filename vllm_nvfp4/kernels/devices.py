@@ -129,8 +129,7 @@ _variant = "exact"
 def use_variant(variant: str) -> None:
     """Choose the variant of the 8-bit kernel, one of ``dispatch.VARIANTS``, before weights load."""
     global _variant
-    if variant not in dispatch.VARIANTS:
-        raise ValueError(f"variant is {variant!r}; needs one of {', '.join(dispatch.VARIANTS)}")
+    dispatch.check_variant(variant)
     with _devices_lock:
         _variant = variant
         for device in _devices.values():

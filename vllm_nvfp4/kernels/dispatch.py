@@ -221,9 +221,8 @@ def reachable(
     fmt_name: str, dtype: str, activation_bits: int, variant: str = "exact"
 ) -> tuple[GemmConfig, ...]:
     """Every configuration that :func:`choose` may return for these: what a load has to prepare."""
-    wanted = ("gemm_w4a16", "exact")
-    if activation_bits == 8:
-        wanted = ("gemm_w4a8", variant_of(fmt_name, variant))
+    variant = variant_of(fmt_name, variant)
+    wanted = ("gemm_w4a8", variant) if activation_bits == 8 else ("gemm_w4a16", "exact")
     return tuple(
         c
         for c in GEMM_CONFIGS
@@ -231,10 +230,15 @@ def reachable(
     )
 
 
-def variant_of(fmt_name: str, variant: str) -> str:
-    """The variant that runs a format: MXFP4's scales leave e4m3's range and are never folded."""
+def check_variant(variant: str) -> None:
+    """Raise ValueError for a variant that there is not."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; needs one of {', '.join(VARIANTS)}")
+
+
+def variant_of(fmt_name: str, variant: str) -> str:
+    """The variant that runs a format: MXFP4's scales leave e4m3's range and are never folded."""
+    check_variant(variant)
     return "exact" if (fmt_name, variant) == ("mxfp4", "folded") else variant
 
 

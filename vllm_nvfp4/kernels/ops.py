@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only door to the kernels: torch.library ops with CPU, CUDA and fake implementations.
+"""The door to the kernels: torch.library ops with CPU, CUDA and fake implementations. Those of
+routed experts are in moe_ops.py.
 
 vLLM's layers call ``torch.ops.vllm_nvfp4.*``; torch.compile sees them as opaque nodes with known
 output shapes. Which kernel answers is decided by the device of the activations.
@@ -9,52 +10,44 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from vllm_nvfp4.kernels.dispatch import has_fp8_mma
 from vllm_nvfp4.layout import PackedWeight
-from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
 
-_LIBRARY = torch.library.Library("vllm_nvfp4", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("vllm_nvfp4", "DEF")
+LIBRARY.define(
     "linear(Tensor a, Tensor codes, Tensor block_scale, Tensor global_scale, Tensor? bias, "
     "int num_rows, int num_cols, str fmt, int activation_bits) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_a8(Tensor q, Tensor a_scale, Tensor codes, Tensor block_scale, Tensor global_scale, "
     "Tensor? bias, int num_rows, int num_cols, str fmt, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "fp8_linear(Tensor a, Tensor weight, Tensor row_scale, Tensor? bias, int activation_bits) "
     "-> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "gather_rows(Tensor ids, Tensor codes, Tensor block_scale, Tensor global_scale, "
     "int num_rows, int num_cols, str fmt, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.define(
-    "moe(Tensor a, Tensor[] w13, Tensor[] w2, Tensor topk_weights, Tensor topk_ids, "
-    "Tensor? expert_map, int intermediate_size, str fmt, str activation, float[] swiglu, "
-    "bool is_weight_on_input, int activation_bits, "
-    "Tensor? w13_bias=None, Tensor? w2_bias=None) -> Tensor"
-)
-_LIBRARY.define(
-    "moe_into(Tensor(a!) y, Tensor a, Tensor[] w13, Tensor[] w2, Tensor topk_weights, "
-    "Tensor topk_ids, Tensor? expert_map, int intermediate_size, str fmt, str activation, "
-    "float[] swiglu, bool is_weight_on_input, int activation_bits, "
-    "Tensor? w13_bias=None, Tensor? w2_bias=None) -> ()"
-)
-_LIBRARY.define(
-    "moe_rows(Tensor a, Tensor[] weight, Tensor topk_ids, Tensor? expert_map, int num_rows, "
-    "str fmt, int activation_bits, Tensor? bias=None) -> Tensor"
-)
-_LIBRARY.define(
+LIBRARY.define(
     "gather_fp8_rows(Tensor ids, Tensor weight, Tensor row_scale, ScalarType dtype) -> Tensor"
 )
+
+
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give a defined op its implementation for CPU and CUDA, and the one for shapes alone."""
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"vllm_nvfp4::{name}", fake, lib=LIBRARY)
 
 
 @functools.cache
@@ -63,12 +56,6 @@ def backend(device_type: str) -> ModuleType:
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"vllm_nvfp4: there are kernels for cpu and cuda, not for {device_type}")
     return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}")
-
-
-@functools.cache
-def experts_backend(device_type: str) -> ModuleType:
-    """The same for routed experts: ``kernels.cpu_moe`` or ``kernels.cuda_moe``."""
-    return importlib.import_module(f"{backend(device_type).__name__}_moe")
 
 
 def configure(options: Options) -> None:
@@ -92,14 +79,6 @@ def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None
         backend("cpu").warm_up_fp8(dtype)
     else:
         backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
-
-
-def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> None:
-    """Have the kernels of routed experts of a format ready, at load time."""
-    if device.type == "cuda":
-        experts_backend("cuda").prepare_moe(device, fmt)
-    else:
-        warm_up(device, fmt, activation_bits)
 
 
 def check_activation(device: torch.device, activation: str) -> None:
@@ -128,15 +107,6 @@ def describe_path(device_type: str, arch: int | None, is_fp8: bool, activation_b
         return "CUDA kernel, W4A8 (slow: FP8 mma.sync is emulated here)"
     by_size = "W4A16 or W4A8 by the batch size"
     return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
-
-
-def describe_experts_path(device_type: str, activation_bits: int) -> str:
-    """In a few words, for the log: which kernel runs routed experts on this device."""
-    if device_type == "cpu":
-        return f"CPU kernel, W4A{activation_bits or 16}, one expert after another"
-    if activation_bits:
-        return f"grouped CUDA kernel, W4A{activation_bits}"
-    return "grouped CUDA kernel, W4A16 or W4A8 by the tokens per expert"
 
 
 def linear(
@@ -308,83 +278,6 @@ def gather_fp8_rows(
     return backend(ids.device.type).gather_fp8_rows(weight, row_scale, ids, dtype)
 
 
-def moe(
-    a: torch.Tensor,
-    w13: list[torch.Tensor],
-    w2: list[torch.Tensor],
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate_size: int,
-    fmt: str,
-    activation: str,
-    swiglu: list[float],
-    is_weight_on_input: bool,
-    activation_bits: int,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    y: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y[m] = sum_j topk_weights[m, j] * (w2[e] act(w13[e] a[m] + w13_bias[e]) + w2_bias[e]),
-    e = topk_ids[m, j]
-
-    a:            [M, H] bf16 or fp16 (float32 on the CPU)
-    w13, w2:      codes, block_scale and global_scale of PackedWeight, each with a leading dimension
-                  of local experts: [2 I, H] per expert (gate rows before up rows; [I, H] for an
-                  activation without a gate), and [H, I]
-    topk_weights: [M, k] float; topk_ids: [M, k] integer, numbers of all ranks' experts
-    expert_map:   [all experts] integer, number on this rank or -1; None where all are here
-    intermediate_size: I on this rank
-    activation, swiglu: name and (limit, alpha, beta), see numerics.activation
-    is_weight_on_input: topk_weights multiply a instead of the expert's output
-    activation_bits: as in :func:`linear`
-    w13_bias, w2_bias: [E, rows of the weight] of a's dtype, or None
-    y:            [M, H] of a's dtype, contiguous, to write into, or None for a new tensor
-    Returns y; sums are formed in float32.
-    """
-    act = ExpertActivation(activation, *swiglu)
-    rows, hidden_size = intermediate_size * (2 if act.is_gated else 1), a.shape[1]
-    first = PackedWeight(w13[0], w13[1], w13[2], rows, hidden_size, FORMATS[fmt])
-    second = PackedWeight(w2[0], w2[1], w2[2], hidden_size, intermediate_size, FORMATS[fmt])
-    found: torch.Tensor = experts_backend(a.device.type).moe(
-        a, first, second, (topk_weights, topk_ids, expert_map), act, is_weight_on_input,
-        activation_bits, (w13_bias, w2_bias), y,
-    )  # fmt: skip
-    return found
-
-
-def moe_into(y: torch.Tensor, *arguments) -> None:
-    """:func:`moe` into y [M, H]; torch leaves out biases that are None."""
-    operands = [*arguments[:12], *[*arguments[12:], None, None][:2], y]
-    moe(*operands)
-
-
-def moe_rows(
-    a: torch.Tensor,
-    weight: list[torch.Tensor],
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    num_rows: int,
-    fmt: str,
-    activation_bits: int,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y[m, j] = w[e] a[m] + bias[e],  e = topk_ids[m, j]: one product of :func:`moe` alone.
-
-    a:      [M, K], or [M, k, K] where each choice has a row of its own
-    weight: codes, block_scale and global_scale of PackedWeight, with a leading dimension of local
-            experts, of [num_rows, K] each
-    The other operands are those of :func:`moe`. Returns [M, k, num_rows] of a's dtype; 0 where
-    another rank has the expert.
-    """
-    num_tokens, num_choices = topk_ids.shape
-    stack = PackedWeight(weight[0], weight[1], weight[2], num_rows, a.shape[-1], FORMATS[fmt])
-    rows, per_row = a.reshape(-1, a.shape[-1]), 1 if a.dim() == 3 else num_choices
-    choices = (topk_ids, expert_map)
-    y = experts_backend(a.device.type).rows(rows, stack, choices, per_row, activation_bits, bias)
-    return y.view(num_tokens, num_choices, num_rows)
-
-
 def _fake_linear(a, codes, block_scale, global_scale, bias, num_rows, num_cols, fmt, bits):
     return a.new_empty(*a.shape[:-1], num_rows)
 
@@ -405,28 +298,11 @@ def _fake_gather_fp8_rows(ids, weight, row_scale, dtype):
     return torch.empty(*ids.shape, weight.shape[1], dtype=dtype, device=ids.device)
 
 
-def _fake_moe(a, *others):
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
-
-
-def _fake_moe_into(y, *others):
-    return None
-
-
-def _fake_moe_rows(a, weight, topk_ids, expert_map, num_rows, *others):
-    return a.new_empty(*topk_ids.shape, num_rows)
-
-
 for _name, _implementation, _fake in (
     ("linear", linear, _fake_linear),
     ("linear_a8", linear_a8, _fake_linear_a8),
     ("fp8_linear", fp8_linear, _fake_fp8_linear),
     ("gather_rows", gather_rows, _fake_gather_rows),
     ("gather_fp8_rows", gather_fp8_rows, _fake_gather_fp8_rows),
-    ("moe", moe, _fake_moe),
-    ("moe_into", moe_into, _fake_moe_into),
-    ("moe_rows", moe_rows, _fake_moe_rows),
 ):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"vllm_nvfp4::{_name}", _fake, lib=_LIBRARY)
+    register(_name, _implementation, _fake)

@@ -133,7 +133,7 @@ class Calibrated:
 
     def _module(self, name: str) -> str:
         """A weight's module, by its name in the layer."""
-        return name.removeprefix(self._model.prefix(self._index)).removesuffix(".weight")
+        return self._model.module(self._index, name)
 
     def _run_exact(self, layer: torch.nn.Module, asked: list[str]) -> None:
         """Nothing in the layer is quantised yet."""

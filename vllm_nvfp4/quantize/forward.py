@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ class LayerwiseModel:
         """What the names of a decoder layer's tensors begin with, e.g. "model.layers.0."."""
         return f"{self._stem}.{index}."
 
+    def module(self, index: int, weight: str) -> str:
+        """The module of a stored weight, by its name in the decoder layer."""
+        return weight.removeprefix(self.prefix(index)).removesuffix(".weight")
+
     @staticmethod
     def _first_layer_only(config: Any) -> torch.nn.Module:
         """The decoder with its first layer alone: its embedding and rotary tables are real."""
@@ -179,31 +184,12 @@ class LayerwiseModel:
     ) -> torch.Tensor:
         """:meth:`run`, in which each of some modules, by name in the layer, calls a function with
         its input before it computes."""
-        reached = set()
 
         def call(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                reached.add(name)
-                hooks[name](args[0].detach())
+            return lambda module, args: hooks[name](args[0].detach())
 
-            return hook
-
-        by_name = dict(layer.named_modules())
-        missing = next((name for name in hooks if name not in by_name), None)
-        if missing is not None:
-            raise self._unknown(f"no module {self.prefix(index)}{missing}")
-        handles = [by_name[n].register_forward_pre_hook(call(n)) for n in hooks]
-        try:
-            output = self.run(layer, index, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        unseen = sorted(set(hooks) - reached)
-        if unseen:
-            raise self._unknown(
-                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
-            )
-        return output
+        with self._hooked(layer, index, "register_forward_pre_hook", {n: call(n) for n in hooks}):
+            return self.run(layer, index, hidden)
 
     def inputs(
         self,
@@ -231,24 +217,46 @@ class LayerwiseModel:
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def note(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
-                found[name] = (args[0].detach(), output)
+            return lambda module, args, made: found.update({name: (args[0].detach(), made)})
+
+        hooks = {name: note(name) for name in modules}
+        with self._hooked(layer, index, "register_forward_hook", hooks), torch.enable_grad():
+            output = layer(hidden, **self._options[index])
+        return found, output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _hooked(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        register: str,
+        hooks: Mapping[str, Callable[..., None]],
+    ) -> Iterator[None]:
+        """Hooks on modules, by name in the layer; all of them must be called meanwhile."""
+        by_name = dict(layer.named_modules())
+        missing = next((name for name in hooks if name not in by_name), None)
+        if missing is not None:
+            raise self._unknown(f"no module {self.prefix(index)}{missing}")
+        reached = set()
+
+        def call(name: str) -> Callable[..., None]:
+            def hook(*args: Any) -> None:
+                reached.add(name)
+                hooks[name](*args)
 
             return hook
 
-        by_name = dict(layer.named_modules())
-        missing = next((name for name in modules if name not in by_name), None)
-        if missing is not None:
-            raise self._unknown(f"no module {self.prefix(index)}{missing}")
-        handles = [by_name[n].register_forward_hook(note(n)) for n in modules]
-        with torch.enable_grad():
-            output = layer(hidden, **self._options[index])
-        for handle in handles:
-            handle.remove()
-        unseen = sorted(set(modules) - set(found))
+        handles = [getattr(by_name[name], register)(call(name)) for name in hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = sorted(set(hooks) - reached)
         if unseen:
-            raise self._unknown(f"{self.prefix(index)}{unseen[0]} is never reached by the text")
-        return found, output[0] if isinstance(output, tuple) else output
+            raise self._unknown(
+                f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
+            )
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""

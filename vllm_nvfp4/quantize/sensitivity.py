@@ -27,6 +27,7 @@ from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype, input_module
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
+from vllm_nvfp4.quantize.moments import second_moment
 from vllm_nvfp4.quantize.precision import Sensitivity
 
 # Short samples, so that a few thousand tokens give enough of them for a mean of squares.
@@ -96,7 +97,7 @@ def measure(
         if progress is not None and groups:
             progress(prefix.removesuffix("."))
         layer = model.layer(i, {})
-        modules = {n: _module(prefix, n) for g in groups for n in g}
+        modules = {n: model.module(i, n) for g in groups for n in g}
         moments = {}
         if measurement.method in METHODS:
             asked = {input_module(n.removeprefix(prefix)) for n in modules}
@@ -114,10 +115,6 @@ def _sensitivity(source: Source, group: tuple[str, ...], kl: dict[str, float]) -
     shapes = [source.tensors[name].shape for name in group]
     num_weights, num_rows = sum(n * k for n, k in shapes), sum(n for n, _ in shapes)
     return Sensitivity(group, num_weights, num_rows, {**kl, "bf16": 0.0})
-
-
-def _module(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix).removesuffix(".weight")
 
 
 def _forward(
@@ -231,14 +228,12 @@ def _second_moments(
 ) -> dict[str, torch.Tensor]:
     """E[x x^T] of the inputs of each module, [K, K] float32."""
     total: dict[str, torch.Tensor] = {}
-    count = 0
+    num_samples = sum(map(len, hidden))
     for chunk in hidden:
         inputs, _ = model.inputs(layer, index, chunk, modules)
-        count += chunk.shape[0] * chunk.shape[1]
         for name, x in inputs.items():
-            rows = x.flatten(0, -2).float()
-            total[name] = total.get(name, 0) + rows.T @ rows
-    return {name: moment / count for name, moment in total.items()}
+            total[name] = total.get(name, 0) + second_moment(x) * (len(chunk) / num_samples)
+    return total
 
 
 def _changes(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from vllm_nvfp4 import layout, moe, weights
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import cuda_moe, ops
+from vllm_nvfp4.kernels import cuda_moe, moe_ops, ops
 from vllm_nvfp4.kernels.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
 from vllm_nvfp4.testing import host_gemm, host_moe
 
@@ -84,7 +84,7 @@ def emulated_experts() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(moe, "attach_experts", attach_as_on_a_gpu),
-        mock.patch.object(ops, "experts_backend", return_value=cuda_moe),
+        mock.patch.object(moe_ops, "experts_backend", return_value=cuda_moe),
         mock.patch.object(cuda_moe, "loaded_device", return_value=None),
         mock.patch.object(cuda_moe, "current_stream", return_value=0),
         mock.patch.object(torch.cuda, "current_device", return_value=None),
