@@ -245,6 +245,21 @@ __global__ void k(int* p) {
     assert y.item() == 62
 
 
+def test_only_the_module_that_ran_last_keeps_stacks() -> None:
+    """A process has 65,530 mappings; a block of 1,024 threads has two for each."""
+    y = torch.zeros(1, dtype=S32)
+    pointer = y.data_ptr().to_bytes(8, "little")
+    counts = []
+    for number in range(3):
+        text = f"__global__ void k(int* p) {{ if (threadIdx.x == 0) *p = {number}; }}"
+        module = build(text, {"k": "k"})
+        for size in (1024, 32, 1024):
+            module.launch("k", pointer, grid=(1,), block=(size,), buffers={"y": y}, outputs={"y"})
+        assert y.item() == number
+        counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+    assert max(counts) - counts[0] < 256
+
+
 def test_compile_error_is_the_compilers() -> None:
     with pytest.raises(HostCompileError, match="does_not_exist"):
         build("__global__ void k(int) { does_not_exist(); }", {"k": "k"})

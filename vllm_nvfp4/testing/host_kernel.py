@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -126,6 +127,8 @@ class _Result(ctypes.Structure):
 class HostModule:
     """Kernels of one translation unit, loaded. Made by :func:`build`."""
 
+    _last: ClassVar[HostModule | None] = None  # to launch anything
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
@@ -157,6 +160,7 @@ class HostModule:
         table = _buffer_table(buffers, outputs)
         result = _Result()
         with _launch_lock:
+            self._take_turn()
             status = self._library.vnvfp4_host_launch(
                 symbol.encode(),
                 ctypes.byref(config),
@@ -168,6 +172,13 @@ class HostModule:
             )
         if status:
             raise HostKernelError(result.message.decode(errors="replace") + self._place(result))
+
+    def _take_turn(self) -> None:
+        """Have the module that ran last give back the stacks it keeps for its next launch: two
+        mappings for each thread, of which a process may have 65,530 by default."""
+        previous, HostModule._last = HostModule._last, self
+        if previous is not None and previous is not self:
+            previous._library.vnvfp4_host_release()
 
     def _place(self, result: _Result) -> str:
         if result.file:

@@ -15,25 +15,24 @@
 namespace vnvfp4_host {
 
 namespace {
-std::vector<uint8_t*> free_stacks;
 constexpr size_t kGuardBytes = 4096;
 }  // namespace
 
 uint8_t* acquire_stack() {
-  if (!free_stacks.empty()) {
-    uint8_t* stack = free_stacks.back();
-    free_stacks.pop_back();
-    return stack;
-  }
   // Pages are touched as they are used; the lowest page stays unmapped to catch overflow.
   void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
-  mprotect(memory, kGuardBytes, PROT_NONE);
+  if (mprotect(memory, kGuardBytes, PROT_NONE) != 0) {
+    munmap(memory, kStackBytes + kGuardBytes);
+    return nullptr;
+  }
   return static_cast<uint8_t*>(memory) + kGuardBytes;
 }
 
-void release_stack(uint8_t* stack) { free_stacks.push_back(stack); }
+void release_stack(uint8_t* stack) {
+  if (stack) munmap(stack - kGuardBytes, kStackBytes + kGuardBytes);
+}
 
 #if !defined(VNVFP4_HOST_UCONTEXT)
 

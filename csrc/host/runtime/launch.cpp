@@ -48,7 +48,8 @@ struct BufferCopy {
         mmap(nullptr, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return false;
     mapping = static_cast<uint8_t*>(memory);
-    mprotect(mapping + kGap, mapped_bytes - 2 * kGap, PROT_READ | PROT_WRITE);
+    if (mprotect(mapping + kGap, mapped_bytes - 2 * kGap, PROT_READ | PROT_WRITE) != 0)
+      return false;
     begin = mapping + kGap + offset;
     memcpy(begin, buffer.data, buffer.bytes);
     return true;
@@ -194,4 +195,15 @@ extern "C" __attribute__((visibility("default"))) int vnvfp4_host_launch(
   }
   vnvfp4_host::describe_result(result);
   return machine.has_failed ? 1 : 0;
+}
+
+// Give back the memory of blocks and their threads, which launches keep for the next one. A process
+// has a limited number of mappings, and every loaded module keeps its own.
+extern "C" __attribute__((visibility("default"))) void vnvfp4_host_release() {
+  vnvfp4_host::reset_machine();
+  for (auto& block : machine.free_blocks) {
+    for (vnvfp4_host::Thread& thread : block->threads) vnvfp4_host::release_stack(thread.stack);
+    vnvfp4_host::unmap_shared(*block);
+  }
+  machine.free_blocks.clear();
 }

@@ -225,7 +225,8 @@ void mark_pending(Thread& thread, uint32_t offset, size_t size, const void* pc);
 void mark_landed(Thread& thread, uint32_t offset, size_t size);
 uint32_t static_shared_bytes();
 void load_static_shared(Block& block);
-void reset_shared(Block& block);
+bool reset_shared(Block& block);  // false: no memory
+void unmap_shared(Block& block);
 bool find_shared(const Block& block, const void* pointer, uint32_t* offset);
 uint8_t* shared_at(const Block& block, uint32_t offset);
 

@@ -83,19 +83,24 @@ void admit_block() {
   block->index = {block->linear % grid[0], block->linear / grid[0] % grid[1],
                   block->linear / (grid[0] * grid[1])};
   block->num_live = static_cast<int>(num_threads);
+  for (size_t id = num_threads; id < block->threads.size(); ++id) {
+    release_stack(block->threads[id].stack);
+  }
   block->threads.resize(num_threads);
   block->warps.assign((num_threads + kWarpSize - 1) / kWarpSize, Warp());
   for (Barrier& barrier : block->barriers) barrier = Barrier();
-  reset_shared(*block);
-  for (uint32_t id = 0; id < num_threads; ++id) {
-    if (!start_thread(*block, id)) {
-      machine.has_failed = true;
-      machine.error =
-          text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
-               machine.kernel, machine.resident.size() + 1);
-      return;
-    }
+  bool has_memory = reset_shared(*block);
+  for (uint32_t id = 0; id < num_threads && has_memory; ++id) {
+    has_memory = start_thread(*block, id);
     block->warps[id / kWarpSize].exists |= 1u << id % kWarpSize;
+  }
+  if (!has_memory) {
+    machine.has_failed = true;
+    machine.error =
+        text("kernel %s: no memory for the stacks of %zu blocks that wait for each other",
+             machine.kernel, machine.resident.size() + 1);
+    machine.free_blocks.push_back(std::move(block));
+    return;
   }
   for (Warp& warp : block->warps) warp.runnable = warp.exists;
   machine.resident.push_back(std::move(block));

@@ -104,10 +104,11 @@ void load_static_shared(Block& block) {
   machine.loaded_static = &block;
 }
 
-void reset_shared(Block& block) {
+bool reset_shared(Block& block) {
   if (!block.shared) {
     void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return false;
     block.shared = static_cast<uint8_t*>(memory);
   }
   memset(block.shared, kPoison, machine.config.shared_bytes);
@@ -115,6 +116,12 @@ void reset_shared(Block& block) {
   if (machine.loaded_static == &block) machine.loaded_static = nullptr;
   block.words.assign((extent() + 3) / 4, Word());
   block.status.assign((extent() + 3) / 4, 0);
+  return true;
+}
+
+void unmap_shared(Block& block) {
+  if (block.shared) munmap(block.shared, kArenaBytes);
+  block.shared = nullptr;
 }
 
 bool find_shared(const Block& block, const void* pointer, uint32_t* offset) {
