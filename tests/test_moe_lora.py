@@ -75,3 +75,24 @@ def test_adapters_give_the_tokens_of_weights_with_them_added(tmp_path):
     for answer, wanted in zip(answers, expected, strict=True):
         assert answer.tokens == wanted.tokens
         assert (answer.logprobs - wanted.logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("num_data_parallel", "fully_sharded", "wanted"),
+    [(2, False, "--data-parallel-size 2"), (1, True, "--fully-sharded-loras"), (1, False, None)],
+)
+def test_adapters_that_the_cpu_cannot_place_are_refused(num_data_parallel, fully_sharded, wanted):
+    from dataclasses import fields
+
+    from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
+
+    from vllm_nvfp4.moe_lora import check
+
+    unset = dict.fromkeys(f.name for f in fields(MoELoRAContext))
+    context = MoELoRAContext(**{**unset, "fully_sharded": fully_sharded})
+    check(context, torch.device("cuda"), num_data_parallel)
+    if wanted is None:
+        check(context, torch.device("cpu"), num_data_parallel)
+        return
+    with pytest.raises(ValueError, match=wanted):
+        check(context, torch.device("cpu"), num_data_parallel)

@@ -64,6 +64,13 @@ class NvFp4Experts(LoRAExpertsMixin, FusedMoEExpertsModular):
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
         return True
 
+    def set_lora_context(self, ctx: Any) -> None:
+        """vLLM's adapters for this layer, from now on. Raises ValueError for what the products on
+        the CPU do not know."""
+        parallel = self.moe_config.moe_parallel_config
+        moe_lora.check(ctx, self.layer.w13_weight.device, parallel.dp_size)
+        super().set_lora_context(ctx)
+
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:

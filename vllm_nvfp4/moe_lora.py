@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from vllm_nvfp4.moe_experts import NvFp4Experts
 
 
+def check(context: Any, device: torch.device, num_data_parallel: int) -> None:
+    """Raise ValueError for adapters that only vLLM's products for GPUs can be told of."""
+    if device.type != "cpu":
+        return
+    if num_data_parallel > 1:
+        raise ValueError(
+            f"LoRA on routed experts on the CPU with --data-parallel-size {num_data_parallel}: "
+            "vLLM's LoRA for CPUs does not say which adapter a token of another rank has; use "
+            "--tensor-parallel-size, or run without --enable-lora"
+        )
+    if context.fully_sharded:
+        raise ValueError(
+            "LoRA on routed experts on the CPU with --fully-sharded-loras: adapters are multiplied "
+            "whole there; leave the option out"
+        )
+
+
 def apply(
     experts: NvFp4Experts,
     a: torch.Tensor,
