@@ -40,12 +40,14 @@ _PANEL = 128
 _PART_ROWS = 768
 # Rows for which all scales of a block are tried at once: few enough to stay in a core's cache.
 _SWEEP_ROWS = 384
-# Added to the diagonal of H, as a share of its mean: what makes H invertible.
-DAMPING = 0.01
-# The same for the target: it is a regression on the calibration text, and has to hold beyond it.
-TARGET_DAMPING = 0.05
+# Added to the diagonal of H, as a share of its mean: more than makes H invertible. What 16,000 tokens
+# say of the inputs' rare directions does not hold for other text, and rounding leans on it.
+DAMPING = 0.1
+# The same for the target, a regression on the calibration text. With 0.05, SmolLM2-135M had a KL of
+# 0.009 on that text and of 0.080 on other articles; with 2, and the above, 0.066 there.
+TARGET_DAMPING = 2.0
 # Rounds of descent after GPTQ. Each lowers the error, the third by less than a tenth of the first.
-DESCENT_ROUNDS = 2
+DESCENT_ROUNDS = 1
 
 
 def output_error(
