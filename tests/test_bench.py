@@ -332,6 +332,8 @@ def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, 
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
+        # A shell's background job, as this run may be, ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     lines = []
