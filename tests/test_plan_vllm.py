@@ -98,16 +98,19 @@ def _write_latent(folder: Path, family: str) -> None:
 def held_by(model) -> int:
     """Bytes of a model's parameters, each once.
 
-    vLLM repacks a linear layer that stays in 16 bits on the CPU and leaves an empty weight, which
-    counts as it was.
+    vLLM repacks a linear layer that stays in 16 bits on the CPU and leaves an empty weight, and on
+    some CPUs a float32 bias; both count as they were.
     """
     from vllm.model_executor.layers.linear import LinearBase
 
     total, seen = 0, set()
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        if parameter.numel() == 0 and isinstance(module, LinearBase):
+        if isinstance(module, LinearBase) and parameter.numel() == 0:
             total += 2 * module.input_size * module.output_size
+        elif isinstance(module, LinearBase) and name.endswith(".bias"):
+            seen.add(parameter.data_ptr())
+            total += 2 * parameter.numel()
         elif parameter.data_ptr() not in seen:
             seen.add(parameter.data_ptr())
             total += parameter.nbytes
