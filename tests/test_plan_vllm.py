@@ -101,19 +101,17 @@ def held_by(model) -> int:
     vLLM repacks a linear layer that stays in 16 bits on the CPU and leaves an empty weight, and on
     some CPUs a float32 bias; both count as they were.
     """
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     total, seen = 0, set()
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, LinearBase) and parameter.numel() == 0:
+        is_16_bit = isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod)
+        if parameter.numel() == 0 and isinstance(module, LinearBase):
             total += 2 * module.input_size * module.output_size
-        elif isinstance(module, LinearBase) and name.endswith(".bias"):
-            seen.add(parameter.data_ptr())
-            total += 2 * parameter.numel()
         elif parameter.data_ptr() not in seen:
             seen.add(parameter.data_ptr())
-            total += parameter.nbytes
+            total += 2 * parameter.numel() if is_16_bit else parameter.nbytes
     return total
 
 
