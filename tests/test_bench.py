@@ -11,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
-from vllm_nvfp4.bench import limits, page, results, variants
+from vllm_nvfp4.bench import limits, meters, page, results, variants
 from vllm_nvfp4.bench.meters import CpuMeter, Reading, Watch
 from vllm_nvfp4.bench.results import BATCH, RATE, Limit, Measurement, Results, VariantRecord
 from vllm_nvfp4.cli._server import group_is_alive
@@ -110,24 +110,45 @@ def test_what_is_saved_is_read_back(run: Results, tmp_path: Path):
 
 
 class Clock:
-    """A meter whose energy is 100 J for each second that passes."""
+    """A meter whose energy is 100 J for each second that passes; time passes when it is told to."""
 
     memory_label, total_bytes = "none", 1
 
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
     def read(self, pids):
-        return Reading(len(pids), 100 * time.monotonic(), 1000.0)
+        return Reading(len(pids), 100 * self.now, 1000.0)
 
     def describe(self):
         return {}
 
 
-def test_energy_of_a_window_is_that_of_its_seconds():
-    with Watch(Clock(), lambda: [1, 2], period=0.02) as watch:
-        time.sleep(0.3)
-        end = time.monotonic()
-        window = watch.window(end - 0.15, end)
-    assert window.energy_j == pytest.approx(15, rel=1e-3)
+def test_energy_of_a_window_is_that_of_its_seconds(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(meters, "time", clock)
+    with Watch(clock, lambda: [1, 2], period=3600) as watch:
+        for clock.now in (1.0, 2.5, 4.0):
+            window = watch.window(0.25, 3.0)
+    assert window.energy_j == pytest.approx(275)
     assert (window.memory_bytes, window.sm_mhz) == (2, 1000.0)
+
+
+def test_a_watch_reads_without_being_asked():
+    seen = threading.Event()
+
+    def processes():
+        if len(calls) > 3:
+            seen.set()
+        calls.append(1)
+        return calls
+
+    calls: list[int] = []
+    with Watch(Clock(), processes, period=0.001):
+        assert seen.wait(60)
 
 
 def test_cpu_memory_counts_every_process_and_forgives_one_that_ended(tmp_path: Path):

@@ -2,7 +2,7 @@
 """The CPU kernels against float64, at every instruction set this processor has.
 
 Tolerance: a sum of K products in f32 errs by at most about K * 2^-24 of the sum of magnitudes, and
-the result is rounded once to the output type (twice where torch's BF16 product makes it). What
+the result is rounded once to the output type (BF16 twice where torch's product makes it). What
 falls below f32's normal range may be flushed to zero.
 """
 
@@ -42,10 +42,20 @@ def available_isas() -> list[str]:
     return names
 
 
-@pytest.fixture(params=available_isas())
-def isa(request):
-    cpu_dispatch.use_isa(request.param)
-    yield request.param
+TILES = "+tiles"
+
+
+LEVELS = available_isas()
+
+
+@pytest.fixture(params=[*LEVELS, *(f"{name}{TILES}" for name in {LEVELS[0]: 1, LEVELS[-1]: 1})])
+def isa(request, monkeypatch):
+    """An instruction set; with tiles, BF16 results of many tokens are torch's product, as on a
+    processor with AMX (torch computes the same without one, more slowly)."""
+    name, tiles, _ = request.param.partition(TILES)
+    monkeypatch.setattr(cpu_dispatch, "has_fast_bf16_matmul", lambda: bool(tiles))
+    cpu_dispatch.use_isa(name)
+    yield name
     cpu_dispatch.use_isa(None)
 
 
@@ -58,8 +68,13 @@ def random_weight(n: int, k: int, fmt: BlockFormat, seed: int = 0) -> BlockScale
     return BlockScaledWeight(weight.codes, weight.block_scale, multiplier, fmt)
 
 
-def assert_close(y, a, dense, bias, reference, is_product_rounded: bool = False) -> None:
+def assert_close(y, a, dense, bias, reference) -> None:
     """dense: the weight in float64; reference: float64 [M, N], of which ``bias`` is a part."""
+    is_product_rounded = (
+        y.dtype == torch.bfloat16
+        and cpu_dispatch.has_fast_bf16_matmul()
+        and len(y) >= cpu_dispatch._MATMUL_TOKENS
+    )
     magnitude = a.double().abs() @ dense.abs().T
     if bias is not None:
         magnitude = magnitude + bias.double().abs()
@@ -80,9 +95,7 @@ def assert_close(y, a, dense, bias, reference, is_product_rounded: bool = False)
     )
 
 
-def check_linear(
-    a, weight, bias=None, activation_bits=16, is_product_rounded=False
-) -> torch.Tensor:
+def check_linear(a, weight, bias=None, activation_bits=16) -> torch.Tensor:
     y = cpu.linear(a, cpu.pack_weight(weight), bias, activation_bits)
     assert y.dtype == a.dtype
     rounded_bias = None if bias is None else bias.to(a.dtype)
@@ -91,9 +104,7 @@ def check_linear(
     if activation_bits == 8:
         q, scale = quantize_fp8_per_row(a)
         seen = q.double() * scale.double()
-    assert_close(
-        y, seen, weight.dequantize(torch.float64), rounded_bias, reference, is_product_rounded
-    )
+    assert_close(y, seen, weight.dequantize(torch.float64), rounded_bias, reference)
     return y
 
 
@@ -197,15 +208,14 @@ def test_levels_agree(fmt):
         assert_close(y, a, dense, None, results["generic"].double())
 
 
-def test_tile_hardware_path(isa, monkeypatch):
-    """The path that hands decoded tiles to torch's BF16 product, in tiles smaller than N."""
-    monkeypatch.setattr(cpu, "has_fast_bf16_matmul", lambda: True)
+def test_decoded_tiles_smaller_than_n(isa, monkeypatch):
+    monkeypatch.setattr(cpu_dispatch, "has_fast_bf16_matmul", lambda: True)
     monkeypatch.setattr(cpu, "_MATMUL_SCRATCH_BYTES", 64 * 96 * 2)
     a = torch.randn(64, 96).bfloat16()
     for activation_bits in (16, 8):
         for fmt in (NVFP4, MXFP4):
             weight, bias = random_weight(200, 96, fmt), torch.randn(200)
-            check_linear(a, weight, bias, activation_bits, is_product_rounded=True)
+            check_linear(a, weight, bias, activation_bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -336,14 +346,14 @@ def test_every_fp8_code(isa, dtype):
         assert torch.equal(y, expected.T[:m])
 
 
-def test_fp8_tile_hardware_path(isa, monkeypatch):
-    monkeypatch.setattr(cpu, "has_fast_bf16_matmul", lambda: True)
+def test_decoded_fp8_tiles_smaller_than_n(isa, monkeypatch):
+    monkeypatch.setattr(cpu_dispatch, "has_fast_bf16_matmul", lambda: True)
     monkeypatch.setattr(cpu, "_MATMUL_SCRATCH_BYTES", 32 * 83 * 2)
     q, scale = quantize_fp8_per_row(torch.randn(100, 83))
     a = torch.randn(64, 83).bfloat16()
     dense = q.double() * scale.double()
     y = cpu.fp8_linear(a, q, scale[:, 0].contiguous())
-    assert_close(y, a, dense, None, a.double() @ dense.T, is_product_rounded=True)
+    assert_close(y, a, dense, None, a.double() @ dense.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,7 @@ COMMANDS = [
     for kind, block in BLOCKS
     if kind == "sh"
     for line in block.splitlines()
-    if not line.startswith("export ")
+    if line.strip() and not line.lstrip().startswith(("export ", "#"))
 ]
 # Written in backquotes in running text: `make demo`, `csrc/`, `python -m ...`.
 QUOTED = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S))

@@ -189,12 +189,16 @@ def test_vllms_own_server_quantises_answers_and_leaves_nothing(tmp_path: Path):
         group = server._process.pid
         server.wait_ready(io.StringIO())
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        answer = client.completions.create(
-            model=str(folder),
-            prompt=[5, 6, 7],
-            max_tokens=4,
-            extra_body={"detokenize": False, "return_token_ids": True, "ignore_eos": True},
-        )
+        try:
+            answer = client.completions.create(
+                model=str(folder),
+                prompt=[5, 6, 7],
+                max_tokens=4,
+                extra_body={"detokenize": False, "return_token_ids": True, "ignore_eos": True},
+            )
+        except openai.APIError:
+            print(server.log.read_text())
+            raise
     assert answer.usage.completion_tokens == 4
     log = server.log.read_text()
     assert "nvfp4: 16-bit layers, quantised to nvfp4 while loading" in log

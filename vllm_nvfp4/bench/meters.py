@@ -181,6 +181,7 @@ class Watch:
         self._meter, self._processes, self._period = meter, processes, period
         self._times: list[float] = []
         self._readings: list[Reading] = []
+        self._lock = threading.Lock()  # window() looks too: pairs stay whole and in order
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -203,14 +204,16 @@ class Watch:
             self._look()
 
     def _look(self) -> None:
-        reading = self._meter.read(self._processes())
-        self._readings.append(reading)
-        self._times.append(time.monotonic())
+        with self._lock:
+            reading = self._meter.read(self._processes())
+            self._readings.append(reading)
+            self._times.append(time.monotonic())
 
     def window(self, begin: float, end: float) -> Window:
         """From ``begin`` to ``end`` of ``time.monotonic``; energy is interpolated at both."""
         self._look()
-        times, readings = list(self._times), list(self._readings)
+        with self._lock:
+            times, readings = list(self._times), list(self._readings)
         first = max(bisect.bisect_right(times, begin) - 1, 0)
         last = min(bisect.bisect_left(times, end), len(times) - 1)
         inside = readings[first : last + 1]

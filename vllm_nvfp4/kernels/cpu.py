@@ -17,7 +17,7 @@ from vllm_nvfp4.kernels.cpu_dispatch import (
     fp8_bf16_dot,
     fp8_dequantize_kernel,
     fp8_kernel,
-    has_fast_bf16_matmul,
+    operand_type,
     round_kernel,
     uses_matmul,
     warm_up,
@@ -65,7 +65,9 @@ def linear(
     a:               [M, K] bf16, fp16 or f32; made contiguous if it is not
     bias:            [N] floating point, or None
     activation_bits: 16 takes A = a; 8 takes A = a rounded to E4M3 with one scale per row
-    Returns [M, N] of a's dtype. Raises ValueError for a shape or a dtype that does not fit.
+    Returns [M, N] of a's dtype; on a processor with BF16 tile hardware (AMX), a bf16 result of
+    many tokens is rounded before multiplier and bias as well as after them. Raises ValueError for
+    a shape or a dtype that does not fit.
     """
     n, k = packed.num_rows, packed.num_cols
     _check(a, n, k, bias)
@@ -115,10 +117,8 @@ def linear_a8(
 def _operand_type(dtype: torch.dtype, activation_bits: int, m: int) -> torch.dtype:
     """As which type M tokens of ``dtype`` meet the weight."""
     bf16_dot = fp4_bf16_dot(dtype, activation_bits)
-    is_bf16 = dtype == torch.bfloat16 or activation_bits == 8
-    by_matmul = uses_matmul(m, bf16_dot, is_batch_invariant())
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
-    return torch.bfloat16 if use_bf16 else torch.float32
+    by_matmul = uses_matmul(m, dtype, bf16_dot, is_batch_invariant())
+    return operand_type(dtype, bf16_dot, by_matmul)
 
 
 def _product(
@@ -133,7 +133,7 @@ def _product(
     (m, n), k = y.shape, packed.num_cols
     bf16_dot = fp4_bf16_dot(y.dtype, activation_bits)
     is_invariant = is_batch_invariant()
-    if uses_matmul(m, bf16_dot, is_invariant):
+    if uses_matmul(m, y.dtype, bf16_dot, is_invariant):
 
         def dequantize(first: int, last: int) -> torch.Tensor:
             return _dequantize_rows(packed, first, last, a.dtype).T
@@ -178,12 +178,10 @@ def fp8_linear(
     if m == 0:
         return y
     bf16_dot = fp8_bf16_dot(a.dtype)
-    is_bf16 = a.dtype == torch.bfloat16
     is_invariant = is_batch_invariant()
-    by_matmul = uses_matmul(m, bf16_dot, is_invariant)
-    use_bf16 = bf16_dot or (is_bf16 and has_fast_bf16_matmul() and by_matmul)
+    by_matmul = uses_matmul(m, a.dtype, bf16_dot, is_invariant)
     # e4m3 is exact in bf16 and in f32.
-    a = a.to(torch.bfloat16 if use_bf16 else torch.float32).contiguous()
+    a = a.to(operand_type(a.dtype, bf16_dot, by_matmul)).contiguous()
     if by_matmul:
 
         def dequantize(first: int, last: int) -> torch.Tensor:

@@ -137,10 +137,19 @@ def has_fast_bf16_matmul() -> bool:
     return bool(probe())
 
 
-def uses_matmul(tokens: int, bf16_dot: bool, is_invariant: bool) -> bool:
-    """Whether torch's matrix product, on decoded rows, answers for M = tokens."""
-    is_worth_it = not bf16_dot or has_fast_bf16_matmul()
+def uses_matmul(tokens: int, dtype: torch.dtype, bf16_dot: bool, is_invariant: bool) -> bool:
+    """Whether torch's matrix product, on decoded rows, answers for M = tokens.
+
+    dtype: of the result. torch's BF16 product is rounded to BF16, so it makes no other type.
+    """
+    is_worth_it = not bf16_dot or (dtype == torch.bfloat16 and has_fast_bf16_matmul())
     return tokens >= _MATMUL_TOKENS and is_worth_it and not is_invariant
+
+
+def operand_type(dtype: torch.dtype, bf16_dot: bool, by_matmul: bool) -> torch.dtype:
+    """As which type activations meet the weight, for a result of ``dtype``."""
+    by_tiles = by_matmul and dtype == torch.bfloat16 and has_fast_bf16_matmul()
+    return torch.bfloat16 if bf16_dot or by_tiles else torch.float32
 
 
 def use_isa(isa: str | None) -> None:
@@ -158,18 +167,17 @@ def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> 
     out = OUT_NAME[dtype]
     bf16_dot = fp4_bf16_dot(dtype, activation_bits)
     decode_kernel("gather", fmt, out)
-    if has_fast_bf16_matmul() or not bf16_dot:
-        is_bf16 = dtype == torch.bfloat16 or activation_bits == 8
-        tile_type = "bf16" if is_bf16 and has_fast_bf16_matmul() else "f32"
-        decode_kernel("dequantize", fmt, tile_type)
+    tile_type = operand_type(dtype, bf16_dot, by_matmul=True)
+    if uses_matmul(_MATMUL_TOKENS, dtype, bf16_dot, is_invariant=False):
+        decode_kernel("dequantize", fmt, OUT_NAME[tile_type])
     for tile in fp4_tiles(bf16_dot):
         fp4_compiled(fmt, tile, out, bf16_dot, False)
     for tile in _TILES_PANEL if bf16_dot and fits_panel(fmt) else ():
         fp4_compiled(fmt, tile, out, bf16_dot, True)
     if activation_bits == 8:
-        operand = "bf16" if bf16_dot else "f32"
-        round_kernel(out, operand)
-        fp8_dequantize_kernel(operand)  # of linear_a8, in a compiled graph
+        for operand in {OUT_NAME[tile_type], "bf16" if bf16_dot else "f32"}:
+            round_kernel(out, operand)
+            fp8_dequantize_kernel(operand)  # of linear_a8, in a compiled graph
 
 
 def warm_up_fp8(dtype: torch.dtype) -> None:
