@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests through a real vLLM engine share."""
 
+from pathlib import Path
+
 import torch
 
+from vllm_nvfp4.checkpoints.quantizer import DataFree
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.write import WriteOptions, WriteReport, write_resumable
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, reference_model
 from vllm_nvfp4.testing.feature_checks import KEEP_KV, NUM_TOKENS, PROMPT
@@ -42,3 +47,14 @@ def layer_of(llm, name):
     """A layer of the model in an engine of this process."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     return executor.driver_worker.worker.model_runner.model.get_submodule(name)
+
+
+def write_with_vocabulary(source: Path, target: Path, head: str, embedding: str) -> WriteReport:
+    """A mixed checkpoint with lm_head and embedding in these formats, the rest in NVFP4; a weight
+    that is both has the embedding's."""
+    formats = {"lm_head.weight": head, "model.embed_tokens.weight": embedding}
+    options = WriteOptions(
+        precision=lambda work, asked: {name: formats.get(name, "nvfp4") for name in asked},
+        vocabulary=Source(source).vocabulary(with_embedding=True),
+    )
+    return write_resumable(source, target, DataFree("rtn"), options)

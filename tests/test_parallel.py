@@ -7,7 +7,14 @@ tests/trust/test_scale_out.py.
 
 import pytest
 import torch
-from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, compare, quantise_like_online
+from serving_cases import (
+    KEEP_KV,
+    NUM_TOKENS,
+    PROMPT,
+    compare,
+    quantise_like_online,
+    write_with_vocabulary,
+)
 
 from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, give_shards_their_own_scale
 from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, plain_model
@@ -47,3 +54,9 @@ def test_quantised_while_loading_does_not_depend_on_the_cut(tmp_path):
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
     assert answer.tokens == expected.tokens
     assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
+
+
+def test_lm_head_and_embedding_are_cut_over_the_vocabulary(tmp_path):
+    source = write_model(tmp_path / "llama", "llama")
+    write_with_vocabulary(source, tmp_path / "out", "nvfp4", "fp8")
+    compare(tmp_path / "out", atol=1e-4, **TWO_RANKS)

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from serving_cases import compare, write_with_vocabulary
 
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
@@ -15,6 +16,8 @@ from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.planning.model import AS_STORED, checkpoint_parts
+from vllm_nvfp4.planning.shapes import find_shape
 from vllm_nvfp4.quantize import sensitivity
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq
 from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats
@@ -77,7 +80,10 @@ def llama(tmp_path_factory):
 def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
     """Against transformers' model with one layer's weights replaced, tied or not."""
     source = Source(write_model(tmp_path / family, family))
-    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    linear, _ = source.quantizable(DEFAULT_IGNORE)
+    vocabulary = source.vocabulary(with_embedding=True)
+    assert len(vocabulary) == (1 if family == "gemma3" else 2)
+    quantized = linear.union(vocabulary)
     samples, others = torch.randint(
         4, 260, (2, 2, 24), generator=torch.Generator().manual_seed(1)
     ).unbind()
@@ -89,9 +95,16 @@ def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
     model = plain_model(source.folder, torch.float32)
     with torch.inference_mode():
         exact = torch.log_softmax(model(samples).logits, -1)
-        for group in (found[0], found[-1]):  # q/k/v fused, and down_proj
-            moment = layerwise(group.names[0]) if method == "gptq" else None
-            changes = sensitivity._changes(source, group.names, method, moment)
+        ends = [g for g in found if not {*g.names}.isdisjoint(linear)]
+        tables = [g for g in found if {*g.names} <= {*vocabulary}]
+        assert len(tables) == len(vocabulary)
+        for group in (ends[0], ends[-1], *tables):  # q/k/v fused, and down_proj
+            if group in tables:
+                name = group.names[0]
+                changes = {name: sensitivity._vocabulary_change(source, name, measurement)}
+            else:
+                moment = layerwise(group.names[0]) if method == "gptq" else None
+                changes = sensitivity._changes(source, group.names, method, moment)
             for name in ("nvfp4", "fp8"):
                 kept = {n: model.get_parameter(n).clone() for n in group.names}
                 for n, change in changes.items():
@@ -171,6 +184,46 @@ def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method):
     assert torch.allclose(answer.logprobs, reference.logprobs, atol=0.05)
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("head", "embedding"), [("nvfp4", "fp8"), ("fp8", "nvfp4")])
+def test_lm_head_and_embedding_of_a_checkpoint_are_served(family, head, embedding, tmp_path):
+    """gemma3 has one weight for both, whose format ``embedding`` is."""
+    target = tmp_path / "out"
+    source = write_model(tmp_path / "model", family)
+    report = write_with_vocabulary(source, target, head, embedding)
+    inventory = validate(target, *read_config(target))
+    stored = {layer.name: layer.format for layer in inventory.layers if layer.part != "linear"}
+    expected = {"model.embed_tokens": embedding} | ({} if family == "gemma3" else {"lm_head": head})
+    assert {n: f for n, f in stored.items() if f in ("nvfp4", "fp8")} == expected
+    assert {*expected} <= {*report.quantized}
+    parts = checkpoint_parts(find_shape(str(target)), AS_STORED)
+    for part, name in (("embedding", "model.embed_tokens"), ("lm_head", "lm_head")):
+        layer = next((x for x in inventory.layers if x.name == name), None)
+        # Of an FP8 row, 2 or 4 bytes of scale.
+        assert parts[part] == pytest.approx(layer.num_bytes if layer else 0, rel=0.04)
+    compare(target, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_embedding_is_in_the_budget_on_demand(family, tmp_path):
+    source = write_model(tmp_path / "model", family)
+    options = ["--calibration", "builtin", "--samples", "4", "--sample-length", "48"]
+    assert quantize(source, tmp_path / "a", *options, "--target-bits", "4.5") == 0
+    assert quantize(source, tmp_path / "b", *options, "--target-bits", "4.5", "--embedding") == 0
+    found = []
+    for name in ("a", "b"):
+        config, quantization = read_config(tmp_path / name)
+        found.append({*quantization["quantized_layers"]} & {"lm_head", "model.embed_tokens"})
+        validate(tmp_path / name, config, quantization)
+    head = set() if family == "gemma3" else {"lm_head"}
+    assert found == [head, head | {"model.embed_tokens"}]
+    # The layers' codes make up for the embedding's.
+    layer = "model.layers.0.mlp.down_proj.weight"
+    codes = [Source(tmp_path / name).load(layer, "cpu") for name in ("a", "b")]
+    assert not torch.equal(*codes)
+
+
 def test_layers_in_16_bits_are_left_alone(llama, tmp_path):
     assert quantize(llama, tmp_path / "out", "--method", "rtn", "--max-kl", "0") == 0
     before = Source(llama)
@@ -208,6 +261,7 @@ def test_a_run_that_goes_on_does_not_measure_again(llama, tmp_path, monkeypatch)
         (["--target-bits", "4"], "NVFP4 alone takes 4.5"),
         (["--max-kl", "-1"], "needs to be 0 or more"),
         (["--report", "x.png"], "--target-bits or --max-kl"),
+        (["--embedding"], "--target-bits or --max-kl"),
         (["--target-bits", "5", "--report", "x.pdf"], "ends in .png or .svg"),
         (["--target-bits", "5", "--report", "/nonesuch/x.png"], "no folder /nonesuch"),
         (["--target-bits", "5", "--format", "compressed-tensors"], "use --format modelopt"),

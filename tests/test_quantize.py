@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from vllm_nvfp4.checkpoints import write
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
+from vllm_nvfp4.checkpoints.quantizer import DataFree
 from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder, work_in
-from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
+from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
 from vllm_nvfp4.checkpoints.written import FORMATS
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.codes import decode_e2m1, unpack_codes

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_nvfp4.checkpoints.quantizer import DataFree
 from vllm_nvfp4.checkpoints.work import work_folder
-from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
+from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
 from vllm_nvfp4.testing.tiny_models import write_model
 
 # What is there when the kill comes, by the moment.

@@ -24,6 +24,7 @@ from vllm_nvfp4 import compat, kv_cache
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import (
+    UNQUANTIZED,
     Dialect,
     LayerKind,
     LayerSpec,
@@ -48,6 +49,7 @@ class NvFp4Config(QuantizationConfig):
         self.dialect: Dialect = detect(quant_config)
         self.source_config = quant_config
         self.tied_embeddings = False
+        self.tied_spec = UNQUANTIZED  # of an embedding that is lm_head too
         self._options: Options | None = None
         self._head_size: int | None = None
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token embedding and lm_head: kept in 16 bits, or quantised while they load."""
+"""Token embedding and lm_head: as the checkpoint stores them, or quantised while they load."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints.convert import check_blocks, check_dense
 from vllm_nvfp4.checkpoints.online import online_spec
-from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role
-from vllm_nvfp4.linear import linear_method
+from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec, Role, embedding_spec
+from vllm_nvfp4.linear import CheckpointLinearMethod, NvFp4Fp8LinearMethod, NvFp4LinearMethod
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.weights import (
@@ -30,19 +31,35 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+_STORED = (LayerKind.MICROSCALED, LayerKind.FP8)
+
 
 def lm_head_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> QuantizeMethodBase | None:
     """The method for lm_head: the checkpoint's own format first, then the option."""
-    if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8):
-        return linear_method(config, spec, prefix)
+    if config.tied_embeddings and config.tied_spec.kind in _STORED:
+        spec = config.tied_spec
+    if spec.kind in _STORED:
+        return _stored_method(config, spec, prefix)
     fmt = tied_format(config) if config.tied_embeddings else config.options.lm_head
     return None if fmt == "keep" else OnlineEmbeddingMethod(config, fmt, prefix)
 
 
 def embedding_method(config: NvFp4Config, prefix: str) -> QuantizeMethodBase | None:
     """The method for the token embedding, or None to keep it in 16 bits."""
+    spec = embedding_spec(config.dialect, prefix)
+    if spec.kind in _STORED:
+        if config.tied_embeddings:
+            config.tied_spec = spec
+        return _stored_method(config, spec, prefix)
     fmt = tied_format(config) if config.tied_embeddings else config.options.embedding
     return None if fmt == "keep" else OnlineEmbeddingMethod(config, fmt, prefix)
+
+
+def _stored_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> QuantizeMethodBase:
+    if spec.kind is LayerKind.FP8:
+        # lm_head multiplies one token of each request: 8-bit activations would gain nothing.
+        return StoredFp8EmbeddingMethod(config, replace(spec, activation_bits=16), prefix)
+    return StoredEmbeddingMethod(config, spec, prefix)
 
 
 def tied_format(config: NvFp4Config) -> str:
@@ -57,11 +74,95 @@ def tied_format(config: NvFp4Config) -> str:
     return asked.pop() if asked else "keep"
 
 
-class OnlineEmbeddingMethod(QuantizeMethodBase):
-    """A 16-bit [vocabulary, hidden] weight that becomes FP8 or NVFP4 once it is loaded.
+def look_up(layer: Any, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a quantised embedding by token, [*ids.shape, hidden size] in ``dtype``."""
+    if not hasattr(layer, "weight_packed"):
+        return torch.ops.vllm_nvfp4.gather_fp8_rows(ids, layer.weight, layer.row_scale, dtype)
+    return torch.ops.vllm_nvfp4.gather_rows(
+        ids,
+        layer.weight_packed,
+        layer.weight_block_scale,
+        layer.weight_global_scale,
+        *layer.nvfp4_shape,
+        layer.nvfp4_format,
+        dtype,
+    )
 
-    Serves as embedding (a gather of rows), as lm_head (a linear layer), or as both when tied.
-    """
+
+def weight_owner(layer: Any) -> Any:
+    """The layer itself; of a tied lm_head, the embedding."""
+    return getattr(layer, "nvfp4_tied_to", [layer])[0]
+
+
+class _VocabularyMethod:
+    """What a weight [vocabulary, hidden size] needs beside a linear layer's product: it serves as
+    embedding (a gather of rows), as lm_head, or as both when tied."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Make lm_head use the embedding's one copy."""
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if name != "bias":
+                delattr(layer, name)
+        # In a list, so that torch does not take the embedding for a child of lm_head.
+        layer.nvfp4_tied_to = [embed_tokens]
+        return layer
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        return look_up(layer, input_, layer.nvfp4_dtype)
+
+
+class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
+    """Parameters as a linear layer's, loaded by vLLM's loader for rows of a vocabulary."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        load: Any = extra_weight_attrs["weight_loader"]
+
+        def load_rows(parameter: Any, loaded: torch.Tensor) -> None:
+            # vLLM's takes a scalar and a scale for each row in the parameter's shape alone, and
+            # fills the rows that pad the vocabulary with 0.
+            if parameter.nvfp4_role is not Role.UNUSED:
+                rows = loaded.shape or (1,)
+                load(parameter, loaded.reshape(rows[0], *parameter.shape[1:]))
+            if parameter.nvfp4_role is Role.ROW_SCALE:
+                parameter.data[layer.num_org_embeddings_per_partition :] = 1
+
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **{**extra_weight_attrs, "weight_loader": load_rows},
+        )
+        layer.nvfp4_dtype = params_dtype
+
+
+class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
+    """lm_head or embedding in NVFP4 or MXFP4, from a checkpoint."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(weight_owner(layer), x, bias)
+
+
+class StoredFp8EmbeddingMethod(_StoredVocabularyMethod, NvFp4Fp8LinearMethod):
+    """lm_head or embedding in FP8, from a checkpoint."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(weight_owner(layer), x, bias)
+
+
+class OnlineEmbeddingMethod(_VocabularyMethod, QuantizeMethodBase):
+    """A 16-bit [vocabulary, hidden size] weight that becomes FP8 or NVFP4 once it is loaded."""
 
     uses_meta_device = True
 
@@ -90,13 +191,6 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         layer.nvfp4_dtype = params_dtype
         compat.initialize_online_processing(layer)
 
-    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """Make lm_head use the embedding's one copy."""
-        del layer.weight
-        # In a list, so that torch does not take the embedding for a child of lm_head.
-        layer.nvfp4_tied_to = [embed_tokens]
-        return layer
-
     def process_weights_after_loading(self, layer: Any) -> None:
         weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
@@ -121,21 +215,7 @@ class OnlineEmbeddingMethod(QuantizeMethodBase):
         )
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        source = getattr(layer, "nvfp4_tied_to", [layer])[0]
+        source = weight_owner(layer)
         if self.fmt == NVFP4.name:
             return apply_weight(source, x, bias, self.config.options.activation)
         return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias, 16)
-
-    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        dtype = layer.nvfp4_dtype
-        if self.fmt == NVFP4.name:
-            return torch.ops.vllm_nvfp4.gather_rows(
-                input_,
-                layer.weight_packed,
-                layer.weight_block_scale,
-                layer.weight_global_scale,
-                *layer.nvfp4_shape,
-                layer.nvfp4_format,
-                dtype,
-            )
-        return torch.ops.vllm_nvfp4.gather_fp8_rows(input_, layer.weight, layer.row_scale, dtype)

@@ -48,7 +48,7 @@ def linear_method(config: NvFp4Config, spec: LayerSpec, prefix: str) -> LinearMe
     return NvFp4LinearMethod(config, spec, prefix)
 
 
-class _CheckpointLinearMethod(LinearMethodBase):
+class CheckpointLinearMethod(LinearMethodBase):
     """What both stored kinds share: parameters from the spec, and their way into kernel order."""
 
     def __init__(self, config: NvFp4Config, spec: LayerSpec, prefix: str) -> None:
@@ -87,7 +87,7 @@ class _CheckpointLinearMethod(LinearMethodBase):
 
 
 @register_weight_loader_v2_supported_method
-class NvFp4LinearMethod(_CheckpointLinearMethod):
+class NvFp4LinearMethod(CheckpointLinearMethod):
     """NVFP4 and MXFP4 weights from a checkpoint."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -115,7 +115,7 @@ class NvFp4LinearMethod(_CheckpointLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class NvFp4Fp8LinearMethod(_CheckpointLinearMethod):
+class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
     """The FP8 layers of a mixed-precision checkpoint."""
 
     def process_weights_after_loading(self, layer: Any) -> None:

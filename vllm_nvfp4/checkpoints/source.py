@@ -17,6 +17,7 @@ from safetensors import safe_open
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.files import file_in_folder
 from vllm_nvfp4.checkpoints.headers import read_file_header
+from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, part_of
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.formats import NVFP4
 
@@ -118,6 +119,21 @@ class Source:
         """What changes when the folder's weights or configuration do, without reading them all."""
         files = sorted({*self._file_of.values(), self.folder / "config.json"})
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+    def vocabulary(self, with_embedding: bool) -> list[str]:
+        """The stored weights with a row for each token that a format can be chosen for: lm_head's,
+        if it has one of its own, and on demand the embedding's, which is lm_head's too where the
+        two are tied."""
+        parts = (HEAD, EMBEDDING) if with_embedding else (HEAD,)
+        return sorted(
+            name
+            for name, info in self.tensors.items()
+            if part_of(name.removesuffix(".weight"), info.shape) in parts
+            and name.endswith(".weight")
+            and info.dtype in _16_BIT
+            and len(info.shape) == 2
+            and info.shape[1] % NVFP4.block_size == 0
+        )
 
     def quantizable(self, ignore: Sequence[str]) -> tuple[set[str], list[str]]:
         """(weights to quantise, linear layers that cannot be: K is not a multiple of 16)."""

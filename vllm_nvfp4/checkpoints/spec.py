@@ -190,6 +190,17 @@ def fused_layer_spec(
     )
 
 
+def embedding_spec(dialect: Dialect, name: str) -> LayerSpec:
+    """How the token embedding is stored. A configuration that names no embedding in full speaks of
+    linear layers alone, whatever its patterns match.
+
+    name: as the model has it; some models name no more than the last part
+    """
+    leaf = name.rpartition(".")[2]
+    named = [layer for layer in dialect.named_layers() if layer.rpartition(".")[2] == leaf]
+    return dialect.layer_spec(named[0]) if named else UNQUANTIZED
+
+
 def describe(spec: LayerSpec) -> str:
     """The spec in a few words, for messages and tables: "nvfp4 (W4A16_NVFP4)"."""
     if spec.kind is LayerKind.UNQUANTIZED:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from vllm_nvfp4.checkpoints.quantizer import DataFree, Quantizer
 from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
 from vllm_nvfp4.checkpoints.source import (
     DEFAULT_IGNORE,
@@ -39,13 +38,8 @@ from vllm_nvfp4.checkpoints.written import (
     StoredFormat,
     mixed_config,
 )
-from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
-from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 INDEX_NAME = "model.safetensors.index.json"
-# Below torch's grain size: no step of a piece is worth a second thread to it.
-_PIECE_ELEMENTS = 32_768
 # Rewritten here, or read by other tools only; every other file goes along as it is.
 _NOT_COPIED = ("*.safetensors", INDEX_NAME, "config.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 # Headers, config and tokenizer beside the weights.
@@ -69,88 +63,6 @@ class WriteReport:
     odd: list[str] = field(default_factory=list)
 
 
-class Quantizer(Protocol):
-    """How weights become codes. Called in the order of the units, and of the groups in them."""
-
-    def start(
-        self,
-        unit: Unit,
-        quantized: set[str],
-        fp8: set[str],
-        representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """The unit's weights come next. fp8: those of ``quantized`` that :meth:`quantize_fp8` is
-        asked for; representable: what is read back for an NVFP4 global scale near its argument."""
-
-    def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
-        """The shards of one fused layer (or one layer), by name, with one representable global
-        scale."""
-
-    def input_amax(self, name: str) -> float | None:
-        """The largest magnitude among the inputs of a weight just quantised, as the stored weight
-        meets them; None where none was seen."""
-
-    def quantize_fp8(
-        self, weights: Mapping[str, torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The same shards in FP8: codes [N, K] e4m3 and a scale for each row, [N, 1] float32."""
-
-    def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """The unit is stored, now or by an earlier run; ``weights()`` dequantises what is there."""
-
-
-class DataFree:
-    """Quantise by the weights alone. method: see quantize_nvfp4."""
-
-    def __init__(self, method: str = "mse") -> None:
-        self._method = method
-
-    def start(
-        self,
-        unit: Unit,
-        quantized: set[str],
-        fp8: set[str],
-        representable: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._representable = representable
-
-    def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
-        largest = torch.stack([nvfp4_global_scale(t) for t in weights.values()]).amax()
-        shared = self._representable(largest)
-        return {n: _quantize(w, self._method, shared) for n, w in weights.items()}
-
-    def quantize_fp8(
-        self, weights: Mapping[str, torch.Tensor]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {name: quantize_fp8_per_row(weight) for name, weight in weights.items()}
-
-    def input_amax(self, name: str) -> float | None:
-        return None
-
-    def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """Nothing follows."""
-
-
-def _quantize(tensor: torch.Tensor, method: str, shared: torch.Tensor) -> BlockScaledWeight:
-    """quantize_nvfp4, on a CPU in pieces of rows that stay in the cache, a thread for each core.
-
-    torch's own threads would meet at a barrier after each of some two hundred small steps.
-    """
-    if tensor.device.type != "cpu":
-        return quantize_nvfp4(tensor, method, shared)
-    rows = max(1, _PIECE_ELEMENTS // tensor.shape[1])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        parts = list(
-            pool.map(lambda part: quantize_nvfp4(part, method, shared), tensor.split(rows))
-        )
-    return BlockScaledWeight(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.block_scale.view(torch.uint8) for p in parts]).view(torch.float8_e4m3fn),
-        torch.cat([p.global_scale for p in parts]),
-        NVFP4,
-    )
-
-
 @dataclass(frozen=True)
 class WriteOptions:
     """stored:    how quantised layers are laid out
@@ -160,6 +72,8 @@ class WriteOptions:
     progress:  called with the name of each layer before it is quantised
     precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
                "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
+    vocabulary: weights that ``precision`` is asked for beside the linear layers: lm_head's, the
+               embedding's
     finish:    called with the finished folder before it appears, for :func:`write_resumable`
     """
 
@@ -169,6 +83,7 @@ class WriteOptions:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
     precision: Callable[[Path, set[str]], Mapping[str, str]] | None = None
+    vocabulary: Sequence[str] = ()
     finish: Callable[[Path], None] | None = None
 
 
@@ -225,15 +140,17 @@ def write_resumable(
         "source": checkpoint.fingerprint(),
         "stored": options.stored.name,
         "ignore": list(options.ignore),
+        "vocabulary": list(options.vocabulary),
         **options.arguments,
     }
     with work_in(target, arguments) as work:
         folder = work / "checkpoint"
         folder.mkdir(exist_ok=True)
         linear = quantized
-        formats = options.precision(work, linear) if options.precision else {}
-        quantized = {n for n in linear if formats.get(n) != "bf16"}
-        fp8 = {n for n in linear if formats.get(n) == "fp8"}
+        asked = linear.union(options.vocabulary)
+        formats = options.precision(work, asked) if options.precision else {}
+        quantized = {n for n in asked if formats.get(n) != "bf16"}
+        fp8 = {n for n in asked if formats.get(n) == "fp8"}
         job = _Job(checkpoint, folder, quantizer, options, quantized, fp8)
         report = job.write(by_layer(checkpoint.tensors, quantized, linear))
         report.odd = odd
@@ -383,7 +300,7 @@ class _Job:
         """Everything beside the weights."""
         config = self.source.config()
         # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
-        ignored = dict.fromkeys([*report.kept, "lm_head"])
+        ignored = dict.fromkeys([*report.kept, *({"lm_head"} - {*report.quantized})])
         eight = sorted(name.removesuffix(".weight") for name in self.fp8)
         config["quantization_config"] = (
             mixed_config(sorted({*report.quantized} - {*eight}), eight, list(ignored))

@@ -178,7 +178,7 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     """What runs the layer under these options, in a few words."""
     spec = layer.spec
     if spec.kind is LayerKind.FP8:
-        return "FP8 kernel, W8A8"
+        return f"FP8 kernel, {'W8A16' if layer.part in (HEAD, EMBEDDING) else 'W8A8'}"
     if spec.kind is LayerKind.MICROSCALED:
         is_experts = is_expert(layer.name) or layer.name.endswith(".experts")
         kernel = "grouped kernel" if is_experts else "kernel"

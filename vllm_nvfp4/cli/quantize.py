@@ -64,13 +64,19 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         metavar="BITS",
         help="choose NVFP4, FP8 or 16 bits for each layer: the least KL with BITS per weight, on "
-        "average over the decoder's linear layers",
+        "average over the decoder's linear layers and an lm_head with a weight of its own",
     )
     budget.add_argument(
         "--max-kl",
         type=float,
         metavar="NATS",
         help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="store_true",
+        help="with either: choose a format for the token embedding too, which is lm_head's weight "
+        "where the two are tied. This plugin serves it; other loaders want a 16-bit embedding",
     )
     parser.add_argument(
         "--report",
@@ -144,6 +150,10 @@ def _check_precision(args: argparse.Namespace) -> None:
     if args.target_bits is None and args.max_kl is None:
         if args.report:
             raise ValueError("--report shows what --target-bits or --max-kl chooses; give one")
+        if args.embedding:
+            raise ValueError(
+                "--embedding lets --target-bits or --max-kl choose the embedding's format; give one"
+            )
         return
     choose_formats([], target_bits=args.target_bits, max_kl=args.max_kl)
     if args.format != "modelopt":
@@ -188,8 +198,9 @@ def _precision(
 def _quantize(
     args: argparse.Namespace, method: str, calibration: Calibration | None, target: Path
 ) -> WriteReport:
+    from vllm_nvfp4.checkpoints.quantizer import DataFree
     from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
-    from vllm_nvfp4.checkpoints.write import DataFree, WriteOptions, write_resumable
+    from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
 
@@ -205,25 +216,29 @@ def _quantize(
         arguments |= calibration.identity()
     if args.target_bits is not None or args.max_kl is not None:
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
+    precision = _precision(args, source, method, calibration)
+    vocabulary = source.vocabulary(args.embedding) if precision else []
+    linear, _ = source.quantizable(DEFAULT_IGNORE)
+    chosen = linear.union(vocabulary)
 
     def make(progress: Callable[[str], None]) -> WriteReport:
-        linear, _ = source.quantizable(DEFAULT_IGNORE)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
-        _print_memory(source, linear, calibration if method in CALIBRATED else None, args.device)
+        _print_memory(source, chosen, calibration if method in CALIBRATED else None, args.device)
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
             arguments=arguments,
             progress=progress,
-            precision=_precision(args, source, method, calibration),
+            precision=precision,
+            vocabulary=vocabulary,
             finish=_kv_scales(args, calibration),
         )
         return write_resumable(folder, target, quantizer, options)
 
-    report = _with_progress(source, make)
+    report = _with_progress(source, chosen, make)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
@@ -231,19 +246,19 @@ def _quantize(
 
 
 def _print_memory(
-    source: Source, linear: set[str], calibration: Calibration | None, device: str
+    source: Source, quantized: set[str], calibration: Calibration | None, device: str
 ) -> None:
     from vllm_nvfp4.checkpoints.source import by_layer
     from vllm_nvfp4.quantize.calibrated import forward_dtype
     from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes, expected_peak
 
-    units = by_layer(source.tensors, linear)
+    units = by_layer(source.tensors, quantized)
     if calibration is None:
         extra = data_free_bytes(source, units)
     else:
         num_tokens = calibration.num_samples * calibration.length
         itemsize = forward_dtype(device).itemsize
-        extra = calibrated_bytes(source, units, linear, num_tokens, itemsize)
+        extra = calibrated_bytes(source, units, quantized, num_tokens, itemsize)
     where = "" if device == "cpu" else f", part of it on {device}"
     print(f"memory: about {expected_peak(extra) / 2**20:.0f} MiB at the most{where}", flush=True)
 
@@ -289,7 +304,7 @@ def _source_folder(model: str, target: Path) -> Path:
 
 
 def _with_progress(
-    source: Any, make: Callable[[Callable[[str], None]], WriteReport]
+    source: Any, quantized: set[str], make: Callable[[Callable[[str], None]], WriteReport]
 ) -> WriteReport:
     from rich.console import Console
     from rich.progress import (
@@ -300,9 +315,8 @@ def _with_progress(
         TimeRemainingColumn,
     )
 
-    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, by_layer
+    from vllm_nvfp4.checkpoints.source import by_layer
 
-    quantized, _ = source.quantizable(DEFAULT_IGNORE)
     groups = [g for unit in by_layer(source.tensors, quantized) for g in unit.groups]
     # The bar counts weights, not layers: a feed-forward layer takes several times an attention's.
     size = {

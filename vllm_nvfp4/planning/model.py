@@ -99,10 +99,12 @@ def weights_of(
     """
     if shape.tie_word_embeddings:
         embedding = embedding if embedding != "keep" else lm_head
+    if fmt == AS_STORED:
+        lm_head, embedding = shape.head or lm_head, shape.embedding or embedding
     vocab = math.ceil(shape.vocab_size / VOCAB_PADDING) * VOCAB_PADDING // cards
     head_bytes, embedding_bytes = (
         held_bytes(vocab, shape.hidden_size, "bf16" if f == "keep" else f)
-        for f in (shape.head if fmt == AS_STORED and shape.head else lm_head, embedding)
+        for f in (lm_head, embedding)
     )
     layers = {
         x: x.count * _on_one_card(x, shape, _format(x, fmt, attention), cards)
@@ -146,21 +148,21 @@ def _on_one_card(layer: Linear, shape: DecoderShape, fmt: str, cards: int) -> in
 def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
     """{part: bytes} of a weight-only checkpoint's tensors, by inventory.py's names of the parts.
 
-    fmt: of the linear layers, or AS_STORED. lm_head and embedding in 16 bits, but for lm_head as
-    stored. A bias is counted with the norms, and no scale of activations or of a KV cache is.
+    fmt: of the linear layers, or AS_STORED. lm_head and embedding in 16 bits, or as stored. A bias
+    is counted with the norms, and no scale of activations or of a KV cache is.
     """
-    table = 2 * shape.vocab_size * shape.hidden_size
     linear = sum(
         x.count * stored_bytes(x.rows, x.k, _format(x, fmt, ""), shape.int4_group)
         for x in (shape.stored if fmt == AS_STORED else shape.linears)
     )
-    head = stored_bytes(
-        (shape.vocab_size,), shape.hidden_size, (fmt == AS_STORED and shape.head) or "bf16"
+    stored = (shape.head, shape.embedding) if fmt == AS_STORED else ("", "")
+    head, embedding = (
+        stored_bytes((shape.vocab_size,), shape.hidden_size, f or "bf16") for f in stored
     )
     return {
         LINEAR: linear,
         HEAD: 0 if shape.tie_word_embeddings else head,
-        EMBEDDING: table,
+        EMBEDDING: embedding,
         OTHER: 2 * shape.num_other,
     }
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.locate import find_folder
-from vllm_nvfp4.checkpoints.spec import Dialect, LayerKind, LayerSpec, Role, fused_layer_spec
+from vllm_nvfp4.checkpoints.spec import (
+    Dialect,
+    LayerKind,
+    LayerSpec,
+    Role,
+    embedding_spec,
+    fused_layer_spec,
+)
 
 _FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "qwen3_moe", "mixtral",
@@ -81,7 +88,7 @@ class DecoderShape:
     inner_size: the widest inner size of a layer that one token goes through
     latent:     None where keys and values are cached per head
     stored:     ``linears`` by the format that a quantised checkpoint has them in; else empty
-    head:       the format of lm_head in a quantised checkpoint; empty for 16 bits
+    head, embedding: their formats in a quantised checkpoint; empty for 16 bits
     """
 
     name: str
@@ -104,6 +111,7 @@ class DecoderShape:
     latent: Latent | None = None
     stored: tuple[Linear, ...] = ()
     head: str = ""
+    embedding: str = ""
     has_vision: bool = False
 
     @property
@@ -190,8 +198,14 @@ def as_stored(shape: DecoderShape, dialect: Dialect) -> DecoderShape:
             replace(linear, count=linear.count * n // len(specs), stored=fmt, extra=extra)
             for (fmt, extra), n in kinds.items()
         ]
-    head = "" if shape.tie_word_embeddings else _stored_format(dialect.layer_spec("lm_head"))
-    return replace(shape, stored=tuple(found), head=head if head != "bf16" else "")
+    tables = (dialect.layer_spec("lm_head"), embedding_spec(dialect, f"{prefix}embed_tokens"))
+    head, embedding = (_stored_format(spec).replace("bf16", "") for spec in tables)
+    return replace(
+        shape,
+        stored=tuple(found),
+        head="" if shape.tie_word_embeddings else head,
+        embedding=embedding,
+    )
 
 
 def _stored_format(spec: LayerSpec) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_nvfp4.checkpoints.quantizer import DataFree
 from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
@@ -46,7 +47,7 @@ class _Exact:
 
 
 class Calibrated:
-    """A Quantizer (see vllm_nvfp4.checkpoints.write) that runs the model on a text.
+    """A Quantizer (see vllm_nvfp4.checkpoints.quantizer) that runs the model on a text.
 
     source: the 16-bit checkpoint; method: one of METHODS. "mr-gptq" is GPTQ in a rotated space:
     what it gives is W R for inputs x R, R block-diagonal with a Hadamard matrix of size
@@ -63,21 +64,13 @@ class Calibrated:
         rotation: int = 0,
     ) -> None:
         self._source, self._device = source, device
+        # What is in no decoder layer is rounded by its weights alone.
+        self._by_weights, self._is_layer = DataFree("mse"), False
         self._follows_exact = method != "hessian"
         self._rotation = hadamard(rotation).to(device) if rotation else None
-        samples = calibration.samples(source.folder)
-        self._model = LayerwiseModel(
-            source.folder,
-            source.tensors,
-            lambda name: source.load(name, "cpu"),
-            samples,
-            device,
-            forward_dtype(device),
-        )
-        # All samples in one tensor: each layer computes them at once.
-        self._hidden = torch.cat(self._model.hidden)  # through the quantised layers
+        self._samples = calibration.samples(source.folder)
+        self._model, self._hidden = self._embedded({})  # through the quantised layers
         self._exact_hidden = self._hidden  # through the source's
-        self._model.hidden = []
         self._index = 0
         self._found: dict[str, BlockScaledWeight] = {}  # the current layer's
         self._fp8: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -85,6 +78,24 @@ class Calibrated:
         self._output: torch.Tensor | None = None  # its output with these
         self._exact = _Exact()
         self._adds_to: dict[str, str] = {}
+
+    def _embedded(self, weights: Mapping[str, torch.Tensor]) -> tuple[LayerwiseModel, torch.Tensor]:
+        """(The model, what goes into its first layer: all samples in one tensor, so that each layer
+        computes them at once.) weights: in place of the source's, by name"""
+
+        def load(name: str) -> torch.Tensor:
+            return weights[name] if name in weights else self._source.load(name, "cpu")
+
+        model = LayerwiseModel(
+            self._source.folder,
+            self._source.tensors,
+            load,
+            self._samples,
+            self._device,
+            forward_dtype(self._device),
+        )
+        hidden, model.hidden = torch.cat(model.hidden), []
+        return model, hidden
 
     def start(
         self,
@@ -94,7 +105,9 @@ class Calibrated:
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Run the layer once. Each module waits for its input, is quantised for it, and goes on."""
-        if not unit.prefix:
+        self._by_weights.start(unit, quantized, fp8, representable)
+        self._is_layer = bool(unit.prefix)
+        if not self._is_layer:
             return
         if unit.prefix != self._model.prefix(self._index):
             raise CheckpointError(
@@ -255,18 +268,26 @@ class Calibrated:
         return x if self._rotation is None else rotate_blocks(x, self._rotation)
 
     def quantize(self, weights: Mapping[str, torch.Tensor]) -> dict[str, BlockScaledWeight]:
+        if not self._is_layer:  # lm_head or the embedding
+            return self._by_weights.quantize(weights)
         return {name: self._found[name] for name in weights}
 
     def quantize_fp8(
         self, weights: Mapping[str, torch.Tensor]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        if not self._is_layer:
+            return self._by_weights.quantize_fp8(weights)
         return {name: self._fp8[name] for name in weights}
 
     def input_amax(self, name: str) -> float | None:
-        return self._input_amax[name]
+        return self._input_amax.get(name)
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
         if not unit.prefix:
+            # The layers make up for an embedding that is not the source's.
+            stored = weights()
+            if self._model.embedding_name in stored:
+                self._hidden = self._embedded(stored)[1]
             return
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.

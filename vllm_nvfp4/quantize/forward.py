@@ -11,6 +11,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 _NEEDED = "a decoder that transformers builds with one module for each stored layer"
 _REMEDY = "Use --method mse, which needs no forward pass."
 Load = Callable[[str], torch.Tensor]
+# Stored only where lm_head does not share the embedding's weight.
+HEAD_NAME = "lm_head.weight"
 
 
 class _Recorder(torch.nn.Module):
@@ -258,27 +261,49 @@ class LayerwiseModel:
                 f"{self.prefix(index)}{unseen[0]} is never reached by the calibration text"
             )
 
-    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The final norm and lm_head: hidden states [..., hidden size] to logits, float32."""
+    @property
+    def embedding_name(self) -> str:
+        """The stored name of the token embedding."""
+        return f"{self._stem.removesuffix('layers')}embed_tokens.weight"
+
+    def head(self) -> Head:
+        """What makes logits of what comes out of the last layer."""
         short = copy.deepcopy(_plain_config(self._folder))
         short.num_hidden_layers = 1
         model = _from_config(short)
         norm, lm_head = model.get_decoder().norm, model.get_output_embeddings()
         stem = self._stem.removesuffix("layers")
         norm.load_state_dict({n: self._stored(f"{stem}norm.{n}") for n in norm.state_dict()})
-        tied = f"{stem}embed_tokens.weight"
-        stored = "lm_head.weight" if "lm_head.weight" in self._names else tied
-        lm_head.load_state_dict({"weight": self._stored(stored)})
-        cap = getattr(short, "final_logit_softcapping", None)
-
+        name = HEAD_NAME if HEAD_NAME in self._names else self.embedding_name
+        lm_head.load_state_dict({"weight": self._stored(name)})
         for parameter in (*norm.parameters(), *lm_head.parameters()):
             parameter.requires_grad_(False)
+        return Head(norm, lm_head, getattr(short, "final_logit_softcapping", None), name)
 
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            found = lm_head(norm(hidden.float()))
-            return torch.tanh(found / cap) * cap if cap else found
 
-        return logits
+@dataclass(frozen=True)
+class Head:
+    """The final norm and lm_head, in float32. name: of lm_head's stored weight, which is the
+    embedding's where the two are tied; cap: of the logits' magnitude, if they are capped."""
+
+    norm: torch.nn.Module
+    lm_head: torch.nn.Module
+    cap: float | None
+    name: str
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., hidden size] to logits [..., vocabulary], float32."""
+        found = self.lm_head(self.norm(hidden.float()))
+        return torch.tanh(found / self.cap) * self.cap if self.cap else found
+
+    def effect(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """What a change of the weight, [vocabulary, hidden size], adds to the logits, to first
+        order; float32, like them."""
+        x = self.norm(hidden.float())
+        found = (x.to(change.dtype) @ change.T).float()
+        if self.cap:
+            found *= 1 - torch.tanh(self.lm_head(x) / self.cap).square()
+        return found
 
 
 def _plain_config(folder: Path) -> Any:

@@ -10,6 +10,9 @@ g[t] the gradient, by that output, of the log-probability of tokens drawn from t
 predictions, one after each position of a sample; the mean is over samples and draws. The sum's
 terms of different drawn tokens are uncorrelated, so that its square has the mean of KL's Hessian,
 the Fisher information. Work grows with the number of layers, not with its square.
+
+lm_head's output are the logits, and the embedding's the first layer's input; a weight that is both
+has one change, whose two effects add up.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from pathlib import Path
 
 import torch
 
+from vllm_nvfp4.checkpoints.quantizer import quantize_in_pieces
 from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
+from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype, input_module
 from vllm_nvfp4.quantize.calibration import Calibration
-from vllm_nvfp4.quantize.forward import LayerwiseModel
+from vllm_nvfp4.quantize.forward import HEAD_NAME, Head, LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
 from vllm_nvfp4.quantize.moments import second_moment
 from vllm_nvfp4.quantize.precision import Sensitivity
@@ -81,17 +86,23 @@ def measure(
 ) -> list[Sensitivity]:
     """KL(source || source with one fused layer quantised), mean over the samples' tokens.
 
-    quantized: the weights to choose a format for, all of them in decoder layers
-    In memory are one decoder layer and what goes into every layer. Raises CheckpointError where
-    transformers cannot run the model.
+    quantized: the weights to choose a format for: of decoder layers, lm_head, the embedding
+    In memory are one decoder layer and what goes into every layer; before the layers' turn,
+    lm_head and its changes. Raises CheckpointError where transformers cannot run the model, or a
+    weight is none of these.
     """
     model, inputs = _forward(source, measurement)
-    gradients = _head_gradients(model, inputs.pop()[0], measurement)
+    vocabulary = _check_vocabulary(model, source, quantized)
+    head = model.head()
+    own = _vocabulary_change(source, head.name, measurement) if head.name in quantized else {}
+    gradients, of_head = _head_gradients(head, inputs.pop()[0], measurement, own)
+    sums_of = {head.name: of_head}
+    del head, own
     units = {unit.prefix: unit for unit in by_layer(source.tensors, quantized)}
     count = measurement.samples.numel() * measurement.draws
     found: list[list[Sensitivity]] = []
     for i in reversed(range(model.num_layers)):
-        own, others = inputs.pop()
+        samples, others = inputs.pop()
         prefix = model.prefix(i)
         groups = [g for g in units.get(prefix, Unit("", ())).groups if g[0] in quantized]
         if progress is not None and groups:
@@ -106,8 +117,15 @@ def measure(
         for group in groups:
             moment = moments.get(input_module(group[0].removeprefix(prefix)))
             changes |= _changes(source, group, measurement.method, moment)
-        sums, gradients = _backward(model, layer, i, own, gradients, modules, changes)
+        sums, gradients = _backward(model, layer, i, samples, gradients, modules, changes)
         found.append([_sensitivity(source, g, _divergences(sums, g, count)) for g in groups])
+    for name in vocabulary:
+        sums_of.setdefault(name, {})
+        if name == model.embedding_name:
+            of_embedding = _embedding_effects(source, name, measurement, gradients)
+            for fmt, effect in of_embedding.items():
+                sums_of[name][fmt] = effect + sums_of[name].get(fmt, 0)
+        found.append([_sensitivity(source, (name,), _divergences(sums_of, (name,), count))])
     return [group for of_layer in reversed(found) for group in of_layer]
 
 
@@ -141,28 +159,106 @@ def _forward(
     return model, inputs
 
 
+def _check_vocabulary(model: LayerwiseModel, source: Source, quantized: set[str]) -> list[str]:
+    """Those of the weights that are in no decoder layer: lm_head, embedding, in this order."""
+    prefixes = tuple(model.prefix(i) for i in range(model.num_layers))
+    rest = {name for name in quantized if not name.startswith(prefixes)}
+    known = [name for name in (HEAD_NAME, model.embedding_name) if name in rest]
+    if unknown := sorted(rest - set(known)):
+        raise CheckpointError(
+            str(source.folder),
+            unknown[0],
+            "a weight that is neither in a decoder layer nor lm_head or embedding",
+            f"layers under {prefixes[0]}, {HEAD_NAME} or {model.embedding_name}",
+            "Leave --target-bits and --max-kl out for this model.",
+        )
+    return known
+
+
+def _vocabulary_change(
+    source: Source, name: str, measurement: Measurement
+) -> dict[str, torch.Tensor]:
+    """W' - W of lm_head or the embedding in each format, [vocabulary, hidden size], as it is
+    written: rounded by the weights alone."""
+    weight = source.load_finite(name, "cpu")
+    method = measurement.method if measurement.method == "rtn" else "mse"
+    four = quantize_in_pieces(weight, method, nvfp4_global_scale(weight)).dequantize()
+    codes, scale = quantize_fp8_per_row(weight)
+    dtype = measurement.dtype or forward_dtype("cpu")
+    exact = weight.float()
+    return {
+        "nvfp4": (four - exact).to(dtype),
+        "fp8": (codes.float() * scale - exact).to(dtype),
+    }
+
+
+def _embedding_effects(
+    source: Source,
+    name: str,
+    measurement: Measurement,
+    gradients: Sequence[Sequence[torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """sum_t g . e of the embedding in each format, as :func:`_backward` gives them.
+
+    name: of its weight; gradients: by what goes into the first layer, of each chunk and draw
+    """
+
+    def embed(change: torch.Tensor | None) -> torch.Tensor:
+        def load(asked: str) -> torch.Tensor:
+            stored = source.load(asked, "cpu")
+            return stored if change is None or asked != name else stored.float() + change.float()
+
+        return torch.cat(LayerwiseModel(source.folder, source.tensors, load, samples).hidden)
+
+    samples = measurement.samples
+    exact = embed(None)
+    found = {}
+    for fmt, change in _vocabulary_change(source, name, measurement).items():
+        effects = (embed(change) - exact).split([len(chunk[0]) for chunk in gradients])
+        found[fmt] = torch.cat(
+            [
+                (gradient * effect).flatten(1).sum(1, dtype=torch.float64)
+                for chunk, effect in zip(gradients, effects, strict=True)
+                for gradient in chunk
+            ]
+        )
+    return found
+
+
 def _head_gradients(
-    model: LayerwiseModel, hidden: Sequence[torch.Tensor], measurement: Measurement
-) -> list[list[torch.Tensor]]:
-    """For each chunk and draw: d log p(drawn tokens) / d hidden, like the chunk."""
-    head = model.head()
+    head: Head,
+    hidden: Sequence[torch.Tensor],
+    measurement: Measurement,
+    changes: dict[str, torch.Tensor],
+) -> tuple[list[list[torch.Tensor]], dict[str, torch.Tensor]]:
+    """(For each chunk and draw: d log p(drawn tokens) / d hidden, like the chunk;
+    sum_t g . e of lm_head in each format of ``changes``, as :func:`_backward` gives them)."""
     generator = torch.Generator().manual_seed(measurement.seed)
     found = []
+    effects: dict[str, list[torch.Tensor]] = {fmt: [] for fmt in changes}
     for chunk in hidden:
         draws: list[list[torch.Tensor]] = [[] for _ in range(measurement.draws)]
+        products: dict[str, list[torch.Tensor]] = {fmt: [] for fmt in changes}
         for sample in chunk:
             state = sample.detach().clone().float().requires_grad_()
             logits = torch.log_softmax(head(state), -1)
+            likely = logits.detach().exp()
             drawn = torch.multinomial(
-                logits.detach().exp(), measurement.draws, replacement=True, generator=generator
+                likely, measurement.draws, replacement=True, generator=generator
             )
+            for fmt, change in changes.items():
+                effect = head.effect(state.detach(), change)
+                mean = (likely * effect).sum(dtype=torch.float64)
+                products[fmt].append(effect.gather(1, drawn).sum(0, dtype=torch.float64) - mean)
             for d, draw in enumerate(draws):
                 chosen = logits.gather(1, drawn[:, d, None]).sum()
                 last = d + 1 == measurement.draws
                 (gradient,) = torch.autograd.grad(chosen, state, retain_graph=not last)
                 draw.append(gradient.to(chunk.dtype))
         found.append([torch.stack(draw) for draw in draws])
-    return found
+        for fmt, of_chunk in products.items():
+            effects[fmt].append(torch.stack(of_chunk, 1).flatten())  # draw by draw
+    return found, {fmt: torch.cat(parts) for fmt, parts in effects.items()}
 
 
 def _backward(
