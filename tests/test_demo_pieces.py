@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vllm_nvfp4.checkpoints import write
+from vllm_nvfp4.checkpoints import quantizer
 from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
 from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.checkpoints.spec import CheckpointError
@@ -87,8 +87,8 @@ def test_pieces_of_rows_are_the_whole(monkeypatch: pytest.MonkeyPatch):
     weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     shared = nvfp4_global_scale(weight)
     whole = quantize_nvfp4(weight, "mse", shared)
-    monkeypatch.setattr(write, "_PIECE_ELEMENTS", 7 * 64)
-    pieces = write._quantize(weight, "mse", shared)
+    monkeypatch.setattr(quantizer, "_PIECE_ELEMENTS", 7 * 64)
+    pieces = quantizer.quantize_in_pieces(weight, "mse", shared)
     assert torch.equal(pieces.codes, whole.codes)
     assert torch.equal(pieces.block_scale.view(torch.uint8), whole.block_scale.view(torch.uint8))
     assert torch.equal(pieces.global_scale, whole.global_scale)
