@@ -11,7 +11,8 @@ vllm_nvfp4.checkpoints and runs dequantised in float32. All calibrated methods s
 those that `vllm-nvfp4 quantize` draws. The rows of one `kind` are equivalents; ModelOpt's mse needs
 Triton, and its local_hessian and awq_lite were not tried. DIR keeps the checkpoints: a run that was
 stopped goes on. cpu_seconds is the CPU time of all threads; of ours the whole command's, of a
-peer's without the imports.
+peer's without the imports. over_ours: perplexity over that of our row of the same kind, with the
+standard error of the ratio, paired by token.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ RUNS = (
     ("gptq", "llmcompressor", "gptq"),
     ("gptq", "llmcompressor", "gptq-mse"),
 )
-FIELDS = ("kind", "maker", "method", "ppl", "ppl_ratio", "kl", "top1", "cpu_seconds", "finite")
+FIELDS = (
+    *("kind", "maker", "method", "ppl", "ppl_ratio", "kl", "top1", "cpu_seconds", "finite"),
+    *("over_ours", "over_ours_se"),
+)
 
 
 def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> float:
@@ -90,6 +94,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = plain_model(args.model, torch.float32)
     base, reference = bench_quantize.scores_of(model, samples, None)
     yield {"kind": "bf16", "finite": True, **bench_quantize.compared(base, base)}
+    ours: dict[str, Any] = {}
     for kind, maker, method in RUNS:
         if kind not in args.kinds or (maker != "vllm-nvfp4" and getattr(args, maker) is None):
             continue
@@ -101,12 +106,15 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = reference_model(target, torch.float32)
         scores, _ = bench_quantize.scores_of(model, samples, reference)
         found = bench_quantize.compared(scores, base)
+        beside = bench_quantize.compared(scores, ours.setdefault(kind, scores))
         yield {
             "kind": kind,
             "maker": maker,
             "method": method,
             "cpu_seconds": seconds,
             "finite": finite and math.isfinite(found["ppl"]),
+            "over_ours": beside["ppl_ratio"],
+            "over_ours_se": beside["ppl_ratio_se"],
             **found,
         }
 

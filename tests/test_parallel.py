@@ -2,8 +2,7 @@
 """Two tensor-parallel ranks give what one gives: the cut of codes and scales is right.
 
 In float32 the order of sums costs 1e-6, so a wrong cut cannot hide. Every stored checkpoint,
-rotated ones too:
-tests/trust/test_scale_out.py.
+rotated ones too: tests/trust/test_scale_out.py.
 """
 
 import pytest
