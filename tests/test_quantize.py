@@ -41,7 +41,7 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
-from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes
+from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes, sensitivity_bytes
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -402,6 +402,11 @@ def test_memory_is_estimated_before_the_run_and_does_not_grow_with_layers(models
     few, many = (calibrated_bytes(source, units, quantized, n, 2) for n in (100, 1100))
     assert many > few > data_free_bytes(source, units)
     assert calibrated_bytes(source, units[:2], quantized, 100, 2) == few
+    # lm_head rounded for the choice of its format, and every layer's inputs beside it.
+    tables = source.vocabulary(with_embedding=True)
+    plain = sensitivity_bytes(source, units, quantized, 100, 2)
+    assert sensitivity_bytes(source, units, quantized.union(tables), 100, 2) > plain
+    assert sensitivity_bytes(source, units, quantized, 1100, 2) - plain == 3 * 2 * 64 * 1000
 
 
 def test_the_seed_chooses_the_text(models, tmp_path):

@@ -226,7 +226,8 @@ def _quantize(
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
-        _print_memory(source, chosen, calibration if method in CALIBRATED else None, args.device)
+        used = calibration if method in CALIBRATED else None
+        _print_memory(source, chosen, used, args.device, is_measured=precision is not None)
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
@@ -246,21 +247,31 @@ def _quantize(
 
 
 def _print_memory(
-    source: Source, quantized: set[str], calibration: Calibration | None, device: str
+    source: Source,
+    quantized: set[str],
+    calibration: Calibration | None,
+    device: str,
+    is_measured: bool,
 ) -> None:
     from vllm_nvfp4.checkpoints.source import by_layer
+    from vllm_nvfp4.quantize import memory, sensitivity
     from vllm_nvfp4.quantize.calibrated import forward_dtype
-    from vllm_nvfp4.quantize.memory import calibrated_bytes, data_free_bytes, expected_peak
 
     units = by_layer(source.tensors, quantized)
     if calibration is None:
-        extra = data_free_bytes(source, units)
+        extra = memory.data_free_bytes(source, units)
     else:
         num_tokens = calibration.num_samples * calibration.length
         itemsize = forward_dtype(device).itemsize
-        extra = calibrated_bytes(source, units, quantized, num_tokens, itemsize)
+        extra = memory.calibrated_bytes(source, units, quantized, num_tokens, itemsize)
+    if is_measured:
+        num_tokens = sensitivity.num_samples(calibration is not None) * sensitivity.LENGTH
+        itemsize = forward_dtype("cpu").itemsize
+        measured = memory.sensitivity_bytes(source, units, quantized, num_tokens, itemsize)
+        extra = max(extra, measured)
     where = "" if device == "cpu" else f", part of it on {device}"
-    print(f"memory: about {expected_peak(extra) / 2**20:.0f} MiB at the most{where}", flush=True)
+    peak = memory.expected_peak(extra) / 2**20
+    print(f"memory: about {peak:.0f} MiB at the most{where}", flush=True)
 
 
 def _kv_scales(

@@ -3,16 +3,19 @@
 
 By the weights alone: the largest tensor, or shards of one fused layer, and its codes. With a text:
 one decoder layer in float32 as it is read, the hidden states and inputs of all samples, and what
-GPTQ computes in for the largest layer. Neither grows with the number of layers.
+GPTQ computes in for the largest layer. Neither grows with the number of layers. Where formats are
+chosen, what goes into every layer is kept beside that, for a few short samples.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvfp4.checkpoints.source import Source, Unit
+from vllm_nvfp4.quantize.sensitivity import LENGTH
 
 # Of a weight's size: the codes and scales that it becomes, 4.5 bits of at least 16.
 _CODES = 0.3
@@ -22,6 +25,12 @@ _LAYER_COPIES, _WEIGHT_COPIES, _MOMENT_COPIES = 2, 8, 6
 # Tensors as wide as the widest module's output, and as the hidden state (two of them float32), that
 # a layer's forward pass holds at a time.
 _WIDE, _HIDDEN = 3, 8
+# Where formats are chosen: transformers with a model's code; float32 copies of lm_head or the
+# embedding while it is read, and while it is rounded; copies of a fused layer with its changes;
+# of one sample's logits.
+_LIBRARY_BYTES = 400 << 20
+_READ_TABLES, _ROUNDED_TABLES = 3, 7
+_CHANGED_COPIES, _LOGITS = 8, 12
 
 
 def data_free_bytes(source: Source, units: Sequence[Unit]) -> int:
@@ -49,6 +58,29 @@ def calibrated_bytes(
         rounding = max(_WEIGHT_COPIES * n * k + _MOMENT_COPIES * k * k for n, k in fused)
         most = max(most, 4 * (_LAYER_COPIES * size + rounding) + num_tokens * states)
     return max(most, data_free_bytes(source, units))
+
+
+def sensitivity_bytes(
+    source: Source, units: Sequence[Unit], chosen: set[str], num_tokens: int, itemsize: int
+) -> int:
+    """The same for the measurement that formats are chosen by.
+
+    chosen: the weights that get a format; num_tokens: of all samples. Both tables of a vocabulary,
+    lm_head's and the embedding's, have one size.
+    """
+    names = source.vocabulary(with_embedding=True)
+    rows, hidden = max((source.tensors[n].shape for n in names), default=(0, 0))
+    copies = _READ_TABLES if chosen.isdisjoint(names) else _ROUNDED_TABLES
+    tables = 4 * rows * (copies * hidden + _LOGITS * LENGTH)
+    layers = [unit for unit in units if unit.prefix]
+    states = itemsize * num_tokens * hidden * (len(layers) + 1)
+    most = 0
+    for unit in layers:
+        size = sum(math.prod(source.tensors[n].shape) for n in unit.names)
+        groups = [sum(math.prod(source.tensors[n].shape) for n in g) for g in unit.groups]
+        most = max(most, 4 * (_LAYER_COPIES * size + _CHANGED_COPIES * max(groups)))
+    library = 0 if "transformers.modeling_utils" in sys.modules else _LIBRARY_BYTES
+    return library + states + max(tables, most)
 
 
 def peak_bytes() -> int:

@@ -47,6 +47,11 @@ _FORMATS = ("nvfp4", "fp8")
 Changes = dict[str, dict[str, torch.Tensor]]
 
 
+def num_samples(is_calibrated: bool) -> int:
+    """How many go through the model: with a calibrated method, two others for each."""
+    return NUM_SAMPLES * (3 if is_calibrated else 1)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """samples: [num_samples, length] int64, of which KL is the mean
@@ -73,7 +78,7 @@ class Measurement:
         if method not in METHODS:
             samples = Calibration(text, NUM_SAMPLES, LENGTH, seed).samples(folder)
             return cls(samples, samples[:0], method, seed=seed)
-        samples = Calibration(text, 3 * NUM_SAMPLES, LENGTH, seed).samples(folder)
+        samples = Calibration(text, num_samples(True), LENGTH, seed).samples(folder)
         others = torch.cat([samples[1::3], samples[2::3]])
         return cls(samples[::3], others, method, seed=seed)
 
