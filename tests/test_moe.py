@@ -107,15 +107,9 @@ def one_core_per_rank(monkeypatch):
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("one_core_per_rank")
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [(FIXTURES[3], {}), (FIXTURES[0], EXPERTS)],  # the others: tests/trust/test_scale_out.py
-)
-def test_two_ranks_give_the_same_tokens(name, options, tmp_path):
-    folder = extract_fixture(name, tmp_path)
-    if "mxfp4" not in name:
-        give_shards_their_own_scale(folder)
-    compare(folder, atol=1e-4, **TWO_RANKS, **options)
+def test_two_ranks_give_the_same_tokens(tmp_path):
+    """The other checkpoints: tests/trust/test_scale_out.py."""
+    compare(extract_fixture(FIXTURES[3], tmp_path), atol=1e-4, **TWO_RANKS)
 
 
 def quantise_like_online(model, fmt):

@@ -75,8 +75,7 @@ def llama(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "llama", "llama")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("method", ["mse", "gptq"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "mse"), ("gemma3", "gptq")])
 def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
     """Against transformers' model with one layer's weights replaced, tied or not."""
     source = Source(write_model(tmp_path / family, family))
