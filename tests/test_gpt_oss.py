@@ -33,8 +33,7 @@ def checkpoint(original, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def expected(original):
+def transformers_answer(original):
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -46,15 +45,21 @@ def expected(original):
     return ask_reference(model.float().eval(), PROMPT, NUM_TOKENS)
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("options", [{}, TWO_RANKS, TWO_RANKS | {"enable_expert_parallel": True}])
-def test_the_tokens_of_transformers(original, expected, options, monkeypatch):
-    if options:
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def check_tokens(original, **options):
+    expected = transformers_answer(original)
     with engine(original, dtype="float32", additional_config=KEEP_KV, **options) as llm:
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
     assert answer.tokens == expected.tokens
     assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("options", [{}, TWO_RANKS | {"enable_expert_parallel": True}])
+def test_the_tokens_of_transformers(original, options, monkeypatch):
+    """Each expert cut over two ranks: tests/trust/test_scale_out.py."""
+    if options:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    check_tokens(original, **options)
 
 
 def test_the_inventory_counts_every_weight(original):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from serving_cases import compare
+from test_gpt_oss import check_tokens
 from test_moe import FIXTURES as MOE_FIXTURES
 from test_parallel import TWO_RANKS
 
@@ -18,10 +19,12 @@ from vllm_nvfp4.testing.checkpoints import (
     extract_fixture,
     fixture_names,
     give_shards_their_own_scale,
+    to_gpt_oss_mxfp4,
     write_dequantized,
 )
 from vllm_nvfp4.testing.feature_checks import CHECKS, make_setup
 from vllm_nvfp4.testing.features import FEATURES
+from vllm_nvfp4.testing.tiny_models import write_model
 
 pytestmark = [pytest.mark.trust, pytest.mark.vllm]
 
@@ -74,3 +77,9 @@ def test_experts_on_two_ranks(tmp_path: Path, count: Callable[..., None]) -> Non
         for cut in cuts:
             compare(folder, atol=1e-4, **TWO_RANKS, **cut)
     count(runs=len(MOE_FIXTURES) * len(cuts))
+
+
+def test_gpt_oss_experts_cut_over_two_ranks(tmp_path: Path, count: Callable[..., None]) -> None:
+    original = to_gpt_oss_mxfp4(write_model(tmp_path / "gpt-oss", "gpt_oss"))
+    check_tokens(original, **TWO_RANKS)
+    count(runs=1)
