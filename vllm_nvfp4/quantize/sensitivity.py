@@ -75,10 +75,10 @@ class Measurement:
         text:   ``builtin`` or a path; folder: where the tokenizer is
         Raises CheckpointError where the text is too short.
         """
+        count = num_samples(method in METHODS)
+        samples = Calibration(text, count, LENGTH, seed).samples(folder)
         if method not in METHODS:
-            samples = Calibration(text, NUM_SAMPLES, LENGTH, seed).samples(folder)
             return cls(samples, samples[:0], method, seed=seed)
-        samples = Calibration(text, num_samples(True), LENGTH, seed).samples(folder)
         others = torch.cat([samples[1::3], samples[2::3]])
         return cls(samples[::3], others, method, seed=seed)
 
