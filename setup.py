@@ -2,7 +2,7 @@
 """Puts machine code for the CUDA kernels into the wheel; everything else is in pyproject.toml.
 
 NVFP4_BUILD_CUBINS unset or 0: no cubins; kernels are compiled with NVRTC when a model loads, once
-                  1:          cubins for every architecture of vllm_nvfp4.kernels.cubins.BUILD_ARCHS
+                  1:          cubins for each architecture of kernels.cuda.cubins.BUILD_ARCHS
                   89,90:      cubins for these
 NVFP4_BUILD_KERNELS:    only kernels whose symbol matches this pattern (fnmatch)
 
@@ -54,7 +54,7 @@ class BuildPyWithCubins(build_py):
 
     def _build_cubins(self) -> None:
         sys.path.insert(0, str(ROOT))
-        from vllm_nvfp4.kernels import configs, cubins, moe_configs, nvrtc
+        from vllm_nvfp4.kernels.cuda import configs, cubins, moe_configs, nvrtc
 
         if WANTED != "1" and not re.fullmatch(r"\d+(,\d+)*", WANTED):
             raise SystemExit(

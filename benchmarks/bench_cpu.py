@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from common import cpu_model
 
-from vllm_nvfp4.kernels import cpu
-from vllm_nvfp4.kernels.cpu_dispatch import use_isa
-from vllm_nvfp4.kernels.cpu_jit import ISA_LEVELS, Cpu, detect_cpu, host_cpu
+from vllm_nvfp4.kernels.cpu import linear as cpu
+from vllm_nvfp4.kernels.cpu.dispatch import use_isa
+from vllm_nvfp4.kernels.cpu.jit import ISA_LEVELS, Cpu, detect_cpu, host_cpu
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.options import is_batch_invariant

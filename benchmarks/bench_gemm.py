@@ -90,7 +90,7 @@ class Bench:
         import torch
         from gemm_backends import BACKENDS
 
-        from vllm_nvfp4.kernels import cuda
+        from vllm_nvfp4.kernels.cuda import linear as cuda
         from vllm_nvfp4.testing.kernel_cases import TORCH_DTYPES
 
         if unknown := [b for b in args.backends if b not in BACKENDS]:

@@ -56,10 +56,10 @@ def main() -> int:
 
 def calls(is_stub: bool):
     """(name, call): small products, so that the GPU is never what the host waits for."""
-    import vllm_nvfp4.kernels.cuda as cuda
-    from vllm_nvfp4.kernels import devices
+    import vllm_nvfp4.kernels.cuda.linear as cuda
+    from vllm_nvfp4.kernels.cuda import devices
+    from vllm_nvfp4.layers.weights import apply_weight, frozen
     from vllm_nvfp4.testing.kernel_cases import random_weight
-    from vllm_nvfp4.weights import apply_weight, frozen
 
     device = torch.device("cpu") if is_stub else torch.device("cuda", torch.cuda.current_device())
     packed = cuda.pack_weight(random_weight(256, 256, "nvfp4", device))

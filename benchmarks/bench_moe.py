@@ -95,7 +95,7 @@ class Bench:
         import torch
         from moe_backends import BACKENDS
 
-        from vllm_nvfp4.kernels import cuda_moe
+        from vllm_nvfp4.kernels.cuda import moe as cuda_moe
         from vllm_nvfp4.testing.kernel_cases import TORCH_DTYPES
 
         if unknown := [b for b in args.backends if b not in BACKENDS]:
@@ -172,7 +172,7 @@ class Bench:
 
     def describe(self, backend, m: int, shape) -> tuple[int, str]:
         """(activation bits, kernel's name)"""
-        from vllm_nvfp4.kernels.moe_dispatch import choose_moe
+        from vllm_nvfp4.kernels.cuda.moe_dispatch import choose_moe
 
         if not backend.name.startswith("ours"):
             return backend.activation_bits, backend.name

@@ -4,8 +4,8 @@
 
     python benchmarks/bench_tiles.py --models Qwen3-8B --m 1,16,64 --out tiles.csv
 
-The constants of vllm_nvfp4/kernels/dispatch.py are to be set from this. Exit status: 0, or 3 where
-there is no CUDA GPU.
+The constants of vllm_nvfp4/kernels/cuda/dispatch.py are to be set from this. Exit status: 0, or 3
+where there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def measure(m: int, n: int, k: int, bits: int, seconds: float) -> list[tuple]:
     """A row (COLUMNS) for every configuration and split of one product."""
     import torch
 
-    from vllm_nvfp4.kernels import cuda, dispatch
-    from vllm_nvfp4.kernels.devices import current_stream
+    from vllm_nvfp4.kernels.cuda import dispatch
+    from vllm_nvfp4.kernels.cuda import linear as cuda
+    from vllm_nvfp4.kernels.cuda.devices import current_stream
     from vllm_nvfp4.testing.kernel_cases import random_weight
     from vllm_nvfp4.testing.timer import num_rotations, time_graph
 

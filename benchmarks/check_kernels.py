@@ -26,8 +26,8 @@ def main() -> int:
 
     import torch
 
-    from vllm_nvfp4.kernels.configs import GEMM_CONFIGS
-    from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS, MoeConfig
+    from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS
+    from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS, MoeConfig
     from vllm_nvfp4.testing import kernel_cases, moe_checks
 
     device = torch.device("cuda", torch.cuda.current_device())

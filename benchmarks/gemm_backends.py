@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_nvfp4.kernels import cuda, devices, dispatch
-from vllm_nvfp4.kernels.configs import imma_stand_in
+from vllm_nvfp4.kernels.cuda import devices, dispatch
+from vllm_nvfp4.kernels.cuda import linear as cuda
+from vllm_nvfp4.kernels.cuda.configs import imma_stand_in
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 Call = Callable[[torch.Tensor], torch.Tensor]

@@ -149,7 +149,7 @@ step_kernels() {
     local only=()
     [ $quick = 0 ] || only=(-k 'not every_kind_of_data')
     run kernels 300 "$python" -m pytest -p no:cacheprovider -m gpu --maxfail 20 "${only[@]}" \
-      "$root/tests/test_cuda_kernels.py" "$root/tests/test_cuda_moe.py"
+      "$root/tests/kernels/cuda/test_cuda_kernels.py" "$root/tests/kernels/cuda/test_cuda_moe.py"
   else
     echo "[kernels] no pytest here: check_kernels.py runs the same products"
     run kernels 300 "$python" "$here/check_kernels.py"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_nvfp4.kernels import cuda_moe
-from vllm_nvfp4.kernels.moe_dispatch import MoeShape
+from vllm_nvfp4.kernels.cuda import moe as cuda_moe
+from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.testing.kernel_cases import random_weight
 from vllm_nvfp4.testing.moe_cases import Experts

@@ -10,7 +10,7 @@ import sys
 
 from common import header, output_of
 
-from vllm_nvfp4.kernels.nvrtc import nvrtc_version, version_text
+from vllm_nvfp4.kernels.cuda.nvrtc import nvrtc_version, version_text
 
 
 def main() -> int:

@@ -20,9 +20,9 @@ import sys
 from collections.abc import Sequence
 
 from vllm_nvfp4.gpus import Gpu, find_gpu
-from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
-from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS, MoeConfig
-from vllm_nvfp4.kernels.nvrtc import compile_cubin
+from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS, MoeConfig
+from vllm_nvfp4.kernels.cuda.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass
 
 ARCH = 89

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An RTX 4090 that runs nothing: the launch path of the CUDA backend, timed without a GPU.
 
-libcuda is tests/stub_cuda_driver.c, which records a launch and returns, and tensors are the CPU's.
-Left out are therefore the driver's own time for a launch, about 2 us, and what torch's CUDA
+libcuda is tests/support/stub_cuda_driver.c, which records a launch and returns, and tensors are the
+CPU's. Left out are therefore the driver's own time for a launch, about 2 us, and what torch's CUDA
 allocator takes over its CPU one.
 """
 
@@ -17,10 +17,12 @@ import torch
 from common import ROOT
 
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import cubins, cuda, devices, dispatch, nvrtc, ops
-from vllm_nvfp4.kernels.configs import ALL_CONFIGS
-from vllm_nvfp4.kernels.devices import Device
-from vllm_nvfp4.kernels.driver import Driver
+from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels.cuda import cubins, devices, dispatch, nvrtc
+from vllm_nvfp4.kernels.cuda import linear as cuda
+from vllm_nvfp4.kernels.cuda.configs import ALL_CONFIGS
+from vllm_nvfp4.kernels.cuda.devices import Device
+from vllm_nvfp4.kernels.cuda.driver import Driver
 
 _STREAM, _CONTEXT = 0x57, 0xC0
 
@@ -47,7 +49,7 @@ def install() -> None:
 def _compile_stub() -> str:
     library = Path(tempfile.mkdtemp()) / "libcuda_stub.so"
     headers = [f"-I{folder}" for folder in nvrtc.toolkit_headers()]
-    source = ROOT / "tests/stub_cuda_driver.c"
+    source = ROOT / "tests/support/stub_cuda_driver.c"
     command = ["gcc", "-O2", "-shared", "-fPIC", *headers, "-o", str(library), str(source)]
     subprocess.run(command, check=True)
     return str(library)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lane maps: which thread holds which element. vllm_nvfp4/layout.py writes the packed weight in
-// this order; tests compare the two.
+// Lane maps: which thread holds which element. vllm_nvfp4/kernels/layout.py writes the packed
+// weight in this order; tests compare the two.
 //
 // g = lane / 4 and t = lane % 4 throughout.
 //

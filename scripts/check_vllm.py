@@ -31,7 +31,7 @@ _LAYERS = "vllm.model_executor.layers"
 _OWN = ("__init__", "__new__")
 
 # Reached as attributes, which no import statement shows, with the parameters that are relied on.
-# Where vLLM has moved something, compat.py tries one place after the other, and one suffices.
+# Where vLLM has moved something, compat/ tries one place after the other, and one suffices.
 CALLS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("vllm.engine.arg_utils.EngineArgs.create_engine_config",): (),
     ("vllm.engine.arg_utils.EngineArgs.create_model_config",): (),

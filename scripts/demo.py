@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.cli._progress import step
-from vllm_nvfp4.cli._server import Server, ServerError
-from vllm_nvfp4.cli.serve import Host
+from vllm_nvfp4.serving.host import Host
+from vllm_nvfp4.serving.progress import step
+from vllm_nvfp4.serving.server import Server, ServerError
 from vllm_nvfp4.testing import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent

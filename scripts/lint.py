@@ -27,6 +27,7 @@ def commands(fix: bool) -> dict[str, list[str]]:
         "ruff check": ["ruff", "check", *(["--fix"] if fix else []), "."],
         "ruff format": ["ruff", "format", *([] if fix else ["--check"]), "."],
         "mypy": ["mypy"],
+        "imports": ["lint-imports", "--no-cache"],
         "typos": ["typos", *(["--write-changes"] if fix else [])],
     }
     if kernels:

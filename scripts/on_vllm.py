@@ -27,30 +27,30 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP = "vllm-nvfp4.stamp"
 # What touches vLLM most: registration, a checkpoint of each dialect, quantising while loading, the
 # KV cache, experts, two ranks, a compiled graph, reloading, adapters.
-_DIALECT = "test_serving.py::test_every_dialect_gives_the_tokens_of_its_dequantised_weights"
+_DIALECT = "layers/test_serving.py::test_every_dialect_gives_the_tokens_of_its_dequantised_weights"
 SELECTION = (
-    "test_vllm_api.py::test_vllm_is_the_one_that_was_asked_for_and_sees_the_plugin",
-    "test_vllm_api.py::test_the_installed_vllm_has_all_of_it_and_the_record_says_so",
+    "compat/test_vllm_api.py::test_vllm_is_the_one_that_was_asked_for_and_sees_the_plugin",
+    "compat/test_vllm_api.py::test_the_installed_vllm_has_all_of_it_and_the_record_says_so",
     "test_plugin.py",
     f"{_DIALECT}[modelopt/w4a16-llama]",
     f"{_DIALECT}[compressed_tensors/mxfp4-gemma3]",
     f"{_DIALECT}[fp_quant/nvfp4-llama]",
-    "test_serving.py::test_16_bit_checkpoint_is_quantised_while_it_loads[qwen3-nvfp4]",
-    "test_serving.py::test_fp8_kv_cache_is_the_default_and_the_flag_wins",
-    "test_serving.py::test_lm_head_and_embedding_options[fp8-gemma3]",
-    "test_moe.py::test_every_dialect_gives_the_tokens_of_its_dequantised_experts"
+    "layers/test_serving.py::test_16_bit_checkpoint_is_quantised_while_it_loads[qwen3-nvfp4]",
+    "layers/test_serving.py::test_fp8_kv_cache_is_the_default_and_the_flag_wins",
+    "layers/test_serving.py::test_lm_head_and_embedding_options[fp8-gemma3]",
+    "layers/test_experts.py::test_every_dialect_gives_the_tokens_of_its_dequantised_experts"
     "[moe_modelopt/nvfp4-qwen3]",
-    "test_parallel.py::test_two_ranks_give_the_same_tokens[modelopt/mixed-llama]",
-    "test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode[16]",
-    "test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits[online]",
-    "test_features.py::test_the_same_answers[LoRA]",
+    "layers/test_parallel.py::test_two_ranks_give_the_same_tokens[modelopt/mixed-llama]",
+    "layers/test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode[16]",
+    "layers/test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits[online]",
+    "layers/test_features.py::test_the_same_answers[LoRA]",
 )
 
 
 def unpack(release: str) -> Path:
     """The folder with the release in it, made at the first call. Raises SetupError."""
-    from vllm_nvfp4.cli._progress import step
-    from vllm_nvfp4.compat_cpu_metadata import write_alias
+    from vllm_nvfp4.compat.cpu_metadata import write_alias
+    from vllm_nvfp4.serving.progress import step
 
     pins = ROOT / "requirements" / f"vllm-{release}.txt"
     if not pins.is_file():

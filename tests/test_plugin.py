@@ -52,7 +52,7 @@ def test_registering_twice_patches_once_and_imports_no_layers():
         first = EngineArgs.create_engine_config
         vllm_nvfp4.register()
         print("RESULT", EngineArgs.create_engine_config is first,
-              "vllm_nvfp4.config" in sys.modules, "vllm_nvfp4.linear" in sys.modules)
+              "vllm_nvfp4.config" in sys.modules, "vllm_nvfp4.layers.linear" in sys.modules)
         """
     )
     assert "RESULT True False False" in output
@@ -149,9 +149,9 @@ def test_legacy_algorithms_pass_with_the_flag_alone(registered, tmp_path):
     ],
 )
 def test_blackwell_gets_vllms_own_kernels(registered, name, native, tmp_path, monkeypatch):
-    from vllm_nvfp4 import compat
+    from vllm_nvfp4.compat import versions
 
-    monkeypatch.setattr(compat, "device_capability", lambda: (10, 0))
+    monkeypatch.setattr(versions, "device_capability", lambda: (10, 0))
     folder = extract_fixture(name, tmp_path)
     args = engine_args(folder, quantization="nvfp4")
     config = args.create_model_config().hf_config.quantization_config
@@ -159,23 +159,24 @@ def test_blackwell_gets_vllms_own_kernels(registered, name, native, tmp_path, mo
     monkeypatch.setenv("VLLM_NVFP4_NATIVE_BLACKWELL", "0")
     assert type(registered.from_config(config)).__name__ == "NvFp4Config"
     monkeypatch.delenv("VLLM_NVFP4_NATIVE_BLACKWELL")
-    monkeypatch.setattr(compat, "device_capability", lambda: (8, 9))
+    monkeypatch.setattr(versions, "device_capability", lambda: (8, 9))
     assert type(registered.from_config(config)).__name__ == "NvFp4Config"
 
 
 def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
-    from vllm_nvfp4 import compat, kv_cache
+    from vllm_nvfp4.compat import versions
+    from vllm_nvfp4.layers import kv_cache
 
     for capability, head, expected in (
         ((8, 9), 128, True),
         ((8, 6), 128, False),
         ((9, 0), 80, True),
     ):
-        monkeypatch.setattr(compat, "device_capability", lambda c=capability: c)
+        monkeypatch.setattr(versions, "device_capability", lambda c=capability: c)
         assert (kv_cache.default_scheme("auto", head) is not None) is expected
         assert kv_cache.default_scheme("keep", head) is None
         assert kv_cache.default_scheme("fp8", head) is not None
-    monkeypatch.setattr(compat, "device_capability", lambda: None)
+    monkeypatch.setattr(versions, "device_capability", lambda: None)
     assert kv_cache.default_scheme("auto", 80) is None
 
 
@@ -231,7 +232,7 @@ def test_what_experts_cannot_do_is_refused(registered, what, message):
 
 def test_tied_options_must_agree():
     from vllm_nvfp4.config import NvFp4Config
-    from vllm_nvfp4.embedding import tied_format
+    from vllm_nvfp4.layers.embedding import tied_format
 
     config = NvFp4Config()
     config._options = Options(lm_head="fp8")

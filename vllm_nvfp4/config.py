@@ -20,21 +20,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_nvfp4 import compat, kv_cache
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.online import online_spec
-from vllm_nvfp4.checkpoints.spec import (
-    UNQUANTIZED,
-    Dialect,
-    LayerKind,
-    LayerSpec,
-    fused_layer_spec,
-)
+from vllm_nvfp4.checkpoints.spec import Dialect, LayerKind, LayerSpec, fused_layer_spec
 from vllm_nvfp4.checkpoints.validate import validate
-from vllm_nvfp4.embedding import embedding_method, lm_head_method
+from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.linear import linear_method
-from vllm_nvfp4.moe import experts_spec, moe_method
+from vllm_nvfp4.layers import kv_cache
+from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
+from vllm_nvfp4.layers.experts import experts_spec, moe_method
+from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -49,7 +44,7 @@ class NvFp4Config(QuantizationConfig):
         self.dialect: Dialect = detect(quant_config)
         self.source_config = quant_config
         self.tied_embeddings = False
-        self.tied_spec = UNQUANTIZED  # of an embedding that is lm_head too
+        self._vocabulary: Vocabulary | None = None
         self._options: Options | None = None
         self._head_size: int | None = None
 
@@ -58,7 +53,7 @@ class NvFp4Config(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         types = [torch.bfloat16, torch.float16]
-        return types if compat.device_capability() else [*types, torch.float32]
+        return types if versions.device_capability() else [*types, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -96,9 +91,16 @@ class NvFp4Config(QuantizationConfig):
             vllm_config = get_current_vllm_config_or_none()
             given: Any = vllm_config.additional_config if vllm_config else None
             self._options = Options.resolve(given)
-            if compat.device_capability() is not None:
+            if versions.device_capability() is not None:
                 ops.configure(self._options)
         return self._options
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What embedding and lm_head share; made once the model's own configuration is read."""
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.options, self.dialect, self.tied_embeddings)
+        return self._vocabulary
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
@@ -109,13 +111,14 @@ class NvFp4Config(QuantizationConfig):
         self.dialect.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, compat.attention_classes()):
-            return kv_cache.kv_cache_method(self)
+        if isinstance(layer, versions.attention_classes()):
+            return kv_cache.kv_cache_method(self, self.dialect.kv_cache.dtype is not None)
         if isinstance(layer, ParallelLMHead):
-            return lm_head_method(self, self.layer_spec(prefix or "lm_head"), prefix or "lm_head")
+            prefix = prefix or "lm_head"
+            return lm_head_method(self.vocabulary, self.layer_spec(prefix), prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return embedding_method(self, prefix or "embed_tokens")
-        if compat.is_moe_layer(layer):
+            return embedding_method(self.vocabulary, prefix or "embed_tokens")
+        if versions.is_moe_layer(layer):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
@@ -126,17 +129,17 @@ class NvFp4Config(QuantizationConfig):
             spec, prefix, layer.input_size
         ):
             return UnquantizedLinearMethod()
-        return linear_method(self, spec, prefix)
+        return linear_method(self.options, spec, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        spec = experts_spec(self, layer, prefix)
+        spec = experts_spec(self.dialect, layer, prefix)
         if spec.kind is LayerKind.ONLINE:
             spec = online_spec(FORMATS[self.options.online_format])
         moe = layer.moe_config
         stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)
         if spec.kind is LayerKind.UNQUANTIZED or stays:
             return None  # vLLM's own experts
-        return moe_method(self, spec, layer, prefix)
+        return moe_method(self.options, spec, layer, prefix)
 
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored."""
@@ -163,8 +166,8 @@ class NvFp4Config(QuantizationConfig):
 
 def _blackwell_config(config: dict[str, Any]) -> QuantizationConfig | None:
     """vLLM's own config where it and the GPU can do NVFP4 natively, else None."""
-    capability = compat.device_capability()
-    native = compat.native_config_class(config) if capability and capability >= (10, 0) else None
+    capability = versions.device_capability()
+    native = versions.native_config_class(config) if capability and capability >= (10, 0) else None
     if native is None:
         return None
     logger.info(

@@ -8,8 +8,8 @@ import functools
 import sys
 from typing import Any, Literal, get_args
 
-from vllm_nvfp4 import compat
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.compat import versions
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 _registered = False
@@ -27,7 +27,7 @@ def register() -> None:
     from vllm.model_executor.layers import quantization
 
     logger = init_logger(f"vllm.{__name__}")
-    if warning := compat.version_warning():
+    if warning := versions.version_warning():
         logger.warning("nvfp4: %s; please report what breaks", warning)
     if METHOD_NAME in quantization.QUANTIZATION_METHODS:
         logger.info("nvfp4: vLLM has a method of this name; this plugin serves it instead")
@@ -110,7 +110,7 @@ def _patch_engine_args() -> None:
     from pydantic import ValidationError
     from vllm.engine import arg_utils
 
-    from vllm_nvfp4 import fusion
+    from vllm_nvfp4.layers import fusion
 
     engine_args: Any = arg_utils.EngineArgs
     create_engine_config = engine_args.create_engine_config
@@ -152,7 +152,7 @@ def _patch_engine_death() -> None:
     vLLM ends it with status 0, which a service manager takes for the user's wish. In the server's
     process alone, and only once it serves with this method.
     """
-    launcher = compat.server_launcher()
+    launcher = versions.server_launcher()
     if launcher is None or hasattr(launcher.terminate_if_errored, "__wrapped__"):
         return
     terminate = launcher.terminate_if_errored
@@ -212,25 +212,25 @@ def _patch_batch_invariance() -> None:
 
     There vLLM registers its Triton reductions for CPU tensors, and the first mean ends with a
     TypeError: Triton has no CPU backend. torch's own take each row by itself on a CPU, and so do
-    the products of this plugin and vLLM's attention (tests/test_batch_invariance.py).
+    the products of this plugin and vLLM's attention (tests/layers/test_batch_invariance.py).
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or (module := compat.batch_invariant_module()) is None:
+    if not current_platform.is_cpu() or (module := versions.batch_invariant_module()) is None:
         return
     module.enable_batch_invariant_mode = lambda: None
 
 
 def _patch_cpu_routing() -> None:
     """Choose experts in torch where vLLM's CPU build asks CUDA kernels to do it."""
-    if not compat.lacks_cpu_routing():
+    if not versions.lacks_cpu_routing():
         return
     from vllm import _custom_ops
 
-    from vllm_nvfp4 import moe_routing
+    from vllm_nvfp4.compat import cpu_routing
 
-    _custom_ops.topk_softmax = moe_routing.topk_softmax
-    _custom_ops.topk_sigmoid = moe_routing.topk_sigmoid
+    _custom_ops.topk_softmax = cpu_routing.topk_softmax
+    _custom_ops.topk_sigmoid = cpu_routing.topk_sigmoid
 
 
 def _patch_cpu_dispatch() -> None:
@@ -238,9 +238,9 @@ def _patch_cpu_dispatch() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_nvfp4 import compat_cpu_dispatch
+        from vllm_nvfp4.compat import cpu_dispatch
 
-        compat_cpu_dispatch.install()
+        cpu_dispatch.install()
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""20,000 hostile and broken checkpoints, over every dialect: see tests/fuzz_worker.py."""
+"""20,000 hostile and broken checkpoints, over every dialect: see tests/support/fuzz_worker.py."""
 
 from __future__ import annotations
 

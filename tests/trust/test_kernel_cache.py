@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cache_storm import storm
 
-from vllm_nvfp4.kernels import cubins
+from vllm_nvfp4.kernels.cuda import cubins
 
 pytestmark = pytest.mark.trust
 

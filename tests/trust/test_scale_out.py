@@ -9,10 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving_cases import compare
-from test_gpt_oss import check_tokens
-from test_moe import FIXTURES as MOE_FIXTURES
-from test_parallel import TWO_RANKS
+from serving_cases import EXPERT_FIXTURES, TWO_RANKS, compare, compare_to, gpt_oss_answer
 
 from vllm_nvfp4.testing.checkpoints import (
     edit_json,
@@ -70,16 +67,16 @@ def test_every_dialect_on_two_ranks(tmp_path: Path, count: Callable[..., None]) 
 def test_experts_on_two_ranks(tmp_path: Path, count: Callable[..., None]) -> None:
     """Cut within each expert, and with whole experts on each rank."""
     cuts = [{}, {"enable_expert_parallel": True}]
-    for name in MOE_FIXTURES:
+    for name in EXPERT_FIXTURES:
         folder = extract_fixture(name, tmp_path)
         if "mxfp4" not in name:
             give_shards_their_own_scale(folder)
         for cut in cuts:
             compare(folder, atol=1e-4, **TWO_RANKS, **cut)
-    count(runs=len(MOE_FIXTURES) * len(cuts))
+    count(runs=len(EXPERT_FIXTURES) * len(cuts))
 
 
 def test_gpt_oss_experts_cut_over_two_ranks(tmp_path: Path, count: Callable[..., None]) -> None:
     original = to_gpt_oss_mxfp4(write_model(tmp_path / "gpt-oss", "gpt_oss"))
-    check_tokens(original, **TWO_RANKS)
+    compare_to(gpt_oss_answer(original), original, atol=1e-4, **TWO_RANKS)
     count(runs=1)

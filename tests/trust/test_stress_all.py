@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every code byte times every block scale with every token, in every configuration of the kernels;
-every stress in every configuration. tests/test_stress.py runs a quarter of each."""
+every stress in every configuration. tests/kernels/cuda/test_stress.py runs a quarter of each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import pytest
 import torch
 from gemm_cases import make_activations, make_weight
 from moe_stress import NUM_COLUMNS, StressLayer, check_pairs, tile_sizes
-from stress_cases import STRESS, every_pair, legal_scales
-from test_stress import (
+from stress_cases import (
     GEMMS,
+    STRESS,
     assert_others_untouched,
     assert_others_untouched_by_experts,
+    every_pair,
+    legal_scales,
     run_host,
     stressed,
 )
 
-from vllm_nvfp4.kernels.moe_configs import MOE_CONFIGS
-from vllm_nvfp4.layout import pack_weight
+from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS
+from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, shipped

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from vllm_nvfp4.cli._server import first_error
+from vllm_nvfp4.serving.server import first_error
 from vllm_nvfp4.testing import machine
 
 _STOP_SECONDS = 10.0

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4 import pictures
 from vllm_nvfp4.bench.results import (
     BATCH,
     RATE,
@@ -25,6 +24,7 @@ from vllm_nvfp4.bench.results import (
     rate_rows,
     ratios,
 )
+from vllm_nvfp4.planning import pictures
 
 PAGE_NAME = "report.html"
 _NONE = "-"

@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4 import compat_cpu_metadata
 from vllm_nvfp4.bench import limits
 from vllm_nvfp4.bench.client import Client, ClientError
 from vllm_nvfp4.bench.meters import CpuMeter, GpuMeter, Watch
 from vllm_nvfp4.bench.results import BATCH, RATE, Measurement, Results, VariantRecord
 from vllm_nvfp4.bench.variants import Variant
-from vllm_nvfp4.cli import serve
-from vllm_nvfp4.cli._progress import step
-from vllm_nvfp4.cli._server import Server, ServerError
+from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving.progress import step
+from vllm_nvfp4.serving.server import Server, ServerError
 from vllm_nvfp4.testing import machine
 
 # Shares of the throughput without pause at which load is measured where no rates are given.
@@ -129,7 +129,7 @@ class Bench:
     def _args(self, variant: Variant) -> list[str]:
         """What follows ``vllm serve``; the user's own flags come last and win."""
         settings = self.settings
-        given = serve.given_flags([*settings.flags, *variant.flags])
+        given = host.given_flags([*settings.flags, *variant.flags])
         defaults = {
             "--max-model-len": str(settings.max_model_len),
             "--max-num-seqs": str(max(64, *settings.batches)),
@@ -166,7 +166,7 @@ class Bench:
         fails is recorded as failed, said, and left out from then on.
         """
         environ = dict(os.environ)
-        compat_cpu_metadata.apply(environ)
+        cpu_metadata.apply(environ)
         self._note_load(say)
         with Client(self.out / "client.log", environ) as client:
             self._find_device(client)

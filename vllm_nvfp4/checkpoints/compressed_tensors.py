@@ -16,13 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_nvfp4.checkpoints.fields import (
-    Patterns,
-    as_count,
-    as_table,
-    as_text,
-    as_texts,
-)
+from vllm_nvfp4.checkpoints.fields import Patterns, as_count, as_table, as_text, as_texts
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,

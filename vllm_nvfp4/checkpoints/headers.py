@@ -16,12 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vllm_nvfp4.checkpoints.files import (
-    MAX_JSON_BYTES,
-    file_in_folder,
-    parse_table,
-    read_table,
-)
+from vllm_nvfp4.checkpoints.files import MAX_JSON_BYTES, file_in_folder, parse_table, read_table
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vllm_nvfp4 import pictures
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.pictures import MemoryBar, Series
+from vllm_nvfp4.planning import pictures
 from vllm_nvfp4.planning.fit import Fit, Setup, fit, rooflines
+from vllm_nvfp4.planning.pictures import MemoryBar, Series
 from vllm_nvfp4.planning.rows import Asked, Row
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)

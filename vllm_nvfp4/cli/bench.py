@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_nvfp4 import compat_cpu_metadata
+from vllm_nvfp4.compat import cpu_metadata
 
 if TYPE_CHECKING:
     from vllm_nvfp4.bench.run import Bench
@@ -156,7 +156,7 @@ def prepare(args: argparse.Namespace) -> Bench:
     out = args.out or Path(f"bench-{own.folder.resolve().name}-{when}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already; needs a new or an empty folder")
-    bench = Bench(settings, served, find_meter(compat_cpu_metadata.is_cpu_build()), out)
+    bench = Bench(settings, served, find_meter(cpu_metadata.is_cpu_build()), out)
     bench.check_memory()
     return bench
 

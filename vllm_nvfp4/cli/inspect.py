@@ -18,14 +18,7 @@ from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.experts import is_expert
-from vllm_nvfp4.checkpoints.inventory import (
-    EMBEDDING,
-    HEAD,
-    LINEAR,
-    OTHER,
-    Inventory,
-    LayerRecord,
-)
+from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inventory, LayerRecord
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate

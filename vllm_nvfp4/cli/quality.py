@@ -114,16 +114,16 @@ def _verdict(rows: list[Row], limit: float | None) -> int:
 
 
 def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    from vllm_nvfp4 import compat_cpu_metadata
     from vllm_nvfp4.checkpoints import read_config
     from vllm_nvfp4.checkpoints.locate import find_folder
     from vllm_nvfp4.checkpoints.validate import validate
+    from vllm_nvfp4.compat import cpu_metadata
     from vllm_nvfp4.options import METHOD_NAME
 
     folder = find_folder(args.model)
     reference = find_folder(args.reference) if args.reference else None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    compat_cpu_metadata.apply()
+    cpu_metadata.apply()
     from vllm_nvfp4.quality.engine import engine_options
 
     options = {"quantization": METHOD_NAME} | engine_options(args.after_dashes)
@@ -153,8 +153,8 @@ def _task_rows(
     reference: Path | None,
     options: dict[str, Any],
 ) -> list[Row]:
-    from vllm_nvfp4.cli._progress import step
     from vllm_nvfp4.quality.tasks import evaluate, task_rows
+    from vllm_nvfp4.serving.progress import step
 
     results: dict[Path, Any] = {}
     for model in dict.fromkeys(m for m in (reference, folder) if m is not None):
@@ -202,8 +202,8 @@ def _text_rows(
 def _with_progress(
     folder: Path, windows: list[list[int]], options: dict[str, Any], **files: Any
 ) -> Any:
-    from vllm_nvfp4.cli._progress import step
     from vllm_nvfp4.quality.engine import measure
+    from vllm_nvfp4.serving.progress import step
 
     with step(f"{folder.name}: {len(windows)} windows of {len(windows[0])}", sys.stderr) as current:
 

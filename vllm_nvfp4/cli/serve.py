@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-nvfp4 serve MODEL [any vLLM flag]``: vLLM's own server with this project's defaults.
-
-What the user gives always wins. Each default that is added says so in one line.
-"""
+"""``vllm-nvfp4 serve MODEL [any vLLM flag]``: vLLM's own server with this project's defaults."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import sysconfig
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_nvfp4 import compat_cpu_metadata
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.serving.host import command_line
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
 
@@ -30,118 +24,6 @@ vLLM's own OpenAI-compatible server, with these defaults where nothing else is g
 
 `vllm-nvfp4 serve --help=all` lists vLLM's flags.
 """
-
-# vLLM's default on a CPU is 92 % of all memory, which fails as soon as anything else runs.
-_KV_CACHE_SHARE = 4
-
-
-@dataclass(frozen=True)
-class Host:
-    """What the defaults depend on.
-
-    is_cpu:           the installed vLLM is built for the CPU
-    available_bytes:  memory that processes can still take
-    no_compile:       why torch.compile cannot build C++ kernels here, or None where it can
-    """
-
-    is_cpu: bool
-    available_bytes: int = 0
-    no_compile: str | None = None
-
-    @classmethod
-    def this(cls) -> Host:
-        if not compat_cpu_metadata.is_cpu_build():
-            return cls(is_cpu=False)
-        return cls(True, available_memory(), why_no_compile())
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of memory that can be had without swapping; the kernel's own estimate."""
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{meminfo}: no MemAvailable line; Linux 3.14 or newer is needed")
-
-
-def why_no_compile() -> str | None:
-    """torch.compile on a CPU writes C++ that includes Python.h: both have to be there."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler}) on PATH"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python.h is not installed"
-    return None
-
-
-def given_flags(args: Sequence[str]) -> set[str]:
-    """The flags on a vLLM command line and in the YAML file that its --config names."""
-    flags = set()
-    for index, arg in enumerate(args):
-        if not arg.startswith("-"):
-            continue
-        name, _, value = arg.partition("=")
-        name = "--quantization" if name == "-q" else name.replace("_", "-")
-        flags.add(name)
-        if name == "--config":
-            value = value or (args[index + 1] if index + 1 < len(args) else "")
-            flags |= _flags_of_config(Path(value))
-    return flags
-
-
-def _flags_of_config(path: Path) -> set[str]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {path}: found {type(content).__name__}; needed `flag: value` lines"
-        )
-    return {"--" + str(key).replace("_", "-") for key in content}
-
-
-def add_defaults(
-    args: Sequence[str], host: Host, environ: Mapping[str, str], with_plugin: bool = True
-) -> tuple[list[str], list[str]]:
-    """vLLM's command line with the defaults added, and one sentence for each of them."""
-    given = given_flags(args)
-    added: list[str] = []
-    notes: list[str] = []
-    if with_plugin and "--quantization" not in given:
-        added += ["--quantization", "nvfp4"]
-        notes.append("--quantization nvfp4: this command's default")
-    if not host.is_cpu:
-        return [*args, *added], notes
-    if not given & {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} and not environ.get(
-        "VLLM_CPU_KVCACHE_SPACE"
-    ):
-        size = host.available_bytes // _KV_CACHE_SHARE
-        added += ["--kv-cache-memory-bytes", str(size)]
-        notes.append(
-            f"--kv-cache-memory-bytes {size}: a quarter of the {host.available_bytes / 2**30:.1f} "
-            "GiB of memory that is available"
-        )
-    if host.no_compile and "--enforce-eager" not in given:
-        added.append("--enforce-eager")
-        notes.append(f"--enforce-eager: {host.no_compile}, so torch.compile cannot run")
-    return [*args, *added], notes
-
-
-def command_line(
-    args: Sequence[str], environ: Mapping[str, str] | None = None, with_plugin: bool = True
-) -> tuple[list[str], dict[str, str], list[str]]:
-    """How to start vLLM's server: command, environment, and what was added to ``args`` and why.
-
-    args:        what follows `vllm serve`
-    with_plugin: False for vLLM as it is, to compare with: it then loads no plugin at all
-    """
-    child_environ = dict(os.environ if environ is None else environ)
-    compat_cpu_metadata.apply(child_environ)
-    if not with_plugin:
-        child_environ["VLLM_PLUGINS"] = ""
-    full, notes = add_defaults(args, Host.this(), child_environ, with_plugin)
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *full], child_environ, notes
 
 
 def add_parser(subparsers: Any) -> None:

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from types import ModuleType
 
 import torch
 
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
 
@@ -32,10 +30,9 @@ ops.LIBRARY.define(
 )
 
 
-@functools.cache
 def experts_backend(device_type: str) -> ModuleType:
-    """The same for routed experts: ``kernels.cpu_moe`` or ``kernels.cuda_moe``."""
-    return importlib.import_module(f"{ops.backend(device_type).__name__}_moe")
+    """The kernel module of a device for routed experts."""
+    return ops.backend(device_type, "moe")
 
 
 def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> None:

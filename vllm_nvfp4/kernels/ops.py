@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from vllm_nvfp4.kernels.dispatch import has_fp8_mma
-from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
+from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
 
@@ -51,16 +51,16 @@ def register(name: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 @functools.cache
-def backend(device_type: str) -> ModuleType:
-    """The kernel module of a device: ``kernels.cpu`` or ``kernels.cuda``."""
+def backend(device_type: str, layer: str = "linear") -> ModuleType:
+    """The kernel module of a device for a kind of layer: ``kernels.cpu.linear`` and its like."""
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"vllm_nvfp4: there are kernels for cpu and cuda, not for {device_type}")
-    return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}")
+    return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}.{layer}")
 
 
 def configure(options: Options) -> None:
     """Hand the options that concern CUDA kernels to them, before weights load."""
-    from vllm_nvfp4.kernels import cubins, devices
+    from vllm_nvfp4.kernels.cuda import cubins, devices
 
     if "cache_dir" in options.non_default():
         cubins.use_cache_dir(options.cache_dir)

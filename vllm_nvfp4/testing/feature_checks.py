@@ -262,7 +262,7 @@ def _data_parallel(setup: Setup) -> None:
     """Over HTTP: vLLM shares requests out among the replicas of a server only."""
     import openai
 
-    from vllm_nvfp4.cli._server import Server
+    from vllm_nvfp4.serving.server import Server
 
     flags = ["--data-parallel-size", "2", "--dtype", setup.dtype, "--enforce-eager"]
     flags += ["--additional-config", json.dumps(KEEP_KV), "--max-model-len", "128"]

@@ -24,14 +24,14 @@ class Feature:
     num_gpus: int = 1
 
 
-_SAME = "test_features.py::test_the_same_answers"
+_SAME = "layers/test_features.py::test_the_same_answers"
 _SCALE_OUT = "trust/test_scale_out.py::test_features_of_several_processes"
 
 FEATURES = (
     Feature(
         "Tensor parallel",
         "--tensor-parallel-size",
-        "test_parallel.py::test_two_ranks_give_the_same_tokens",
+        "layers/test_parallel.py::test_two_ranks_give_the_same_tokens",
         num_gpus=2,
     ),
     Feature(
@@ -46,7 +46,7 @@ FEATURES = (
     Feature(
         "Ray",
         "--distributed-executor-backend ray",
-        "test_features.py::test_ray_worker",
+        "layers/test_features.py::test_ray_worker",
         "refused by vLLM; an engine inside a Ray worker gives the same tokens",
     ),
     Feature("Prefix caching", "--enable-prefix-caching", _SAME),
@@ -58,18 +58,18 @@ FEATURES = (
     Feature(
         "Compiled graphs",
         "",
-        "test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode",
+        "layers/test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode",
     ),
     Feature(
         "Reloading weights in place",
         "",
-        "test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits",
+        "layers/test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits",
         "the same bits",
     ),
     Feature(
         "Sleep and wake",
         "--enable-sleep-mode",
-        "test_features.py::test_sleep_is_refused",
+        "layers/test_features.py::test_sleep_is_refused",
         "refused by vLLM",
     ),
     Feature(

@@ -14,10 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_nvfp4 import layout, moe, weights
 from vllm_nvfp4.gpus import find_gpu
-from vllm_nvfp4.kernels import cuda_moe, moe_ops, ops
-from vllm_nvfp4.kernels.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
+from vllm_nvfp4.kernels import layout, moe_ops, ops
+from vllm_nvfp4.kernels.cuda import moe as cuda_moe
+from vllm_nvfp4.kernels.cuda.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
+from vllm_nvfp4.layers import experts as moe
+from vllm_nvfp4.layers import weights
 from vllm_nvfp4.testing import host_gemm, host_moe
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_nvfp4.kernels import configs
-from vllm_nvfp4.kernels.configs import GemmConfig, GemmParams, QuantizeConfig, QuantizeParams
-from vllm_nvfp4.kernels.moe_configs import AnyMoeConfig
-from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.kernels.cuda import configs
+from vllm_nvfp4.kernels.cuda.configs import GemmConfig, GemmParams, QuantizeConfig, QuantizeParams
+from vllm_nvfp4.kernels.cuda.moe_configs import AnyMoeConfig
+from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule, build, csrc_dir
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

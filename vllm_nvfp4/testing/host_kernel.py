@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch
 
-from vllm_nvfp4.kernels.private_dir import make_private
+from vllm_nvfp4.kernels.cuda.private_dir import make_private
 
 # Plain loads and stores call __tsan_*; alignment, array bounds and shifts call __ubsan_*. The
 # runtime defines both, so no sanitizer library is linked.

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from vllm_nvfp4.kernels import moe_configs
-from vllm_nvfp4.kernels.moe_configs import (
+from vllm_nvfp4.kernels.cuda import moe_configs
+from vllm_nvfp4.kernels.cuda.moe_configs import (
     COMBINE_CONFIGS,
     ROUTE_CONFIG,
     CombineParams,
@@ -17,7 +17,7 @@ from vllm_nvfp4.kernels.moe_configs import (
     MoeParams,
     RouteParams,
 )
-from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.activation import KernelActivation
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host
 from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the CUDA kernels must get right on a real GPU: cases, and the check of each.
 
-Used by tests/test_cuda_kernels.py, and by benchmarks/check_kernels.py where pytest is missing or a
-tool such as compute-sanitizer wants little else in the process.
+Used by tests/kernels/cuda/test_cuda_kernels.py, and by benchmarks/check_kernels.py where pytest is
+missing or a tool such as compute-sanitizer wants little else in the process.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_nvfp4.kernels import cuda, dispatch
-from vllm_nvfp4.kernels.configs import GEMM_CONFIGS, GemmConfig
-from vllm_nvfp4.kernels.devices import Device, current_stream
-from vllm_nvfp4.layout import PackedWeight
+from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.kernels.cuda import linear as cuda
+from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.kernels.cuda.devices import Device, current_stream
+from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4

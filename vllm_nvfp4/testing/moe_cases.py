@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from vllm_nvfp4.layout import PackedWeight, pack_weight
+from vllm_nvfp4.kernels.layout import PackedWeight, pack_weight
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4

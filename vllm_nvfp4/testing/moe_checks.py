@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_nvfp4.kernels import cuda_moe
-from vllm_nvfp4.kernels.cuda_moe import Launch
-from vllm_nvfp4.kernels.devices import Device, current_stream
-from vllm_nvfp4.kernels.moe_configs import DECODE_TOKENS, MoeConfig
+from vllm_nvfp4.kernels.cuda import moe as cuda_moe
+from vllm_nvfp4.kernels.cuda.devices import Device, current_stream
+from vllm_nvfp4.kernels.cuda.moe import Launch
+from vllm_nvfp4.kernels.cuda.moe_configs import DECODE_TOKENS, MoeConfig
 from vllm_nvfp4.numerics.activation import ExpertActivation, KernelActivation
 from vllm_nvfp4.testing.kernel_cases import DATA, TORCH_DTYPES
 from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, Comparison, compare

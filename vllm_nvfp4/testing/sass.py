@@ -18,8 +18,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.kernels.configs import MAX_SMEM_BYTES, GemmConfig
-from vllm_nvfp4.kernels.moe_configs import MoeConfig
+from vllm_nvfp4.kernels.cuda.configs import MAX_SMEM_BYTES, GemmConfig
+from vllm_nvfp4.kernels.cuda.moe_configs import MoeConfig
 
 # An SM has four schedulers, each of which issues one warp instruction per clock.
 _SCHEDULERS = 4

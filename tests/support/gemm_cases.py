@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights, activations and planted faults that the tests of both GEMM kernels share."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.testing.host_gemm import DTYPES
+
+DISTRIBUTIONS = ("gaussian", "heavy_tailed", "outlier_channels", "all_positive")
+
+
+def configs_of(stem: str) -> list[GemmConfig]:
+    return [c for c in GEMM_CONFIGS if c.stem == stem]
+
+
+def smallest(stem: str, fmt_name: str, dtype: str, variant: str = "exact") -> GemmConfig:
+    """The configuration with the smallest tile."""
+    wanted = (fmt_name, dtype, variant)
+    found = [c for c in configs_of(stem) if (c.fmt_name, c.dtype, c.variant) == wanted]
+    return min(found, key=lambda c: c.block_m * c.block_n)
+
+
+def make_weight(config: GemmConfig, n: int, k: int, seed: int = 0) -> BlockScaledWeight:
+    """Student-t rows (block scales that differ) and a multiplier per row that differs."""
+    torch.manual_seed(seed)
+    weight = torch.distributions.StudentT(4.0).sample((n, k)) * 0.05
+    quantize = quantize_nvfp4 if config.fmt_name == "nvfp4" else quantize_mxfp4
+    packed = quantize(weight)
+    factors = torch.linspace(0.5, 1.5, n)
+    return BlockScaledWeight(
+        packed.codes, packed.block_scale, packed.global_scale * factors, packed.fmt
+    )
+
+
+def make_activations(
+    config: GemmConfig, m: int, k: int, distribution: str = "gaussian", seed: int = 1
+) -> torch.Tensor:
+    torch.manual_seed(seed)
+    a = torch.randn(m, k)
+    if distribution == "heavy_tailed":
+        a = torch.distributions.StudentT(2.5).sample((m, k))
+    elif distribution == "outlier_channels":
+        a[:, :: max(k // 4, 1)] *= 40
+    elif distribution == "all_positive":
+        a = a.abs() + 0.5
+    return a.to(DTYPES[config.dtype])
+
+
+def odd_shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
+    """(M, N, K, splits): below a tile, over its edges by one or a few, K no multiple of 64."""
+    k = config.fmt.block_size
+    steps = 4 * config.block_k + k
+    return [
+        (1, 40, k, 1),
+        (3, 72, 3 * k, 1),
+        (config.block_m + 1, config.block_n + 20, 11 * k, 1),
+        (min(config.block_m, 33), 21, steps, 3),
+    ]

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU backend: pack a weight, multiply with it, look rows up in it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from vllm_nvfp4.kernels.cpu.dispatch import (
+    OUT_NAME,
+    decode_kernel,
+    fp4_bf16_dot,
+    fp4_kernel,
+    fp8_bf16_dot,
+    fp8_dequantize_kernel,
+    fp8_kernel,
+    operand_type,
+    round_kernel,
+    uses_matmul,
+    warm_up,
+    warm_up_fp8,
+)
+from vllm_nvfp4.kernels.cpu.emit import ARGS
+from vllm_nvfp4.kernels.cpu.fp8 import panel_bytes
+from vllm_nvfp4.kernels.cpu.jit import thread_pool
+from vllm_nvfp4.kernels.cpu.layout import ROWS, pack_weight, unpack_weight
+from vllm_nvfp4.kernels.layout import PackedWeight
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row as quantize
+from vllm_nvfp4.options import is_batch_invariant
+
+__all__ = [
+    "fp8_linear",
+    "gather_fp8_rows",
+    "gather_rows",
+    "linear",
+    "linear_a8",
+    "pack_weight",
+    "quantize",
+    "unpack_weight",
+    "warm_up",
+    "warm_up_fp8",
+]
+
+_ArgBlock = ctypes.c_int64 * len(ARGS)
+# The default type is not float32 while vLLM builds a model: name the type.
+_ONE = torch.ones(1, dtype=torch.float32)
+
+_MATMUL_SCRATCH_BYTES = 8 << 20
+# Fewer codes than this are done by one thread: waking the others takes longer.
+_SERIAL_CODES = 16384
+_SPREAD_TOKENS = 6
+
+
+def linear(
+    a: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    activation_bits: int = 16,
+) -> torch.Tensor:
+    """y[m, n] = sum_k A[m, k] * w[n, k] + bias[n], accumulated in f32.
+
+    a:               [M, K] bf16, fp16 or f32; made contiguous if it is not
+    bias:            [N] floating point, or None
+    activation_bits: 16 takes A = a; 8 takes A = a rounded to E4M3 with one scale per row
+    Returns [M, N] of a's dtype; on a processor with BF16 tile hardware (AMX), a bf16 result of
+    many tokens is rounded before multiplier and bias as well as after them. Raises ValueError for
+    a shape or a dtype that does not fit.
+    """
+    n, k = packed.num_rows, packed.num_cols
+    _check(a, n, k, bias)
+    if activation_bits not in (8, 16):
+        raise ValueError(f"linear: activation_bits={activation_bits}; choose 16 or 8")
+    m, out_dtype = a.shape[0], a.dtype
+    y = torch.empty(m, n, dtype=out_dtype)
+    if m == 0:
+        return y
+    a_type = _operand_type(out_dtype, activation_bits, m)
+    if activation_bits == 8:
+        rounded, a_scale = _round_per_token(a.contiguous(), a_type)
+        return _product(rounded, a_scale, packed, bias, y, activation_bits)
+    return _product(a.to(a_type).contiguous(), None, packed, bias, y, activation_bits)
+
+
+def linear_a8(
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y[m, n] = a_scale[m] * sum_k q[m, k] * w[n, k] + bias[n], accumulated in f32.
+
+    :func:`linear` with 8-bit activations, of activations that are quantised already.
+
+    q:       [M, K] float8_e4m3fn
+    a_scale: [M] or [M, 1] float32
+    bias:    [N] floating point, or None
+    dtype:   of the result: bfloat16, float16 or float32
+    Returns [M, N]. Raises ValueError for a shape or a dtype that does not fit.
+    """
+    n, m = packed.num_rows, q.shape[0]
+    if q.dtype != torch.float8_e4m3fn or q.shape[1:] != (packed.num_cols,) or a_scale.numel() != m:
+        raise ValueError(
+            f"linear_a8: q is {list(q.shape)} {q.dtype}, a_scale {list(a_scale.shape)}; needs "
+            f"[M, {packed.num_cols}] in float8_e4m3fn and [M]"
+        )
+    y = torch.empty(m, n, dtype=dtype)
+    if m == 0:
+        return y
+    a = _dequantize_fp8(q.contiguous().view(torch.uint8), _operand_type(dtype, 8, m))
+    return _product(a, a_scale.reshape(-1).contiguous(), packed, bias, y, 8)
+
+
+def _operand_type(dtype: torch.dtype, activation_bits: int, m: int) -> torch.dtype:
+    """As which type M tokens of ``dtype`` meet the weight."""
+    bf16_dot = fp4_bf16_dot(dtype, activation_bits)
+    by_matmul = uses_matmul(m, dtype, bf16_dot, is_batch_invariant())
+    return operand_type(dtype, bf16_dot, by_matmul)
+
+
+def _product(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    activation_bits: int,
+) -> torch.Tensor:
+    """y = (a * a_scale) @ w^T + bias; a: contiguous, of :func:`_operand_type`."""
+    (m, n), k = y.shape, packed.num_cols
+    bf16_dot = fp4_bf16_dot(y.dtype, activation_bits)
+    is_invariant = is_batch_invariant()
+    if uses_matmul(m, y.dtype, bf16_dot, is_invariant):
+
+        def dequantize(first: int, last: int) -> torch.Tensor:
+            return _dequantize_rows(packed, first, last, a.dtype).T
+
+        return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
+    function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
+    scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
+    weight = (packed.codes, packed.block_scale, packed.global_scale)
+    a = _spread_rows(a)
+    _run(function, _product_shape(m, n, k), weight, a, y, a_scale, bias, scratch)
+    return y
+
+
+def fp8_linear(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[m, n] = row_scale[n] * sum_k a[m, k] * weight[n, k] + bias[n], accumulated in f32.
+
+    a:         [M, K] bf16, fp16 or f32; made contiguous if it is not
+    weight:    [N, K] float8_e4m3fn or its uint8 bits, contiguous, without NaN
+    row_scale: [N] float32; multiplies
+    bias:      [N] floating point, or None
+    Returns [M, N] of a's dtype. Raises ValueError for a shape or a dtype that does not fit.
+    """
+    if weight.dim() != 2 or weight.element_size() != 1 or not weight.is_contiguous():
+        raise ValueError(
+            f"fp8_linear: weight is {list(weight.shape)} {weight.dtype}; needs a contiguous [N, K] "
+            "of float8_e4m3fn or uint8"
+        )
+    n, k = weight.shape
+    _check(a, n, k, bias)
+    if row_scale.shape != (n,) or row_scale.dtype != torch.float32:
+        raise ValueError(
+            f"fp8_linear: row_scale is {list(row_scale.shape)} {row_scale.dtype}; needs [{n}] "
+            "float32"
+        )
+    m = a.shape[0]
+    y = torch.empty(m, n, dtype=a.dtype)
+    if m == 0:
+        return y
+    bf16_dot = fp8_bf16_dot(a.dtype)
+    is_invariant = is_batch_invariant()
+    by_matmul = uses_matmul(m, a.dtype, bf16_dot, is_invariant)
+    # e4m3 is exact in bf16 and in f32.
+    a = a.to(operand_type(a.dtype, bf16_dot, by_matmul)).contiguous()
+    if by_matmul:
+
+        def dequantize(first: int, last: int) -> torch.Tensor:
+            return _dequantize_fp8(weight[first:last], a.dtype)
+
+        return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
+    function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
+    scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
+    weights = (weight, weight, row_scale)
+    a = _spread_rows(a)
+    _run(function, _product_shape(m, n, k), weights, a, y, None, bias, scratch)
+    return y
+
+
+def _check(a: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
+    if a.dim() != 2 or a.shape[1] != k or a.dtype not in OUT_NAME:
+        raise ValueError(
+            f"linear: a is {list(a.shape)} {a.dtype}; needs [M, {k}] in bfloat16, float16 or "
+            "float32"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"linear: bias is {list(bias.shape)}; needs [{n}]")
+
+
+class _Shape(NamedTuple):
+    """num_tokens, num_rows, num_cols of a kernel's arguments; parts: what threads can share."""
+
+    m: int
+    n: int
+    k: int
+    parts: int
+
+
+def _product_shape(m: int, n: int, k: int) -> _Shape:
+    return _Shape(m, n, k, -(-n // ROWS))
+
+
+def _spread_rows(a: torch.Tensor) -> torch.Tensor:
+    """The same rows, with a cache line between them where they would share cache sets.
+
+    A first-level cache keeps eight lines that are a multiple of 4096 bytes apart, and a tile of
+    tokens reads more rows than that side by side.
+    """
+    m, k = a.shape
+    if m < _SPREAD_TOKENS or k * a.element_size() % 2048:
+        return a
+    wide = a.new_empty(m, k + 64 // a.element_size())
+    wide[:, :k] = a
+    return wide[:, :k]
+
+
+def _run(
+    function: int,
+    shape: _Shape,
+    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    a: torch.Tensor,
+    y: torch.Tensor,
+    a_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scratch_bytes: int = 0,
+) -> None:
+    """Run a kernel. weight: (codes, block_scale, multiplier of each row)."""
+    m, n, k, parts = shape
+    if bias is not None:
+        bias = bias.to(y.dtype).contiguous()
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    threads = min(torch.get_num_threads(), parts) if m * n * k > _SERIAL_CODES else 1
+    pool = thread_pool()
+    codes, block_scale, global_scale = weight
+    args = _ArgBlock(
+        pool.get_thread_num,
+        pool.get_num_threads,
+        codes.data_ptr(),
+        block_scale.data_ptr(),
+        global_scale.data_ptr(),
+        a.data_ptr(),
+        a.stride(0) * a.element_size(),
+        _ONE.data_ptr() if a_scale is None else a_scale.data_ptr(),
+        0 if a_scale is None else 4,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        0 if scratch is None else scratch.data_ptr(),
+    )
+    pool.run(function, args, threads)
+
+
+def _round_per_token(a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """numerics' quantize_fp8_per_row with q as numbers: (q [M, K] of ``dtype``, scale [M] f32)."""
+    source, out = OUT_NAME[a.dtype], OUT_NAME[dtype]
+    q, scale = torch.empty_like(a, dtype=dtype), torch.empty(a.shape[0], dtype=torch.float32)
+    weight = (q, q, scale)  # no weight: these words are not read
+    m, k = a.shape
+    _run(round_kernel(source, out), _Shape(m, k, k, m), weight, a, q, scale)
+    return q, scale
+
+
+def _dequantize_rows(
+    packed: PackedWeight, first: int, last: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """code * block_scale of rows first..last-1, [K, last - first]. first: a multiple of sixteen.
+
+    bf16 and f32 hold the NVFP4 product exactly. The buffer is sized by whole groups.
+    """
+    fmt, k = packed.fmt, packed.num_cols
+    group, end = first // ROWS, -(-last // ROWS)
+    y = torch.empty(k, (end - group) * ROWS, dtype=dtype)
+    function = decode_kernel("dequantize", fmt, OUT_NAME[dtype])
+    weight = (packed.codes[group:end], packed.block_scale[group:end], packed.global_scale)
+    _run(function, _product_shape(1, y.shape[1], k), weight, _ONE, y)
+    return y[:, : last - first]
+
+
+def _dequantize_fp8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 bytes [R, K] as numbers, exactly. torch's own cast goes element by element."""
+    n, k = weight.shape
+    y = torch.empty(n, k, dtype=dtype)
+    function = fp8_dequantize_kernel(OUT_NAME[dtype])
+    _run(function, _product_shape(1, n, k), (weight, weight, _ONE), _ONE, y)
+    return y
+
+
+def _tiled_matmul(
+    a: torch.Tensor,
+    dequantize: Callable[[int, int], torch.Tensor],
+    multiplier: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    """torch's product with a tile of rows after another, so that the decoded tile stays small.
+
+    dequantize: (first, last) -> [last - first, K] of a's dtype, without the row's multiplier
+    With bf16 the product is rounded before the multiplier as well as after it.
+    """
+    n, k = y.shape[1], a.shape[1]
+    rows = max(ROWS, _MATMUL_SCRATCH_BYTES // (k * a.element_size()) // ROWS * ROWS)
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        part = (a @ dequantize(first, last).T).float() * multiplier[first:last]
+        if a_scale is not None:
+            part *= a_scale[:, None]
+        if bias is not None:
+            part += bias[first:last].to(y.dtype).float()
+        y[:, first:last] = part
+    return y
+
+
+def gather_rows(packed: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the weight by number, as an embedding looks them up.
+
+    ids: any shape, int32 or int64. Returns [*ids.shape, K], rounded once to ``dtype``.
+    """
+    n, k, fmt = packed.num_rows, packed.num_cols, packed.fmt
+    rows = ids.reshape(-1).long().contiguous()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < n:
+        raise ValueError(f"gather_rows: ids run {int(rows.min())}..{int(rows.max())} of 0..{n - 1}")
+    y = torch.empty(rows.numel(), k, dtype=dtype)
+    kernel = decode_kernel("gather", fmt, OUT_NAME[dtype])
+    weight = (packed.codes, packed.block_scale, packed.global_scale)
+    m = rows.numel()
+    _run(kernel, _Shape(m, n, k, m), weight, rows, y)
+    return y.view(*ids.shape, k)
+
+
+def gather_fp8_rows(
+    weight: torch.Tensor, row_scale: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of an FP8 weight by number: row_scale[id] * weight[id].
+
+    weight: [N, K] float8_e4m3fn or its bits; ids: any shape. Returns [*ids.shape, K].
+    """
+    rows = ids.reshape(-1).long()
+    bits = weight.view(torch.uint8)[rows]
+    values = _dequantize_fp8(bits, torch.float32).mul_(row_scale[rows][:, None])
+    return values.to(dtype).view(*ids.shape, weight.shape[1])

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token embedding and lm_head: as the checkpoint stores them, or quantised while they load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_nvfp4.checkpoints.convert import check_blocks, check_dense
+from vllm_nvfp4.checkpoints.online import online_spec
+from vllm_nvfp4.checkpoints.spec import (
+    UNQUANTIZED,
+    Dialect,
+    LayerKind,
+    LayerSpec,
+    Role,
+    embedding_spec,
+)
+from vllm_nvfp4.compat import versions
+from vllm_nvfp4.layers.linear import CheckpointLinearMethod, NvFp4Fp8LinearMethod, NvFp4LinearMethod
+from vllm_nvfp4.layers.weights import (
+    apply_weight,
+    attach_fp8_weight,
+    attach_weight,
+    prepare_kernels,
+    quantize_online,
+)
+from vllm_nvfp4.numerics.formats import NVFP4
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.options import Options
+
+logger = init_logger(f"vllm.{__name__}")
+
+_STORED = (LayerKind.MICROSCALED, LayerKind.FP8)
+
+
+@dataclass
+class Vocabulary:
+    """What the token embedding and lm_head of one model depend on.
+
+    dialect:   how the checkpoint stores them
+    are_tied:  whether they are one weight
+    tied_spec: how that weight is stored, known once the embedding is made
+    """
+
+    options: Options
+    dialect: Dialect
+    are_tied: bool
+    tied_spec: LayerSpec = UNQUANTIZED
+
+    @property
+    def tied_format(self) -> str:
+        """The one format of a weight that both share: the two options must agree."""
+        asked = {self.options.lm_head, self.options.embedding} - {"keep"}
+        if len(asked) > 1:
+            raise ValueError(
+                f"options lm_head={self.options.lm_head} and embedding={self.options.embedding}: "
+                "this model's lm_head and embedding are one tensor (tie_word_embeddings); set only "
+                "one of the two, or both to the same format."
+            )
+        return asked.pop() if asked else "keep"
+
+
+def lm_head_method(both: Vocabulary, spec: LayerSpec, prefix: str) -> QuantizeMethodBase | None:
+    """The method for lm_head: the checkpoint's own format first, then the option."""
+    if both.are_tied and both.tied_spec.kind in _STORED:
+        spec = both.tied_spec
+    if spec.kind in _STORED:
+        return _stored_method(both.options, spec, prefix)
+    fmt = both.tied_format if both.are_tied else both.options.lm_head
+    return None if fmt == "keep" else OnlineEmbeddingMethod(both, fmt, prefix)
+
+
+def embedding_method(both: Vocabulary, prefix: str) -> QuantizeMethodBase | None:
+    """The method for the token embedding, or None to keep it in 16 bits."""
+    spec = embedding_spec(both.dialect, prefix)
+    if spec.kind in _STORED:
+        if both.are_tied:
+            both.tied_spec = spec
+        return _stored_method(both.options, spec, prefix)
+    fmt = both.tied_format if both.are_tied else both.options.embedding
+    return None if fmt == "keep" else OnlineEmbeddingMethod(both, fmt, prefix)
+
+
+def _stored_method(options: Options, spec: LayerSpec, prefix: str) -> QuantizeMethodBase:
+    if spec.kind is LayerKind.FP8:
+        # lm_head multiplies one token of each request: 8-bit activations would gain nothing.
+        return StoredFp8EmbeddingMethod(options, replace(spec, activation_bits=16), prefix)
+    return StoredEmbeddingMethod(options, spec, prefix)
+
+
+def look_up(layer: Any, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a quantised embedding by token, [*ids.shape, hidden size] in ``dtype``."""
+    if not hasattr(layer, "weight_packed"):
+        return torch.ops.vllm_nvfp4.gather_fp8_rows(ids, layer.weight, layer.row_scale, dtype)
+    return torch.ops.vllm_nvfp4.gather_rows(
+        ids,
+        layer.weight_packed,
+        layer.weight_block_scale,
+        layer.weight_global_scale,
+        *layer.nvfp4_shape,
+        layer.nvfp4_format,
+        dtype,
+    )
+
+
+def weight_owner(layer: Any) -> Any:
+    """The layer itself; of a tied lm_head, the embedding."""
+    return getattr(layer, "nvfp4_tied_to", [layer])[0]
+
+
+class _VocabularyMethod:
+    """What a weight [vocabulary, hidden size] needs beside a linear layer's product: it serves as
+    embedding (a gather of rows), as lm_head, or as both when tied."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Make lm_head use the embedding's one copy."""
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if name != "bias":
+                delattr(layer, name)
+        # In a list, so that torch does not take the embedding for a child of lm_head.
+        layer.nvfp4_tied_to = [embed_tokens]
+        return layer
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        return look_up(layer, input_, layer.nvfp4_dtype)
+
+
+class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
+    """Parameters as a linear layer's, loaded by vLLM's loader for rows of a vocabulary."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        load: Any = extra_weight_attrs["weight_loader"]
+
+        def load_rows(parameter: Any, loaded: torch.Tensor) -> None:
+            # vLLM's takes a scalar and a scale for each row in the parameter's shape alone, and
+            # fills the rows that pad the vocabulary with 0.
+            if parameter.nvfp4_role is not Role.UNUSED:
+                rows = loaded.shape or (1,)
+                load(parameter, loaded.reshape(rows[0], *parameter.shape[1:]))
+            if parameter.nvfp4_role is Role.ROW_SCALE:
+                parameter.data[layer.num_org_embeddings_per_partition :] = 1
+
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **{**extra_weight_attrs, "weight_loader": load_rows},
+        )
+        layer.nvfp4_dtype = params_dtype
+
+
+class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
+    """lm_head or embedding in NVFP4 or MXFP4, from a checkpoint."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(weight_owner(layer), x, bias)
+
+
+class StoredFp8EmbeddingMethod(_StoredVocabularyMethod, NvFp4Fp8LinearMethod):
+    """lm_head or embedding in FP8, from a checkpoint."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(weight_owner(layer), x, bias)
+
+
+class OnlineEmbeddingMethod(_VocabularyMethod, QuantizeMethodBase):
+    """A 16-bit [vocabulary, hidden size] weight that becomes FP8 or NVFP4 once it is loaded."""
+
+    uses_meta_device = True
+
+    def __init__(self, both: Vocabulary, fmt: str, prefix: str) -> None:
+        self.options, self.are_tied = both.options, both.are_tied
+        self.fmt, self.prefix = fmt, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if self.fmt == NVFP4.name:
+            spec = online_spec(NVFP4)
+            check_blocks(self.prefix, spec, input_size_per_partition, input_size)
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        data = torch.empty(shape, dtype=params_dtype, device="meta")
+        weight: Any = torch.nn.Parameter(data, requires_grad=False)
+        weight.nvfp4_role = Role.WEIGHT
+        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+        layer.nvfp4_dtype = params_dtype
+        versions.initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight: Any = getattr(layer, "weight", None)
+        if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
+            return
+        del layer.weight
+        if self.fmt == NVFP4.name:
+            method = self.options.online_method
+            quantized = quantize_online(
+                weight.data, [len(weight)], NVFP4, method, layer=self.prefix
+            )
+            attach_weight(layer, quantized)
+            prepare_kernels(layer, self.options.activation)
+        else:
+            check_dense(weight.data, f"{self.prefix}.weight")
+            codes, scale = quantize_fp8_per_row(weight.data)
+            attach_fp8_weight(layer, codes, scale.squeeze(-1))
+        logger.info_once(
+            "nvfp4: %s: 16-bit %s, quantised to %s while loading",
+            self.prefix,
+            "shared by embedding and lm_head" if self.are_tied else "layer",
+            self.fmt,
+        )
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        source = weight_owner(layer)
+        if self.fmt == NVFP4.name:
+            return apply_weight(source, x, bias, self.options.activation)
+        return torch.ops.vllm_nvfp4.fp8_linear(x, source.weight, source.row_scale, bias, 16)

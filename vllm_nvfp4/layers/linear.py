@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers: create what the checkpoint stores, turn it into kernel order, multiply."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    ModelWeightParameter,
+)
+
+from vllm_nvfp4.checkpoints.convert import check_blocks, fp8_to_rows, to_weight
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
+from vllm_nvfp4.compat import versions
+from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.layers.parameters import make_parameter
+from vllm_nvfp4.layers.weights import (
+    ACTIVATION_BITS,
+    apply_weight,
+    attach_fp8_weight,
+    attach_weight,
+    frozen,
+    prepare_kernels,
+    quantize_online,
+    unpack_weight,
+)
+from vllm_nvfp4.numerics.formats import BlockFormat
+from vllm_nvfp4.numerics.hadamard import rotate_blocks
+from vllm_nvfp4.options import Options
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMethodBase:
+    """The method for a layer that is stored, or to be quantised, as ``spec`` says."""
+    if spec.kind is LayerKind.FP8:
+        return NvFp4Fp8LinearMethod(options, spec, prefix)
+    if spec.kind is LayerKind.ONLINE:
+        return NvFp4OnlineLinearMethod(options, spec, prefix)
+    return NvFp4LinearMethod(options, spec, prefix)
+
+
+class CheckpointLinearMethod(LinearMethodBase):
+    """What both stored kinds share: parameters from the spec, and their way into kernel order."""
+
+    def __init__(self, options: Options, spec: LayerSpec, prefix: str) -> None:
+        self.options, self.spec, self.prefix = options, spec, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register one parameter for each tensor of the spec; vLLM's loader fills them."""
+        check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
+        layer.logical_widths = output_partition_sizes
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        loader = extra_weight_attrs.get("weight_loader")
+        for tensor in self.spec.tensors:
+            parameter: Any = make_parameter(
+                tensor, self.spec, shape, len(output_partition_sizes), loader
+            )
+            parameter.nvfp4_role = tensor.role
+            layer.register_parameter(tensor.name, parameter)
+
+    def take_tensors(self, layer: Any) -> dict[Role, torch.Tensor] | None:
+        """Take the loaded tensors off the layer; None if they were taken before."""
+        tensors = {}
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if role := getattr(parameter, "nvfp4_role", None):
+                tensors[role] = parameter.data
+                delattr(layer, name)
+        return tensors or None
+
+
+@register_weight_loader_v2_supported_method
+class NvFp4LinearMethod(CheckpointLinearMethod):
+    """NVFP4 and MXFP4 weights from a checkpoint."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if (tensors := self.take_tensors(layer)) is None:
+            return
+        weight = to_weight(self.spec, tensors, layer.logical_widths, self.prefix)
+        attach_weight(layer, weight)
+        if (pre_scale := tensors.get(Role.PRE_SCALE)) is not None:
+            layer.pre_scale = frozen(_agreed(pre_scale, self.prefix, "pre_quant_scale"))
+        if (hadamard := tensors.get(Role.HADAMARD)) is not None:
+            layer.hadamard = frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
+        prepare_kernels(layer, self.options.activation)
+        bits = ACTIVATION_BITS[self.options.activation]
+        log_path(self.spec, layer.weight_packed.device, bits)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.spec.tensor(Role.PRE_SCALE) is not None:
+            x = x * layer.pre_scale.to(x.dtype)
+        if self.spec.hadamard_size:
+            x = rotate_blocks(x, layer.hadamard)
+        return apply_weight(layer, x, bias, self.options.activation)
+
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
+        return unpack_weight(layer).dequantize(torch.get_default_dtype())
+
+
+@register_weight_loader_v2_supported_method
+class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
+    """The FP8 layers of a mixed-precision checkpoint."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if (tensors := self.take_tensors(layer)) is None:
+            return
+        weight, row_scale = fp8_to_rows(self.spec, tensors, layer.logical_widths, self.prefix)
+        attach_fp8_weight(layer, weight, row_scale)
+        wanted = ACTIVATION_BITS[self.options.activation]
+        if self.spec.activation_bits == 16:
+            wanted = 16
+        dtype = torch.get_default_dtype()
+        layer.nvfp4_activation_bits = ops.fp8_activation_bits(weight, dtype, wanted)
+        log_path(self.spec, weight.device, layer.nvfp4_activation_bits)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        bits = layer.nvfp4_activation_bits
+        return torch.ops.vllm_nvfp4.fp8_linear(x, layer.weight, layer.row_scale, bias, bits)
+
+
+@register_weight_loader_v2_supported_method
+class NvFp4OnlineLinearMethod(LinearMethodBase):
+    """A 16-bit layer that becomes NVFP4 or MXFP4 as soon as its last shard is loaded.
+
+    The weight lives on the meta device until then, so the peak is the quantised model and the
+    16-bit weights of the layers in flight.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, options: Options, spec: LayerSpec, prefix: str) -> None:
+        self.options, self.spec, self.prefix = options, spec, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
+        layer.logical_widths = output_partition_sizes
+        weight: Any = ModelWeightParameter(
+            data=torch.empty(
+                sum(output_partition_sizes),
+                input_size_per_partition,
+                dtype=params_dtype,
+                device="meta",
+            ),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs.get("weight_loader"),
+        )
+        weight.nvfp4_role = Role.WEIGHT
+        layer.register_parameter("weight", weight)
+        versions.initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight: Any = getattr(layer, "weight", None)
+        if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
+            return
+        del layer.weight
+        quantized = quantize_online(
+            weight.data,
+            layer.logical_widths,
+            cast(BlockFormat, self.spec.fmt),
+            self.options.online_method,
+            layer=self.prefix,
+        )
+        attach_weight(layer, quantized)
+        prepare_kernels(layer, self.options.activation)
+        bits = ACTIVATION_BITS[self.options.activation]
+        log_path(self.spec, layer.weight_packed.device, bits)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return apply_weight(layer, x, bias, self.options.activation)
+
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
+        return unpack_weight(layer).dequantize(torch.get_default_dtype())
+
+
+def log_path(spec: LayerSpec, device: torch.device, activation_bits: int) -> None:
+    """One line for each kind of layer: what was found and which path runs it."""
+    found = spec.algo or spec.kind.value
+    if spec.kind is LayerKind.ONLINE and spec.fmt:
+        found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
+    is_fp8 = spec.kind is LayerKind.FP8
+    path = ops.describe_path(device.type, versions.device_arch(), is_fp8, activation_bits)
+    logger.info_once("nvfp4: %s: %s", found, path)
+
+
+def _agreed(stacked: torch.Tensor, prefix: str, name: str) -> torch.Tensor:
+    """One tensor for all shards of a fused layer: they share the activations."""
+    if not all(torch.equal(stacked[0], other) for other in stacked[1:]):
+        raise CheckpointError(
+            prefix,
+            name,
+            "different values in the shards of a fused layer",
+            "one value for all",
+            "Quantise again with the fused layers' inputs scaled alike.",
+        )
+    return stacked[0].clone()
