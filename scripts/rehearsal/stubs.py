@@ -3,7 +3,8 @@
 
 libcuda.so.1 has every function that the compiled extensions of torch and vLLM link to, and each
 answers CUDA_ERROR_NO_DEVICE: the extensions load, and CUDA finds no device. libnvidia-ml.so.1
-describes one GPU, by which vLLM takes the machine for one with CUDA.
+describes one GPU, by which vLLM takes the machine for one with CUDA. A third, preloaded, answers
+for the CUDA runtime that there is one device: torch enters it for tensors that have shapes alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _NO_DEVICE = 100
+# torch asks it before it enters a device, and not to have a context is an answer.
+_CONTEXT_STATE = "cuDevicePrimaryCtxGetState"
 # cuda.h spells a function cu + capital letter, and so do these libraries of the toolkit.
 _OTHER_LIBRARIES = re.compile(
     r"cu(blas|dnn|sparse|solver|fft|rand|File|pti|tensor(?!Map)|Tensor(?!Map))"
@@ -63,8 +66,12 @@ def driver_functions(symbols: set[str]) -> list[str]:
 
 def driver_source(functions: list[str]) -> str:
     """C for a libcuda of these functions without a device."""
-    lines = [f"int {name}(void) {{ return {_NO_DEVICE}; }}" for name in functions
-             if name not in _TEXTS]  # fmt: skip
+    written = {_CONTEXT_STATE, *_TEXTS}
+    lines = [f"int {f}(void) {{ return {_NO_DEVICE}; }}" for f in functions if f not in written]
+    lines.append(
+        f"int {_CONTEXT_STATE}(int device, unsigned *flags, int *is_active) "
+        "{ *flags = 0; *is_active = 0; return 0; }"
+    )
     lines += [
         f'int {name}(int status, const char **text) {{ *text = "no CUDA device"; return 0; }}'
         for name in _TEXTS
@@ -83,6 +90,21 @@ def build_driver(site: Path, folder: Path) -> int:
     source.write_text(driver_source(functions))
     _compile(source, folder / "libcuda.so.1")
     return len(functions)
+
+
+_RUNTIME = """
+int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+int cudaGetDevice(int *device) { *device = 0; return 0; }
+int cudaSetDevice(int device) { return 0; }
+"""
+
+
+def build_runtime(folder: Path) -> Path:
+    """The library to preload."""
+    source, library = folder / "cudart.c", folder / "cudart.so"
+    source.write_text(_RUNTIME)
+    _compile(source, library)
+    return library
 
 
 def build_nvml(source: Path, folder: Path) -> None:

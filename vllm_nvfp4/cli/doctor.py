@@ -190,8 +190,16 @@ def layer_paths() -> dict[str, str]:
         "FP8 linear": ops.describe_path(device, arch, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
-        "KV cache": f"16 bits: {obstacle}" if obstacle else "FP8",
+        "KV cache": f"16 bits: {obstacle}" if obstacle else _kv_cache(arch),
     }
+
+
+def _kv_cache(arch: int | None) -> str:
+    from vllm_nvfp4.compat import versions
+
+    if arch is None or not versions.has_nvfp4_kv_cache(arch):
+        return "FP8"
+    return "FP8 (default); NVFP4 by --kv-cache-dtype nvfp4, untried, for heads of 128 and more"
 
 
 def collect() -> tuple[list[Check], dict[str, str]]:

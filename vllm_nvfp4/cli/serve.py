@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.options import METHOD_NAMES
 from vllm_nvfp4.serving.host import command_line
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
@@ -52,12 +53,19 @@ def check_files(vllm_args: Sequence[str]) -> None:
     Only where the model is named first and this project's method is to serve it.
     """
     folder = Path(vllm_args[0])
-    other_method = any(
-        arg.startswith(("-q", "--quantization")) and "nvfp4" not in f"{arg} {after}"
-        for arg, after in zip(vllm_args, [*vllm_args[1:], ""], strict=True)
-    )
-    if folder.is_dir() and not other_method:
+    if folder.is_dir() and _methods(vllm_args) <= set(METHOD_NAMES):
         validate(folder, *read_config(folder))
+
+
+def _methods(vllm_args: Sequence[str]) -> set[str]:
+    """What --quantization or -q names."""
+    pairs = zip(vllm_args, [*vllm_args[1:], ""], strict=True)
+    split = ((*arg.partition("="), after) for arg, after in pairs)
+    return {
+        value if equals else after
+        for flag, equals, value, after in split
+        if flag in ("-q", "--quantization")
+    }
 
 
 def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:

@@ -186,6 +186,12 @@ def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
     return None
 
 
+def has_nvfp4_kv_cache(arch: int) -> bool:
+    """Whether vLLM takes ``--kv-cache-dtype nvfp4`` on a GPU of this architecture, by its code:
+    through FlashInfer, from 0.32 on, on 8.x, 9.x and 12.x."""
+    return vllm_version() >= Version("0.32") and arch // 10 in (8, 9, 12)
+
+
 @functools.cache
 def fp8_kv_write_truncates() -> bool:
     """Whether vLLM's CPU backend cuts K and V off to E4M3 where it should round, as 0.32 does.

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the walk pretends beside the stand-ins of the driver, all of it in one place.
+
+Weights are loaded on the CPU and packed as on a GPU; a graph is compiled for tensors of a GPU that
+have no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from vllm_nvfp4.gpus import find_gpu, short_name
+from vllm_nvfp4.kernels import ops
+
+_SEQUENCES, _TOKENS = 4, 512
+
+
+def engine_config(folder: Path, **options: Any) -> Any:
+    """vLLM's whole configuration for a checkpoint, as ``vllm serve`` makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults: dict[str, Any] = {
+        "quantization": "nvfp4",
+        "max_model_len": 128,
+        "max_num_seqs": _SEQUENCES,
+        "max_num_batched_tokens": _TOKENS,
+    }
+    return EngineArgs(model=str(folder), **(defaults | options)).create_engine_config()
+
+
+def _kernels_of_a_gpu(device_type: str, layer: str = "linear") -> types.ModuleType:
+    return importlib.import_module(f"vllm_nvfp4.kernels.cuda.{layer}")
+
+
+@contextlib.contextmanager
+def packed_as_on_a_gpu() -> Iterator[None]:
+    """Within it, weights on the CPU are put into the order of the CUDA kernels."""
+    with (
+        mock.patch.object(ops, "backend", _kernels_of_a_gpu),
+        mock.patch.object(ops, "warm_up", lambda *_: None),
+    ):
+        yield
+
+
+def load(config: Any) -> Any:
+    """The model of a configuration, loaded on the CPU by the loader that a GPU's worker takes."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config.load_config.device = "cpu"
+    with set_current_vllm_config(config), packed_as_on_a_gpu():
+        if not torch.distributed.is_initialized():
+            init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")
+            ensure_model_parallel_initialized(1, 1)
+        loader = get_model_loader(config.load_config)
+        return loader.load_model(vllm_config=config, model_config=config.model_config)
+
+
+@contextlib.contextmanager
+def figures_of_the_card() -> Iterator[None]:
+    """Within it, torch.cuda describes the card that NVML does, to what is compiled for it."""
+    from torch._dynamo import device_interface
+
+    from vllm_nvfp4.kernels.cuda import devices
+
+    capability = tuple(map(int, os.environ["STUB_NVML_CAPABILITY"].split(".")))
+    name = os.environ["STUB_NVML_NAME"]
+    gpu = find_gpu(short_name(name))
+    if gpu is None:
+        raise ValueError(f"{name} is not among the cards of gpus.py")
+    properties = types.SimpleNamespace(
+        name=name,
+        total_memory=int(os.environ["STUB_NVML_GIB"]) << 30,
+        multi_processor_count=gpu.num_sms,
+        major=capability[0],
+        minor=capability[1],
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=1536,
+        max_threads_per_block=1024,
+        warp_size=32,
+        L2_cache_size=64 << 20,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=101376,
+    )
+    answers: dict[str, Any] = {
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: capability,
+        "get_device_name": lambda *_: properties.name,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_rng_state": lambda *_: None,
+        "set_rng_state": lambda *_: None,
+        "is_current_stream_capturing": lambda: False,
+    }
+    interface = device_interface.CudaInterface
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for name in ("get_device_properties", "current_device", "device_count"):
+            stack.enter_context(mock.patch.object(interface, name, staticmethod(answers[name])))
+        known = device_interface.caching_worker_device_properties
+        stack.enter_context(mock.patch.dict(known, {"cuda": [properties]}))
+        # Dynamo follows an accelerator's streams, and vLLM empties its allocator.
+        for name, answer in (
+            ("is_available", lambda: False),
+            ("empty_cache", lambda: None),
+            ("max_memory_allocated", lambda *_: 0),
+        ):
+            stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
+        device = devices.Device(gpu, None, None)  # type: ignore[arg-type]
+        stack.enter_context(mock.patch.dict(devices._devices, {0: device}))
+        yield
+
+
+def run_without_memory(model: Any, config: Any, tokens: int) -> Any:
+    """The model's forward pass on a GPU's tensors that have shapes alone, compiled as vLLM does."""
+    from torch._subclasses import FakeTensorMode
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        set_current_vllm_config(config),
+        set_forward_context(None, config, num_tokens=tokens),
+    ):
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
+                        is_parameter = isinstance(tensor, torch.nn.Parameter)
+                        table[name] = (
+                            torch.nn.Parameter(there, requires_grad=False)
+                            if is_parameter
+                            else there
+                        )
+        ids = torch.empty(tokens, dtype=torch.int64, device="cuda:0")
+        return model(ids, torch.empty_like(ids))
