@@ -14,6 +14,9 @@ from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
 
 _registered = False
 
+# What vLLM's online quantization made of the names before this plugin was there.
+_replaced_shorthands: dict[str, Any] = {}
+
 # Whether the model configuration being built belongs to an engine that asked for this method.
 _asked = contextvars.ContextVar("vllm_nvfp4_asked", default=False)
 
@@ -101,7 +104,7 @@ def _remove_builtin_method(quantization: Any, name: str) -> None:
 
     names = tuple(n for n in get_args(quantization.QuantizationMethods) if n != name)
     quantization.QuantizationMethods = Literal[names]
-    getattr(online, "_ONLINE_SHORTHANDS", {}).pop(name, None)
+    _replaced_shorthands[name] = getattr(online, "_ONLINE_SHORTHANDS", {}).pop(name, None)
     shorthands = getattr(online, "ONLINE_QUANT_SHORTHAND_NAMES", ())
     online.ONLINE_QUANT_SHORTHAND_NAMES = tuple(n for n in shorthands if n != name)
 
@@ -123,6 +126,7 @@ def _patch_engine_args() -> None:
 
     @functools.wraps(create_engine_config)
     def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _forget_shorthand(self)
         if self.quantization in METHOD_NAMES:
             Options.resolve(self.additional_config)
         try:
@@ -138,6 +142,7 @@ def _patch_engine_args() -> None:
 
     @functools.wraps(create_model_config)
     def create_model_config_that_asked(self: Any) -> Any:
+        _forget_shorthand(self)
         asked = self.quantization in METHOD_NAMES or (
             self.quantization is None and Options.resolve().auto
         )
@@ -149,6 +154,14 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _forget_shorthand(engine_args: Any) -> None:
+    """Take back what vLLM made of a name that was its own: in a process that has no plugins yet,
+    its arguments are resolved just before it loads them."""
+    shorthand = _replaced_shorthands.get(engine_args.quantization)
+    if shorthand is not None and engine_args.quantization_config == shorthand:
+        engine_args.quantization_config = None
 
 
 def _patch_engine_death() -> None:

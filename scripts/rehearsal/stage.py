@@ -54,14 +54,19 @@ def packed_as_on_a_gpu() -> Iterator[None]:
 def load(config: Any) -> Any:
     """The model of a configuration, loaded on the CPU by the loader that a GPU's worker takes."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import (
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
     from vllm.model_executor.model_loader import get_model_loader
 
     config.load_config.device = "cpu"
     with set_current_vllm_config(config), packed_as_on_a_gpu():
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")
-            ensure_model_parallel_initialized(1, 1)
+        destroy_model_parallel()  # of the model before: only mixtures of experts have all groups
+        ensure_model_parallel_initialized(1, 1)
         loader = get_model_loader(config.load_config)
         return loader.load_model(vllm_config=config, model_config=config.model_config)
 
@@ -70,6 +75,7 @@ def load(config: Any) -> Any:
 def figures_of_the_card() -> Iterator[None]:
     """Within it, torch.cuda describes the card that NVML does, to what is compiled for it."""
     from torch._dynamo import device_interface
+    from torch._inductor import config as inductor
 
     from vllm_nvfp4.kernels.cuda import devices
 
@@ -98,9 +104,11 @@ def figures_of_the_card() -> Iterator[None]:
         "get_device_name": lambda *_: properties.name,
         "current_device": lambda: 0,
         "device_count": lambda: 1,
-        "get_rng_state": lambda *_: None,
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
         "is_current_stream_capturing": lambda: False,
+        "_exchange_device": lambda *_: 0,
+        "_maybe_exchange_device": lambda *_: 0,
     }
     interface = device_interface.CudaInterface
     with contextlib.ExitStack() as stack:
@@ -117,9 +125,35 @@ def figures_of_the_card() -> Iterator[None]:
             ("max_memory_allocated", lambda *_: 0),
         ):
             stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
+        stack.enter_context(inductor.patch(compile_threads=1))  # in this process, under this
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self))
+        # Inductor draws up its patterns of attention with tensors that have memory.
+        for module, name in (("fuse_attention", "_sfdp_init"), ("pad_mm", "_pad_mm_init")):
+            place = importlib.import_module(f"torch._inductor.fx_passes.{module}")
+            stack.enter_context(mock.patch.object(place, name, lambda *_: None))
         device = devices.Device(gpu, None, None)  # type: ignore[arg-type]
         stack.enter_context(mock.patch.dict(devices._devices, {0: device}))
         yield
+
+
+@contextlib.contextmanager
+def compiled_for_the_card() -> Iterator[list[str]]:
+    """Within it, what Inductor writes becomes machine code, which is not run. Yields what it has
+    written so far, a module for each graph."""
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    written: list[str] = []
+    ignore = lambda *_: None  # noqa: E731
+    with (
+        mock.patch.object(GraphLowering, "save_output_code", written.append),
+        # Both would run what is compiled: to choose among its variants, and to load it.
+        mock.patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", ignore),
+        mock.patch.object(CachingAutotuner, "_make_launchers", ignore),
+        mock.patch.object(CachingAutotuner, "_dynamic_scale_rblock", ignore),
+    ):
+        yield written
 
 
 def run_without_memory(model: Any, config: Any, tokens: int) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import tarfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,16 @@ def _is_there(name: str) -> bool:
 
 def command_line() -> str:
     """`vllm serve MODEL --quantization nvfp4` as vLLM's parser takes it."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
-    line = ["MODEL", "--quantization", "nvfp4", "--kv-cache-dtype", "fp8", "--enable-lora"]
+    parser, server = FlexibleArgumentParser(), ServeSubcommand()
+    server.subparser_init(parser.add_subparsers(dest="subparser"))
+    line = ["serve", "MODEL", "--quantization", "nvfp4_ada", "--kv-cache-dtype", "nvfp4"]
     args = parser.parse_args(line)
-    need(args.quantization == "nvfp4", f"--quantization is {args.quantization}")
-    return " ".join(["vllm serve", *line])
+    server.validate(args)
+    need(args.quantization == "nvfp4_ada", f"--quantization is {args.quantization}")
+    return " ".join(["vllm", *line])
 
 
 def attention() -> str:
@@ -196,12 +199,27 @@ def lora(folder: Path) -> str:
 
 
 def graph(name: str, folder: Path) -> str:
-    """Compile the model for the card at hand, for a batch beyond the switch to 8 bits."""
-    config = stage.engine_config(checkpoint(name, folder))
+    """Compile the model for the card at hand, with 8-bit activations, which layers as small as
+    these would not get by themselves."""
+    options = {"nvfp4": {"activation": "8"}}
+    config = stage.engine_config(checkpoint(name, folder), additional_config=options)
     model = stage.load(config)
     torch._dynamo.reset()
-    y = stage.run_without_memory(model, config, tokens=300)
-    return f"{list(y.shape)} on {y.device}"
+    with stage.compiled_for_the_card() as written:
+        try:
+            stage.run_without_memory(model, config, tokens=300)
+        except torch.AcceleratorError as error:
+            # Where the first of the compiled graphs begins to run, all of them are compiled.
+            *_, last = traceback.extract_tb(error.__traceback__)
+            if "empty_strided_cuda" not in (last.line or ""):
+                raise
+    kernels = sum(code.count("async_compile.triton(") for code in written)
+    rounded = sum("_a8" in code or "_scaled_mm" in code for code in written)
+    need(rounded > 0, "no graph takes 8-bit activations")
+    return (
+        f"{len(written)} graphs, {rounded} of them with 8-bit activations, {kernels} Triton kernels "
+        "in machine code, up to the first allocation"
+    )
 
 
 def kernels() -> str:

@@ -85,7 +85,11 @@ def build_driver(site: Path, folder: Path) -> int:
     Needs nm and gcc. Raises CalledProcessError.
     """
     libraries = sorted([*site.glob("vllm/*.so"), *site.glob("torch/lib/*.so")])
-    functions = driver_functions(undefined_symbols(libraries))
+    symbols = undefined_symbols(libraries)
+    # Triton compiles this against libcuda on the machine that it runs on.
+    for source in site.glob("triton/backends/nvidia/*.c"):
+        symbols |= set(re.findall(r"\bcu[A-Z]\w*(?=\()", source.read_text()))
+    functions = driver_functions(symbols)
     source = folder / "libcuda.c"
     source.write_text(driver_source(functions))
     _compile(source, folder / "libcuda.so.1")

@@ -140,14 +140,15 @@ def test_fp8_layers_of_16_bits_stay_whole():
 
 
 def put_gpu(monkeypatch, name):
-    """A GPU of this name at cuda:0, and weights [N, K] and [N + 8, K] on it, without memory."""
+    """A GPU of this name at cuda:0, and weights of 4096 and 4104 rows on it, without memory."""
     device = Device(find_gpu(name), None, torch.zeros(1))
     monkeypatch.setattr(cuda, "prepare", lambda *_: device)
     monkeypatch.setitem(devices._devices, 0, device)
     monkeypatch.setattr(ops, "_refusals", {})
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         return [
-            torch.empty(rows, K, dtype=torch.float8_e4m3fn, device="cuda:0") for rows in (N, N + 8)
+            torch.empty(rows, 4096, dtype=torch.float8_e4m3fn, device="cuda:0")
+            for rows in (4096, 4104)
         ]
 
 
@@ -174,7 +175,7 @@ def test_how_fp8_layers_may_take_their_activations(monkeypatch):
     ],
 )
 def test_fp8_layers_that_the_library_refuses_keep_16_bits(refused, wanted, bits, monkeypatch):
-    weight, _ = put_gpu(monkeypatch, "H100")
+    weight, _ = put_gpu(monkeypatch, "H100 80GB HBM3")
     sizes, said = [], []
 
     def product(q, a_scale, weight, row_scale, bias, dtype):
@@ -187,14 +188,14 @@ def test_fp8_layers_that_the_library_refuses_keep_16_bits(refused, wanted, bits,
     monkeypatch.setattr(ops.logger, "warning", lambda line, *values: said.append(line % values))
     assert ops.fp8_activation_bits(weight, torch.bfloat16, wanted) == bits
     lines = [line.partition(": torch._scaled_mm refuses ")[0] for line in said]
-    assert lines == ([f"nvfp4: FP8 layers of [{N}, {K}] run in W8A16"] if bits == 16 else [])
+    assert lines == (["nvfp4: FP8 layers of [4096, 4096] run in W8A16"] if bits == 16 else [])
     tried = len(sizes)
     assert ops.fp8_activation_bits(weight, torch.bfloat16, wanted) == bits
     assert len(sizes) == tried  # once for each shape
 
 
 def test_a_lack_of_memory_is_no_refusal(monkeypatch):
-    weight, _ = put_gpu(monkeypatch, "H100")
+    weight, _ = put_gpu(monkeypatch, "H100 80GB HBM3")
 
     def product(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
