@@ -152,11 +152,11 @@ def table(rows: list[Row]) -> str:
         "# vLLM  card  step  outcome  seconds  detail",
     ]
     wide = max(len(row.step) for row in rows)
-    for row in rows:
-        lines.append(
-            f"{row.release:8}{row.card:5}{row.step:{wide}}  {row.outcome:14}"
-            f"{row.seconds:7.1f}  {row.detail}".rstrip()
-        )
+    lines += [
+        f"{row.release:8}{row.card:5}{row.step:{wide}}  {row.outcome:14}"
+        f"{row.seconds:7.1f}  {row.detail}".rstrip()
+        for row in rows
+    ]
     failed = sum(row.outcome == "failed" for row in rows)
     waits = sum(row.outcome == "needs a device" for row in rows)
     total = sum(row.seconds for row in rows)

@@ -111,13 +111,16 @@ def test_a_vllm_with_methods_of_these_names_serves_every_checkpoint_by_this_one(
 @pytest.mark.parametrize("given", ["nvfp4", "nvfp4_ada"])
 def test_the_method_keeps_the_name_that_it_was_asked_by(registered, given, tmp_path):
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
-    config = engine_args(folder, quantization=given, additional_config={"nvfp4": {"lm_head": "fp8"}})
-    config = config.create_engine_config()
+
+    def args(lm_head):
+        options = {"nvfp4": {"lm_head": lm_head}}
+        return engine_args(folder, quantization=given, additional_config=options)
+
+    config = args("fp8").create_engine_config()
     assert config.model_config.quantization == given
     assert config.additional_config["nvfp4"] == {"lm_head": "fp8"}
-    wrong = engine_args(folder, quantization=given, additional_config={"nvfp4": {"lm_head": "x"}})
     with pytest.raises(ValueError, match="lm_head is 'x'"):
-        wrong.create_engine_config()
+        args("x").create_engine_config()
 
 
 @pytest.fixture(scope="module")

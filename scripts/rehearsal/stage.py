@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from vllm_nvfp4.gpus import find_gpu, short_name
+from vllm_nvfp4.gpus import Gpu, find_gpu, short_name
 from vllm_nvfp4.kernels import ops
 
 _SEQUENCES, _TOKENS = 4, 512
@@ -46,7 +46,7 @@ def packed_as_on_a_gpu() -> Iterator[None]:
     """Within it, weights on the CPU are put into the order of the CUDA kernels."""
     with (
         mock.patch.object(ops, "backend", _kernels_of_a_gpu),
-        mock.patch.object(ops, "warm_up", lambda *_: None),
+        mock.patch.object(ops, "warm_up"),
     ):
         yield
 
@@ -71,6 +71,31 @@ def load(config: Any) -> Any:
         return loader.load_model(vllm_config=config, model_config=config.model_config)
 
 
+def _card() -> tuple[Gpu, Any]:
+    """The card that the stand-in of NVML describes: its figures, and its properties as torch has
+    them."""
+    name = os.environ["STUB_NVML_NAME"]
+    gpu = find_gpu(short_name(name))
+    if gpu is None:
+        raise ValueError(f"{name} is not among the cards of gpus.py")
+    major, minor = map(int, os.environ["STUB_NVML_CAPABILITY"].split("."))
+    properties = types.SimpleNamespace(
+        name=name,
+        total_memory=int(os.environ["STUB_NVML_GIB"]) << 30,
+        multi_processor_count=gpu.num_sms,
+        major=major,
+        minor=minor,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=1536,
+        max_threads_per_block=1024,
+        warp_size=32,
+        L2_cache_size=int(gpu.l2_mb * 2**20),
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=101376,
+    )
+    return gpu, properties
+
+
 @contextlib.contextmanager
 def figures_of_the_card() -> Iterator[None]:
     """Within it, torch.cuda describes the card that NVML does, to what is compiled for it."""
@@ -79,58 +104,43 @@ def figures_of_the_card() -> Iterator[None]:
 
     from vllm_nvfp4.kernels.cuda import devices
 
-    capability = tuple(map(int, os.environ["STUB_NVML_CAPABILITY"].split(".")))
-    name = os.environ["STUB_NVML_NAME"]
-    gpu = find_gpu(short_name(name))
-    if gpu is None:
-        raise ValueError(f"{name} is not among the cards of gpus.py")
-    properties = types.SimpleNamespace(
-        name=name,
-        total_memory=int(os.environ["STUB_NVML_GIB"]) << 30,
-        multi_processor_count=gpu.num_sms,
-        major=capability[0],
-        minor=capability[1],
-        regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=1536,
-        max_threads_per_block=1024,
-        warp_size=32,
-        L2_cache_size=64 << 20,
-        shared_memory_per_block=49152,
-        shared_memory_per_block_optin=101376,
-    )
+    gpu, properties = _card()
     answers: dict[str, Any] = {
-        "get_device_properties": lambda *_: properties,
-        "get_device_capability": lambda *_: capability,
-        "get_device_name": lambda *_: properties.name,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": lambda *_: None,
-        "is_current_stream_capturing": lambda: False,
-        "_exchange_device": lambda *_: 0,
-        "_maybe_exchange_device": lambda *_: 0,
+        "get_device_properties": properties,
+        "get_device_capability": (properties.major, properties.minor),
+        "get_device_name": properties.name,
+        "current_device": 0,
+        "device_count": 1,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "is_current_stream_capturing": False,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
     }
     interface = device_interface.CudaInterface
     with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+
+        def answer(owner: Any, name: str, value: Any) -> None:
+            def found(*_: Any) -> Any:
+                return value
+
+            stack.enter_context(mock.patch.object(owner, name, found))
+
+        for name, value in answers.items():
+            answer(torch.cuda, name, value)
         for name in ("get_device_properties", "current_device", "device_count"):
-            stack.enter_context(mock.patch.object(interface, name, staticmethod(answers[name])))
+            answer(interface, name, answers[name])
         known = device_interface.caching_worker_device_properties
         stack.enter_context(mock.patch.dict(known, {"cuda": [properties]}))
         # Dynamo follows an accelerator's streams, and vLLM empties its allocator.
-        for name, answer in (
-            ("is_available", lambda: False),
-            ("empty_cache", lambda: None),
-            ("max_memory_allocated", lambda *_: 0),
-        ):
-            stack.enter_context(mock.patch.object(torch.accelerator, name, answer))
+        for name, value in (("is_available", False), ("empty_cache", None),
+                            ("max_memory_allocated", 0)):  # fmt: skip
+            answer(torch.accelerator, name, value)
         stack.enter_context(inductor.patch(compile_threads=1))  # in this process, under this
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self))
         # Inductor draws up its patterns of attention with tensors that have memory.
         for module, name in (("fuse_attention", "_sfdp_init"), ("pad_mm", "_pad_mm_init")):
-            place = importlib.import_module(f"torch._inductor.fx_passes.{module}")
-            stack.enter_context(mock.patch.object(place, name, lambda *_: None))
+            answer(importlib.import_module(f"torch._inductor.fx_passes.{module}"), name, None)
         device = devices.Device(gpu, None, None)  # type: ignore[arg-type]
         stack.enter_context(mock.patch.dict(devices._devices, {0: device}))
         yield
@@ -145,13 +155,12 @@ def compiled_for_the_card() -> Iterator[list[str]]:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     written: list[str] = []
-    ignore = lambda *_: None  # noqa: E731
     with (
         mock.patch.object(GraphLowering, "save_output_code", written.append),
         # Both would run what is compiled: to choose among its variants, and to load it.
-        mock.patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", ignore),
-        mock.patch.object(CachingAutotuner, "_make_launchers", ignore),
-        mock.patch.object(CachingAutotuner, "_dynamic_scale_rblock", ignore),
+        mock.patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block"),
+        mock.patch.object(CachingAutotuner, "_make_launchers"),
+        mock.patch.object(CachingAutotuner, "_dynamic_scale_rblock"),
     ):
         yield written
 

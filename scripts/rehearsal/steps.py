@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from rehearsal import stage
 from rehearsal.weights import compare_with_file
-
 from vllm_nvfp4.testing.checkpoints import (
     FIXTURES,
     extract_fixture,
@@ -22,13 +22,15 @@ from vllm_nvfp4.testing.checkpoints import (
     to_gpt_oss_mxfp4,
     write_adapter,
 )
-from vllm_nvfp4.testing.tiny_models import write_model
+from vllm_nvfp4.testing.tiny_models import build_tokenizer, write_model
 
 SHORT = ("modelopt/nvfp4-kv8-llama", "moe_modelopt/nvfp4-qwen3")
 GRAPHS = ("modelopt/nvfp4-qwen3", "modelopt/mixed-llama", "moe_modelopt/nvfp4-qwen3")
 _ONLINE = ("llama", "gemma3", "qwen3_moe")
 _EXPERTS = ("moe_modelopt", "moe_compressed_tensors")
 _DTYPES = ("auto", "fp8", "nvfp4")
+# Type of the KV cache -> bits, as plan counts them.
+CACHES = {"bfloat16": 16, "fp8": 8, "nvfp4": 4}
 
 
 def need(condition: bool, message: str) -> None:
@@ -68,9 +70,8 @@ def names_of_vllm() -> str:
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 missing.append(name)
-    for places in check_vllm.CALLS:
-        if not any(map(_is_there, places)):
-            missing.append(" or ".join(places))
+    calls = check_vllm.CALLS
+    missing += [" or ".join(places) for places in calls if not any(map(_is_there, places))]
     need(not missing, f"not there: {', '.join(missing)}")
     return f"{len(check_vllm.imports())} imports, {len(check_vllm.CALLS)} attributes"
 
@@ -169,13 +170,37 @@ def _attention_layers(model: Any, config: Any) -> str:
     from vllm_nvfp4.compat import versions
 
     kinds = set()
-    for layer in model.modules():
-        if isinstance(layer, versions.attention_classes()):
-            spec: Any = layer.get_kv_cache_spec(config)
+    for module in model.modules():
+        if isinstance(module, versions.attention_classes()):
+            layer: Any = module
+            spec = layer.get_kv_cache_spec(config)
             size = spec.page_size_bytes // spec.block_size
             impl = type(layer.impl).__name__.removesuffix("Impl")
             kinds.add(f"KV {layer.kv_cache_dtype} in {impl}, {size} bytes a token")
     return ", ".join(sorted(kinds))
+
+
+def kv_cache(dtype: str, folder: Path) -> str:
+    """A model with heads of 128 elements: vLLM sets aside the bytes that plan says."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from vllm_nvfp4.planning.kv import token_bytes
+    from vllm_nvfp4.planning.shapes import find_shape
+
+    path = folder / "heads-of-128"
+    if not path.exists():
+        sizes = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        shape = LlamaConfig(vocab_size=288, max_position_embeddings=256, **sizes, **heads)
+        made = AutoModelForCausalLM.from_config(shape).to(torch.bfloat16)
+        made.config.architectures = ["LlamaForCausalLM"]
+        made.save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+    config = stage.engine_config(path, kv_cache_dtype=dtype)
+    found = _attention_layers(stage.load(config), config)
+    planned = token_bytes(find_shape(str(path)), CACHES[dtype])
+    need(f", {planned} bytes a token" in found, f"{found}; plan says {planned}")
+    return found
 
 
 def lora(folder: Path) -> str:
@@ -217,8 +242,8 @@ def graph(name: str, folder: Path) -> str:
     rounded = sum("_a8" in code or "_scaled_mm" in code for code in written)
     need(rounded > 0, "no graph takes 8-bit activations")
     return (
-        f"{len(written)} graphs, {rounded} of them with 8-bit activations, {kernels} Triton kernels "
-        "in machine code, up to the first allocation"
+        f"{len(written)} graphs, {rounded} of them with 8-bit activations, {kernels} Triton "
+        "kernels in machine code, up to the first allocation"
     )
 
 

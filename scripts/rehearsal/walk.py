@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rehearsal import stage, steps
+from rehearsal import stage
 
 # What torch, CUDA and NVML say where a step wants a device.
 _WANTS_A_DEVICE = (
@@ -74,6 +74,8 @@ def main() -> int:
 
 def _walk(walk: Walk, is_short: bool) -> None:
     with walk.step("import vLLM") as row:
+        from rehearsal import steps
+
         row["detail"] = steps.import_vllm()
     with walk.step("register") as row:
         row["detail"] = steps.register()
@@ -89,10 +91,13 @@ def _walk(walk: Walk, is_short: bool) -> None:
             with walk.step(f"load {name}") as row:
                 row["detail"] = steps.load(name, Path(folder))
         if not is_short:
-            _rest(walk, Path(folder))
+            _rest(walk, steps, Path(folder))
 
 
-def _rest(walk: Walk, folder: Path) -> None:
+def _rest(walk: Walk, steps: Any, folder: Path) -> None:
+    for dtype in steps.CACHES:
+        with walk.step(f"KV cache in {dtype}") as row:
+            row["detail"] = steps.kv_cache(dtype, folder)
     with walk.step("LoRA") as row:
         row["detail"] = steps.lora(folder / "lora")
     for name in steps.GRAPHS:

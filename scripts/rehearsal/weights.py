@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rehearsal import stage
 
+from rehearsal import stage
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels.cuda.linear import unpack_weight
 from vllm_nvfp4.kernels.layout import PackedWeight
@@ -81,7 +81,9 @@ def _experts(name: str, layer: Any) -> Any:
     found = []
     for stem, (rows, cols) in shapes.items():
         for e, tensors in enumerate(zip(*experts_of(layer, stem), strict=True)):
-            weight = unpack_weight(PackedWeight(*tensors, rows, cols, fmt))
+            codes, block_scale, global_scale = tensors
+            packed = PackedWeight(codes, block_scale, global_scale, rows, cols, fmt)
+            weight = unpack_weight(packed)
             leaves = ("down_proj",) if stem == "w2" else ("gate_proj", "up_proj")[-gated:]
             base = name.removesuffix(".routed_experts")
             sources = None if is_online else [f"{base}.{e}.{leaf}" for leaf in leaves]

@@ -42,6 +42,10 @@ def test_every_dialect_gives_the_tokens_of_its_dequantised_weights(name, tmp_pat
     compare(folder, atol=1e-4)
 
 
+def test_the_second_name_is_the_same_method(tmp_path):
+    compare(extract_fixture("modelopt/w4a16-llama", tmp_path), atol=1e-4, quantization="nvfp4_ada")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_bf16_is_as_exact_as_bf16_of_the_dequantised_weights(family, tmp_path):
     name = "compressed_tensors/nvfp4a16-qwen3" if family == "qwen3" else f"modelopt/w4a16-{family}"
