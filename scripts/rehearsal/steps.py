@@ -189,8 +189,12 @@ def kv_cache(dtype: str, folder: Path) -> str:
 
     path = folder / "heads-of-128"
     if not path.exists():
-        sizes = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}
+        heads: dict[str, Any] = {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+        }
         shape = LlamaConfig(vocab_size=288, max_position_embeddings=256, **sizes, **heads)
         made = AutoModelForCausalLM.from_config(shape).to(torch.bfloat16)
         made.config.architectures = ["LlamaForCausalLM"]
