@@ -19,6 +19,10 @@ _replaced_shorthands: dict[str, Any] = {}
 
 # Whether the model configuration being built belongs to an engine that asked for this method.
 _asked = contextvars.ContextVar("vllm_nvfp4_asked", default=False)
+# ``additional_config`` of the engine being configured.
+_additional_config: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "vllm_nvfp4_additional_config", default=None
+)
 
 
 def register() -> None:
@@ -39,6 +43,7 @@ def register() -> None:
             _remove_builtin_method(quantization, name)
         quantization.register_quantization_config(name)(_lazy_config_class(name))
     _patch_engine_args()
+    _patch_kv_cache_dtype()
     _patch_legacy_modelopt()
     _patch_batch_invariance()
     _patch_cpu_routing()
@@ -129,10 +134,13 @@ def _patch_engine_args() -> None:
         _forget_shorthand(self)
         if self.quantization in METHOD_NAMES:
             Options.resolve(self.additional_config)
+        token = _additional_config.set(self.additional_config)
         try:
             config: Any = create_engine_config(self, *args, **kwargs)
         except ValidationError as error:
             raise _checkpoint_error(error) or error from None
+        finally:
+            _additional_config.reset(token)
         if getattr(config.model_config, "quantization", None) in METHOD_NAMES:
             options = Options.resolve(config.additional_config)
             config.additional_config[METHOD_NAME] = options.non_default()
@@ -162,6 +170,30 @@ def _forget_shorthand(engine_args: Any) -> None:
     shorthand = _replaced_shorthands.get(engine_args.quantization)
     if shorthand is not None and engine_args.quantization_config == shorthand:
         engine_args.quantization_config = None
+
+
+def _patch_kv_cache_dtype() -> None:
+    """Settle on a KV cache that the device can hold before vLLM derives anything from its type.
+
+    vLLM resolves ``--kv-cache-dtype auto`` to what a ModelOpt checkpoint declares before it asks a
+    quantization config for anything, and its attention finds out too late that it cannot.
+    """
+    from vllm.engine import arg_utils
+
+    arguments: Any = arg_utils
+    resolve = arguments.resolve_kv_cache_dtype_string
+
+    @functools.wraps(resolve)
+    def resolve_for_the_device(kv_cache_dtype: str, model_config: Any) -> str:
+        resolved = resolve(kv_cache_dtype, model_config)
+        if getattr(model_config, "quantization", None) not in METHOD_NAMES:
+            return resolved
+        from vllm_nvfp4.layers import kv_cache
+
+        option = Options.resolve(_additional_config.get()).kv_cache
+        return kv_cache.settle_dtype(kv_cache_dtype, resolved, option, model_config)
+
+    arguments.resolve_kv_cache_dtype_string = resolve_for_the_device
 
 
 def _patch_engine_death() -> None:
