@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {name: ROOT / "requirements" / f"lock-{name}.txt" for name in ("cpu", "cuda")}
+LOCKS = {path.stem[len("lock-") :]: path for path in (ROOT / "requirements").glob("lock-*.txt")}
 TARGET = ROOT / "requirements" / "LICENCES.md"
 
 PERMISSIVE, WEAK, PROPRIETARY = "permissive", "weak copyleft", "proprietary"
