@@ -237,7 +237,8 @@ def write(torch_cpu: str) -> None:
     pins = sorted({pin for lock in locks() for pin in lock.pins.items()})
 
     def fetch(pin: tuple[str, str]) -> list[str]:
-        kept = ROOT / ".cache" / "locked" / f"{pin[0]}-{pin[1]}.txt"  # a released file never changes
+        # What is released under a version never changes.
+        kept = ROOT / ".cache" / "locked" / f"{pin[0]}-{pin[1]}.txt"
         if not kept.is_file():
             is_local = pin[0] == "torch" and "+" in pin[1]
             text = _torch_from(torch_cpu, pin[1]) if is_local else _from_pypi(*pin, tags)

@@ -69,9 +69,7 @@ def make(request, environment, settings, tmp_path):
 
 def installed(python: Path, name: str) -> str:
     code = f"import {name}; print({name}.VERSION)"
-    return subprocess.run(
-        [str(python), "-c", code], capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def test_wheels_come_from_where_pips_variables_say(make, settings, environment, tmp_path):
@@ -123,9 +121,9 @@ def test_an_index_that_does_not_answer_is_named_with_what_to_look_at(make, setti
     settings.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     settings.setenv("PIP_RETRIES", "0")
     made = make()
-    with pytest.raises(module.SetupError, match="cannot be reached.*PIP_INDEX_URL"):
+    with pytest.raises(module.SetupError, match=r"cannot be reached.*PIP_INDEX_URL"):
         made.offers("pkg-none===7.0")
-    with pytest.raises(module.SetupError, match="cannot be reached.*PIP_INDEX_URL"):
+    with pytest.raises(module.SetupError, match=r"cannot be reached.*PIP_INDEX_URL"):
         made.install("Installing", "--no-deps", "pkg-none===7.0")
 
 
@@ -185,7 +183,7 @@ def test_what_uv_gets_of_pips_settings():
         "cert": "/from/a/file.pem",
         "timeout": "60",
     }
-    given = {"HOME": "/home/me", "UV_HTTP_TIMEOUT": "7", "PIP_CERT": "/c.pem", "SSL_CERT_FILE": "/d"}
+    given = {"UV_HTTP_TIMEOUT": "7", "PIP_CERT": "/c.pem", "SSL_CERT_FILE": "/d"}
     found = module.uv_environment(settings, given)
     assert found == {
         **given,

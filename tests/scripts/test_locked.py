@@ -25,8 +25,8 @@ FACTS = json.loads(locked.FACTS.read_text())
 
 
 def gaps(lock: locked.Lock) -> str:
-    found = (locked.gaps(lock, FACTS, locked.wanted(lock), python) for python in locked.PYTHONS)
-    return "\n".join(sum(found, []))
+    roots = locked.wanted(lock)
+    return "\n".join(g for p in locked.PYTHONS for g in locked.gaps(lock, FACTS, roots, p))
 
 
 def changed(name: str, **pins: str | None) -> locked.Lock:
