@@ -175,14 +175,20 @@ def _metadata_of_wheel(file: Any) -> str:
 
 
 def _metadata_of_sdist(data: bytes) -> str:
+    """PKG-INFO, with what setuptools wrote beside it before its metadata had requirements."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            (name,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/PKG-INFO", n))
-            return archive.read(name).decode()
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        (name,) = (n for n in tar.getnames() if re.fullmatch(r"[^/]+/PKG-INFO", n))
-        member = tar.extractfile(name)
-        return member.read().decode() if member else ""
+            files = {name: archive.read(name) for name in archive.namelist() if name[-1] != "/"}
+    else:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = ((member.name, tar.extractfile(member)) for member in tar)
+            files = {name: file.read() for name, file in members if file}
+    (metadata,) = (x for name, x in files.items() if re.fullmatch(r"[^/]+/PKG-INFO", name))
+    if b"\nRequires-Dist:" in metadata:
+        return metadata.decode()
+    found = (x for name, x in files.items() if name.endswith(".egg-info/requires.txt"))
+    lines = next(found, b"").decode().partition("[")[0].split("\n")
+    return "".join(f"Requires-Dist: {line}\n" for line in lines if line.strip())
 
 
 def _from_pypi(name: str, version: str, tags: set[Tag]) -> str:

@@ -119,7 +119,7 @@ def test_what_no_index_has_is_named(make, settings, tmp_path):
 
 def test_an_index_that_does_not_answer_is_named_with_what_to_look_at(make, settings):
     settings.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    settings.setenv("PIP_RETRIES", "0")
+    settings.setenv("PIP_RETRIES", "1")
     made = make()
     with pytest.raises(module.SetupError, match=r"cannot be reached.*PIP_INDEX_URL"):
         made.offers("pkg-none===7.0")

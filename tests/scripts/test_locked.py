@@ -55,7 +55,7 @@ def test_a_library_that_torch_loads_and_the_lock_lacks_is_named(name, library):
 
 
 def test_another_version_than_torch_asks_for_is_named():
-    assert "asks for triton==" in gaps(changed("cuda", triton="3.0.0"))
+    assert "asks for triton" in gaps(changed("cuda", triton="3.0.0"))
 
 
 def test_what_the_tests_need_is_asked_of_every_lock():
