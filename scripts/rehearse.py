@@ -14,6 +14,7 @@ a device. A table of the steps is printed, and written to FILE. Exit status 1 if
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -25,17 +26,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootstrap import pin_of
+from installer import Installer, SetupError, unmet
 from rehearsal import stubs
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "rehearse"
 NVML = ROOT / "tests" / "support" / "stub_nvml.c"
 STAMP = "vllm-nvfp4.stamp"
-# A folder of wheels of this machine must not decide what is installed.
-LOCAL_WHEELS = ("PIP_FIND_LINKS", "UV_FIND_LINKS")
 
 
 @dataclass(frozen=True)
@@ -52,54 +54,56 @@ class Row:
 
 def release_of(lock: Path) -> str:
     """The version of vLLM that a lock pins."""
-    found = re.search(r"^vllm==(\S+)", lock.read_text(), re.MULTILINE)
-    if found is None:
+    if not (release := pin_of(lock, "vllm")):
         raise SystemExit(f"rehearse: {lock} pins no vllm==...: give it a lock for CUDA")
-    return found[1]
+    return release
 
 
-def find_uv() -> str:
-    """uv on PATH, or one of its own from the package index."""
-    if found := shutil.which("uv"):
-        return found
-    venv = CACHE.parent / "uv"
-    if not (venv / "bin" / "uv").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "uv"]
-        subprocess.run(pip, check=True)
-    return str(venv / "bin" / "uv")
-
-
-def install(uv: str, lock: Path, folder: Path) -> list[Row]:
+def install(lock: Path, folder: Path) -> list[Row]:
     """The lock's environment, made at the first call, and what the check of it says."""
-    release = release_of(lock)
-    environment = {k: v for k, v in os.environ.items() if k not in LOCAL_WHEELS}
-    environment |= {"UV_CACHE_DIR": str(CACHE.parent / "uv-cache"), "VIRTUAL_ENV": str(folder)}
+    release, python = release_of(lock), folder / "bin" / "python"
+    rows: list[Row] = []
+
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[None]:
+        start, outcome, detail = time.perf_counter(), "ok", ""
+        try:
+            yield
+        except (SetupError, subprocess.CalledProcessError) as error:
+            outcome, detail = "failed", " ".join(str(error).split())
+        rows.append(Row(release, "", name, outcome, round(time.perf_counter() - start, 1), detail))
+
+    def is_whole() -> bool:
+        return all(row.outcome == "ok" for row in rows)
+
+    # A folder of wheels of this machine must not decide what is installed.
+    os.environ.pop("PIP_FIND_LINKS", None)
+    os.environ["UV_FIND_LINKS"] = ""
     stamp, digest = folder / STAMP, hashlib.sha256(lock.read_bytes()).hexdigest()
-    rows = []
-
-    def run(step: str, *command: str) -> bool:
-        start = time.perf_counter()
-        done = subprocess.run([uv, *command], env=environment, capture_output=True, text=True)
-        last = (done.stderr + done.stdout).strip().splitlines()[-1:]
-        outcome = "failed" if done.returncode else "ok"
-        seconds = round(time.perf_counter() - start, 1)
-        rows.append(Row(release, "", step, outcome, seconds, " ".join(last)))
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-        return not done.returncode
-
-    if not stamp.is_file() or stamp.read_text() != digest:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not run("make the environment", "venv", "--quiet", "-p", sys.executable, str(folder)):
-            return rows
-        if not run("install the lock", "pip", "install", "--no-deps", "-r", str(lock)):
-            return rows
-        stamp.write_text(digest)
-    # From this tree, so that its entry point and its files are what is walked.
-    editable = ("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    run("install vllm-nvfp4", "pip", "install", *editable)
-    run("uv pip check", "pip", "check")
+    is_made = stamp.is_file() and stamp.read_text() == digest
+    if not is_made:
+        with step("make the environment"):
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if not is_whole():
+        return rows
+    installer = Installer(python, CACHE, CACHE / "install.log")
+    with step("get uv"):
+        if obstacle := installer.use_uv(pin_of(lock, "uv")):
+            raise SetupError(obstacle)
+    if is_whole() and not is_made:
+        with step("install the lock"):
+            installer.install(f"Installing vLLM {release}", "--no-deps", "-r", str(lock))
+            stamp.write_text(digest)
+    if is_whole():
+        # From this tree, so that its entry point and its files are what is walked.
+        editable = ("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        with step("install vllm-nvfp4"):
+            installer.install("Installing vllm-nvfp4", *editable)
+        with step("uv pip check"):
+            if missing := unmet(python, installer.uv):
+                raise SetupError("; ".join(missing))
+    installer.finish()
     return rows
 
 
@@ -181,14 +185,14 @@ def main() -> int:
     if missing:
         print(f"rehearse: not on PATH: {', '.join(missing)}. As root: apt-get install gcc binutils")
         return 1
-    locks = args.lock or sorted((ROOT / "requirements").glob("lock-cuda*.txt"))
+    locks = args.lock or sorted((ROOT / "requirements").glob("lock-cuda*.txt"), reverse=True)
     cards = [card for card in stubs.CARDS if not args.card or card.arch in args.card]
     CACHE.mkdir(parents=True, exist_ok=True)
-    uv, rows = find_uv(), []
+    rows: list[Row] = []
     for lock in locks:
         release = release_of(lock)
         folder = CACHE / release
-        rows += install(uv, lock, folder)
+        rows += install(lock, folder)
         if rows[-1].outcome == "failed":
             continue
         for card in cards:
