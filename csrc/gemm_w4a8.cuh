@@ -355,7 +355,7 @@ __device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, con
                                          epilogue::Accumulators<Config>& accumulators) {
   static_assert(Config::kPartial != Partial::kFolded || Config::kFormat == Format::kNvfp4,
                 "the range of an E8M0 scale does not fit an e4m3 weight");
-  pipeline::run<Config, Stage<Config>>(smem, p, work, [&](uint32_t stage) {
+  pipeline::run<Config, Stage<Config>, 1>(smem, p, work, [&](uint32_t stage, int) {
     if constexpr (Config::kPartial == Partial::kFolded) {
       compute_step_folded<Config>(stage, accumulators);
     } else {

@@ -180,8 +180,9 @@ class Loader {
   }
 };
 
-// Calls compute(shared address of a stage) for each K step, in order.
-template <class Config, class Stage, class Work, class Compute>
+// Calls compute(shared address of a stage, phase) for each K step, in order: phase counts 0 ..
+// kPhases - 1 and again. The loop is unrolled over the phases, so that each is a constant in it.
+template <class Config, class Stage, int kPhases, class Work, class Compute>
 __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Work& work,
                                     Compute&& compute) {
   constexpr int kStages = Config::kStages;
@@ -195,17 +196,22 @@ __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Wo
     ptx::cp_async_commit();
   }
   uint32_t read = 0, write = kRingBytes - Stage::kBytes;
+  int steps_left = work.end_step - work.first_step;
 #pragma unroll 1
-  for (int step = work.first_step; step < work.end_step; ++step) {
-    ptx::cp_async_wait<kStages - 2>();
-    // Everybody's part of this stage has landed, and everybody is done with the stage before,
-    // which is the one filled next.
-    __syncthreads();
-    if (steps_to_load-- > 0) loader.load_next(smem + write);
-    ptx::cp_async_commit();
-    compute(smem + read);
-    read = read + Stage::kBytes == kRingBytes ? 0 : read + Stage::kBytes;
-    write = write + Stage::kBytes == kRingBytes ? 0 : write + Stage::kBytes;
+  while (steps_left > 0) {
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase) {
+      ptx::cp_async_wait<kStages - 2>();
+      // Everybody's part of this stage has landed, and everybody is done with the stage before,
+      // which is the one filled next.
+      __syncthreads();
+      if (steps_to_load-- > 0) loader.load_next(smem + write);
+      ptx::cp_async_commit();
+      compute(smem + read, phase);
+      read = read + Stage::kBytes == kRingBytes ? 0 : read + Stage::kBytes;
+      write = write + Stage::kBytes == kRingBytes ? 0 : write + Stage::kBytes;
+      if (--steps_left <= 0) break;
+    }
   }
   // The epilogue reuses this memory.
   ptx::cp_async_wait<0>();

@@ -51,7 +51,8 @@ def make_activations(
 
 
 def odd_shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
-    """(M, N, K, splits): below a tile, over its edges by one or a few, K no multiple of 64."""
+    """(M, N, K, splits): below a tile, over its edges by one or a few, K no multiple of 64; and
+    more K steps than the kernel holds at once."""
     k = config.fmt.block_size
     steps = 4 * config.block_k + k
     return [
@@ -59,4 +60,5 @@ def odd_shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
         (3, 72, 3 * k, 1),
         (config.block_m + 1, config.block_n + 20, 11 * k, 1),
         (min(config.block_m, 33), 21, steps, 3),
+        (2, 20, 7 * config.block_k + k, 1),
     ]

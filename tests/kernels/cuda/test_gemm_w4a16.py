@@ -137,8 +137,8 @@ FAULTS = [
     ("wait one stage too late", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     (
         "no barrier in the K loop",
-        "    __syncthreads();\n    if (steps_to_load-- > 0) loader",
-        "    if (steps_to_load-- > 0) loader",
+        "      __syncthreads();\n      if (steps_to_load-- > 0) loader",
+        "      if (steps_to_load-- > 0) loader",
     ),
     (
         "no barrier before the epilogue",
@@ -159,7 +159,12 @@ FAULTS = [
     ("tokens read past the last one", "return i < num_tokens; }", "return true; }"),
     ("weights read past the last row", "return min(i, num_row_tiles - 1);", "return i;"),
     ("weights read past the last tile", "if (i * Config::kWarpsK >= tiles_left_) return;", ""),
-    ("weights of the step before", "    weights.load_next(i);\n", ""),
+    ("weights of two steps before", "    weights.load_next(phase, i);\n", ""),
+    (
+        "weights loaded over those of the next step",
+        "    weights.load_next(phase, i);\n",
+        "    weights.load_next(phase ^ 1, i);\n",
+    ),
     ("columns read past the last one", "= column < columns_left;", "= true;"),
     ("lane map of the groups", "return lane() / 4; }", "return lane() % 8; }"),
     ("fragment registers swapped", "a[2] = e2m1_pair<kDtype>(q);", "a[1] = e2m1_pair<kDtype>(q);"),
