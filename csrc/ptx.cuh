@@ -377,6 +377,9 @@ __device__ __forceinline__ int ld_relaxed_gpu(const int* at) {
 __device__ __forceinline__ void st_release_gpu(int* at, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
+__device__ __forceinline__ void st_relaxed_gpu(int* at, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 __device__ __forceinline__ void red_release_gpu_add(int* at, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }

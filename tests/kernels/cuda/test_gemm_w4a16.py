@@ -7,6 +7,7 @@ import pytest
 import torch
 from gemm_cases import (
     DISTRIBUTIONS,
+    check_the_order_of_the_splits,
     configs_of,
     make_activations,
     make_weight,
@@ -132,6 +133,14 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("splits", [5, 9, 16])
+@pytest.mark.parametrize("block_m", [8, 16, 32])
+def test_splits_are_added_in_their_order(block_m: int, splits: int) -> None:
+    """Whether a round of the tail's loads takes all of them or not."""
+    config = next(c for c in CONFIGS if c.block_m == block_m and c.dtype == "bf16")
+    check_the_order_of_the_splits(config, splits, undo=2.0**7)
+
+
 # (what, text, replacement): each has to be noticed, by the emulator or by the numbers.
 FAULTS = [
     ("wait one stage too late", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
@@ -155,7 +164,10 @@ FAULTS = [
         "  __syncthreads();  // every thread's partial",
         "  // every thread's partial",
     ),
-    ("semaphore left as it is", "if (is_last) ptx::st_release_gpu(semaphore, 0);", ""),
+    ("semaphore left as it is", "if (is_last) ptx::st_relaxed_gpu(semaphore, 0);", ""),
+    ("semaphore left at 1", "st_relaxed_gpu(semaphore, 0)", "st_relaxed_gpu(semaphore, 1)"),
+    ("the first split left out", "i) sum[i] = add(sum[i],", "i) if (s + j) sum[i] = add(sum[i],"),
+    ("the first split's sums for all", "        from += next_split;\n", ""),
     ("tokens read past the last one", "return i < num_tokens; }", "return true; }"),
     ("weights read past the last row", "return min(i, num_row_tiles - 1);", "return i;"),
     ("weights read past the last tile", "if (i * Config::kWarpsK >= tiles_left_) return;", ""),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gemm_cases import (
     DISTRIBUTIONS,
+    check_the_order_of_the_splits,
     configs_of,
     make_activations,
     make_weight,
@@ -186,6 +187,11 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_splits_are_added_in_their_order() -> None:
+    config = smallest("gemm_w4a8", "nvfp4", "bf16")
+    check_the_order_of_the_splits(config, splits=9, undo=2.0**6)
 
 
 def test_the_integer_stand_in_is_not_shipped() -> None:
