@@ -62,7 +62,9 @@ struct Work {
 
   // Tokens, counted from the base.
   __device__ __forceinline__ int base_token() const { return first_token; }
-  __device__ __forceinline__ int token(int i) const { return i; }
+  // One that is not there lies where the first one does: its copies read nothing, but their source
+  // has to be aligned all the same, which the stride of a single token need not be.
+  __device__ __forceinline__ int token(int i) const { return has_token(i) ? i : 0; }
   __device__ __forceinline__ bool has_token(int i) const { return i < num_tokens; }
 };
 

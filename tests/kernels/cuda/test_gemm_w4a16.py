@@ -86,6 +86,18 @@ def test_rows_of_a_wider_matrix(block_m: int) -> None:
     assert found.is_match, found.report
 
 
+@pytest.mark.parametrize("block_m", [8, 32])
+def test_a_single_token_of_any_stride(block_m: int) -> None:
+    """PyTorch calls [1, K] contiguous whatever its stride: that must not reach a copy's source."""
+    config = next(c for c in CONFIGS if c.block_m == block_m)
+    k = 3 * config.fmt.block_size
+    a = make_activations(config, 1, k).as_strided((1, k), (k + 1, 1))
+    assert a.is_contiguous()
+    weight = make_weight(config, 40, k)
+    y = run_gemm(shipped(config), config, a, pack_weight(weight))
+    assert compare_linear(y, a, weight).is_match
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt_name", FORMATS)
 def test_every_code_times_every_block_scale(fmt_name: str, dtype: str) -> None:
