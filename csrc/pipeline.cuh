@@ -62,9 +62,7 @@ struct Work {
 
   // Tokens, counted from the base.
   __device__ __forceinline__ int base_token() const { return first_token; }
-  // One that is not there lies where the first one does: its copies read nothing, but their source
-  // has to be aligned all the same, which the stride of a single token need not be.
-  __device__ __forceinline__ int token(int i) const { return has_token(i) ? i : 0; }
+  __device__ __forceinline__ int token(int i) const { return i; }
   __device__ __forceinline__ bool has_token(int i) const { return i < num_tokens; }
 };
 
@@ -154,7 +152,9 @@ class Loader {
   }
   template <class Work>
   __device__ __forceinline__ static TokenCopier tokens(const GemmParams& p, const Work& work) {
-    const int64_t row_bytes = int64_t{p.a_stride} * Stage::kElementBytes;
+    // A single token's stride may be anything. The copies of absent rows read nothing, but their
+    // source has to be aligned all the same.
+    const int64_t row_bytes = p.m == 1 ? 0 : int64_t{p.a_stride} * Stage::kElementBytes;
     return TokenCopier(
         static_cast<const uint8_t*>(p.a) + work.base_token() * row_bytes +
             int64_t{work.first_step} * Stage::kRowBytes,
