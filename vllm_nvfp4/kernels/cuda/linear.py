@@ -6,9 +6,9 @@ launch compiles and loads nothing. Importing this file does not initialise CUDA.
 
 CUDA graphs: a launch allocates its outputs and its split-K scratch with torch, whose allocator
 keeps what a capture allocates for the graph's own pool; the semaphores are persistent, one set per
-stream, allocated by :func:`prepare`. Every launch leaves its semaphores zero. Two graphs that were
-captured on one stream share a set, so they must not be replayed at the same time (torch asks the
-same of graphs that share a memory pool).
+stream, in memory that :func:`prepare` takes from the driver. Every launch leaves its semaphores
+zero. Two graphs that were captured on one stream share a set, so they must not be replayed at the
+same time (torch asks the same of graphs that share a memory pool).
 """
 
 from __future__ import annotations
