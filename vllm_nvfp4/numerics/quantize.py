@@ -23,6 +23,11 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, rounded once on every device: CUDA computes tensor / number as x * (1 / number)."""
+    return x / x.new_full((), by)
+
+
 def nvfp4_global_scale(weight: torch.Tensor) -> torch.Tensor:
     """global_scale = amax(|w|) / (6 * 448), so that the largest block scale is 448. A scalar, f32.
 
@@ -33,7 +38,7 @@ def nvfp4_global_scale(weight: torch.Tensor) -> torch.Tensor:
 
 def nvfp4_scale_from_amax(amax: torch.Tensor) -> torch.Tensor:
     """amax / (6 * 448), and 1 where amax is 0; amax: any shape, float32."""
-    return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
+    return torch.where(amax > 0, _divide(amax, E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
 
 def block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -140,7 +145,7 @@ def quantize_fp8_per_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = torch.where(amax > 0, _divide(amax, E4M3_MAX), torch.ones_like(amax))
     return to_e4m3(x / scale), scale
 
 
