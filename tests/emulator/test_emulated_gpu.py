@@ -105,7 +105,7 @@ def test_subnormals_that_become_zero_are_a_mismatch(gpu, monkeypatch):
         return a, weight
 
     kept = cuda.pack_weight
-    a, weight = flushed(W4A8, DEVICE)
+    _, weight = flushed(W4A8, DEVICE)
     monkeypatch.setattr(cuda, "pack_weight", lambda _: kept(weight))
     outcome = first_checks.check_subnormals(W4A8, DEVICE)
     assert outcome.num_wrong == 2 * (8 + 7)  # weights picked out, and multiples of 2^-9

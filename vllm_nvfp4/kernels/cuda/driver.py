@@ -83,30 +83,12 @@ class Driver:
     """
 
     def __init__(self, library: Any = "libcuda.so.1") -> None:
-        try:
-            self._lib = ctypes.CDLL(library) if isinstance(library, str) else library
-        except OSError as error:
-            raise DriverError(
-                f"no NVIDIA driver: {library} could not be loaded ({error}). "
-                "Install the driver, or in a container pass the GPU through (--gpus all)"
-            ) from error
+        self._lib = _open(library)
+        _refuse_old(self._lib)
         self._launch = self._lib.cuLaunchKernelEx
         self._launch.argtypes = [ctypes.c_void_p] * 4
         self._local = threading.local()
         self._check(self._lib.cuInit(0), "cuInit", "")
-        if (found := self.cuda_version()) < OLDEST_CUDA:
-            raise DriverError(
-                f"NVIDIA driver: found one for CUDA {_spelt(found)}; needed CUDA "
-                f"{_spelt(OLDEST_CUDA)}, which the kernels are compiled for. Install driver "
-                f"{OLDEST_DRIVER} or newer (in a container: on the host)"
-            )
-
-    def cuda_version(self) -> int:
-        """The newest CUDA that the driver knows: 13000 is 13.0."""
-        version = ctypes.c_int()
-        status = self._lib.cuDriverGetVersion(ctypes.byref(version))
-        self._check(status, "cuDriverGetVersion", "")
-        return version.value
 
     def zeros(self, num_bytes: int) -> int:
         """The address of zeros in memory of the current context, for the life of the process.
@@ -210,6 +192,41 @@ class Driver:
             self._lib.cuGetErrorName(status, ctypes.byref(text))
             name = text.value.decode() if text.value else "unknown error"
             raise DriverError(f"{call} failed with {name} ({status}): {what}")
+
+
+def _open(library: Any) -> Any:
+    if not isinstance(library, str):
+        return library
+    try:
+        return ctypes.CDLL(library)
+    except OSError as error:
+        raise DriverError(
+            f"no NVIDIA driver: {library} could not be loaded ({error}). "
+            "Install the driver, or in a container pass the GPU through (--gpus all)"
+        ) from error
+
+
+def cuda_version(library: str = "libcuda.so.1") -> str:
+    """The newest CUDA that the driver knows, as "13.0"; CUDA is not initialised.
+
+    Raises DriverError where there is no driver, or one too old for the kernels' machine code.
+    """
+    found = _refuse_old(_open(library))
+    return _spelt(found)
+
+
+def _refuse_old(lib: Any) -> int:
+    version = ctypes.c_int()
+    status = lib.cuDriverGetVersion(ctypes.byref(version))
+    if status:
+        raise DriverError(f"cuDriverGetVersion failed with status {status}")
+    if version.value < OLDEST_CUDA:
+        raise DriverError(
+            f"NVIDIA driver: found one for CUDA {_spelt(version.value)}; needed CUDA "
+            f"{_spelt(OLDEST_CUDA)}, which the kernels are compiled for. Install driver "
+            f"{OLDEST_DRIVER} or newer (in a container: on the host)"
+        )
+    return version.value
 
 
 def _spelt(version: int) -> str:
