@@ -62,6 +62,7 @@ class EmulatedGpu:
         self.live_bytes = self.peak_bytes = 0
         self.pool: str | None = None  # where new tensors are allocated
         self.capture: list[Callable[[], None]] | None = None
+        self.graph_memory: list[Any] = []  # what a capture allocates is its graph's own
         self._storages: dict[int, Any] = {}
         self._asleep: dict[int, torch.Tensor | None] = {}
         self.libcuda = HostLibcuda(self)
@@ -85,6 +86,8 @@ class EmulatedGpu:
     def _claim_storage(self, storage: Any, size: int | None) -> None:
         size = storage.nbytes() if size is None else size
         storage.nvfp4_pool = self.pool
+        if self.capture is not None:
+            self.graph_memory.append(storage)
         self._storages[storage._cdata] = weakref.ref(storage)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

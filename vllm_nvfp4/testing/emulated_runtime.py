@@ -52,6 +52,7 @@ class _Event:
 class _Graph:
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
+        self.memory: list[Any] = []
 
     def replay(self) -> None:
         for step in self.steps:
@@ -132,7 +133,7 @@ class CudaRuntime:
     def graph(self, graph: _Graph, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Launches within it do not run, as on a GPU; other operators do, and again at a replay."""
         before, self.stream = self.stream, _Stream()
-        self.gpu.capture = graph.steps
+        self.gpu.capture, self.gpu.graph_memory = graph.steps, graph.memory
         try:
             yield
         finally:
