@@ -35,7 +35,7 @@ from vllm_nvfp4.layers.weights import (
     quantize_online,
 )
 from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.quantize import quantize_fp8_weight
 from vllm_nvfp4.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -200,8 +200,7 @@ class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod, QuantizeMethodBase)
             prepare_kernels(layer, self.options.activation)
         else:
             check_dense(weight.data, f"{self.prefix}.weight")
-            codes, scale = quantize_fp8_per_row(weight.data)
-            attach_fp8_weight(layer, codes, scale.squeeze(-1))
+            attach_fp8_weight(layer, *quantize_fp8_weight(weight.data))
         logger.info_once(
             "nvfp4: %s: 16-bit %s, quantised to %s while loading",
             self.prefix,

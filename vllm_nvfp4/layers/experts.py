@@ -31,6 +31,7 @@ from vllm_nvfp4.layers.experts_kernel import NvFp4Experts
 from vllm_nvfp4.layers.parameters import ExpertCut, make_expert_parameter
 from vllm_nvfp4.layers.weights import ACTIVATION_BITS, attach_experts, frozen, quantize_online
 from vllm_nvfp4.numerics.activation import ExpertActivation
+from vllm_nvfp4.numerics.quantize import largest_magnitude
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.options import Options
 
@@ -271,8 +272,8 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
         if fmt is None:
             raise ValueError(f"{self.prefix}: 16-bit experts without a format to quantise them to")
         rows = self.shard_rows(stem, weights[0])
-        amax = torch.stack([w.unflatten(0, (len(rows), -1)).abs().amax((1, 2)) for w in weights])
-        amax = amax.float()
+        parts = [part for weight in weights for part in weight.split(rows)]
+        amax = torch.stack([largest_magnitude(part) for part in parts]).view(-1, len(rows))
         if self.moe.tp_size > 1:
             versions.maximum_over_expert_ranks(amax, self.moe.tp_size)
         for e, weight in enumerate(weights):

@@ -13,7 +13,12 @@ from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
-from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import (
+    largest_magnitude,
+    nvfp4_scale_from_amax,
+    quantize_mxfp4,
+    quantize_nvfp4_shards,
+)
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
@@ -43,15 +48,8 @@ def quantize_online(
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
     if amax is None:
-        amax = _maximum_over_ranks(torch.stack([shard.abs().amax().float() for shard in shards]))
-    scales = nvfp4_scale_from_amax(amax)
-    parts = [quantize_nvfp4(s, method, g) for s, g in zip(shards, scales, strict=True)]
-    return BlockScaledWeight(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.block_scale for p in parts]),
-        torch.cat([p.global_scale for p in parts]),
-        parts[0].fmt,
-    )
+        amax = _maximum_over_ranks(torch.stack([largest_magnitude(shard) for shard in shards]))
+    return quantize_nvfp4_shards(shards, method, nvfp4_scale_from_amax(amax))
 
 
 def _maximum_over_ranks(amax: torch.Tensor) -> torch.Tensor:
