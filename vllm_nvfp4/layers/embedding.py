@@ -20,6 +20,7 @@ from vllm_nvfp4.checkpoints.spec import (
     Role,
     embedding_spec,
 )
+from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers.linear import (
     CheckpointLinearMethod,
     NvFp4Fp8LinearMethod,
@@ -31,6 +32,7 @@ from vllm_nvfp4.layers.weights import (
     apply_weight,
     attach_fp8_weight,
     attach_weight,
+    packed_weight,
     prepare_kernels,
     quantize_online,
 )
@@ -159,6 +161,10 @@ class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
 class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
     """lm_head or embedding in NVFP4 or MXFP4, from a checkpoint."""
 
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return super().apply(weight_owner(layer), x, bias)
 
@@ -198,6 +204,7 @@ class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod, QuantizeMethodBase)
             )
             attach_weight(layer, quantized)
             prepare_kernels(layer, self.options.activation)
+            ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
         else:
             check_dense(weight.data, f"{self.prefix}.weight")
             attach_fp8_weight(layer, *quantize_fp8_weight(weight.data))

@@ -116,7 +116,7 @@ def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> 
     """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
     layer.weight = frozen(weight)
     layer.row_scale = frozen(scale)
-    ops.warm_up(weight.device, None, 0)
+    ops.warm_up_fp8(layer.weight, layer.row_scale, getattr(layer, "bias", None))
 
 
 def apply_weight(

@@ -29,7 +29,7 @@ from vllm_nvfp4.kernels.cuda.devices import (
     prepare,
 )
 from vllm_nvfp4.kernels.cuda.dispatch import Choice
-from vllm_nvfp4.kernels.cuda.triton import fp8_linear, gather_rows
+from vllm_nvfp4.kernels.cuda.triton import fp8_linear, gather_rows, warm_up_fp8, warm_up_gather
 from vllm_nvfp4.kernels.layout import PackedWeight, unpack_weight
 from vllm_nvfp4.kernels.layout import pack_weight as reorder_weight
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -50,6 +50,8 @@ __all__ = [
     "run_a8",
     "takes_8_bits",
     "unpack_weight",
+    "warm_up_fp8",
+    "warm_up_gather",
 ]
 
 _ACTIVATIONS = {0: "auto", 16: "16", 8: "8"}
