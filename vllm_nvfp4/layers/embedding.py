@@ -126,7 +126,7 @@ class _VocabularyMethod:
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Make lm_head use the embedding's one copy."""
-        for name, _ in list(layer.named_parameters(recurse=False)):
+        for name in list(layer._parameters):
             if name != "bias":
                 delattr(layer, name)
         # In a list, so that torch does not take the embedding for a child of lm_head.
