@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
 
@@ -284,11 +284,14 @@ def emulated_gpu(name: str = "RTX 4090") -> Iterator[EmulatedGpu]:
     if figures is None:
         raise ValueError(f"{name} is not in the table of GPUs")
     gpu = EmulatedGpu(figures)
-    images = {"prepare": lambda wanted, arch: {c.symbol: image_of(c.symbol) for c in wanted}}
+
+    def prepare(wanted: Sequence[Any], arch: int) -> dict[str, bytes]:
+        return {config.symbol: image_of(config.symbol) for config in wanted}
+
     loaded: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(CudaRuntime(gpu).installed())
-        stack.enter_context(mock.patch.multiple(cubins, **images))
+        stack.enter_context(mock.patch.object(cubins, "prepare", prepare))
         opened = Driver(gpu.libcuda)
         stack.enter_context(mock.patch.object(devices, "driver", return_value=opened))
         stack.enter_context(mock.patch.object(driver_module, "driver", return_value=opened))

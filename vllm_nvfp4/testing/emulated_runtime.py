@@ -60,7 +60,9 @@ class _Graph:
 
 
 def _generator_class() -> type:
-    class Generator(torch.Generator):
+    base: Any = torch.Generator
+
+    class Generator(base):
         """One that says it is of the GPU, as it was asked to be."""
 
         def __new__(cls, device: Any = "cpu") -> Any:
@@ -85,7 +87,7 @@ class CudaRuntime:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        replaced = {
+        replaced: dict[str, Any] = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
             "device_count": lambda: 1,
