@@ -116,7 +116,8 @@ def moe(
     is_weight_on_input: the weight multiplies a instead; k is 1
     activation_bits: 16, 8, or 0 to let the tokens per expert decide
     biases:  b13 [E, 2 I] and b2 [E, H] of a's dtype, or None
-    y:       [M, H] of a's dtype, contiguous, to write into; None for a new tensor
+    y:       [M, H] of a's dtype, contiguous and at a multiple of 16 bytes, to write into; None
+             for a new tensor
     Returns y. Sums are formed in float32; what the activation makes is rounded to
     a's dtype (and to E4M3 with one scale per row for 8 bits). Raises ValueError for what does not
     fit.
@@ -127,6 +128,11 @@ def moe(
         raise ValueError(
             f"moe: y is {y.dtype} {list(y.shape)} with strides {list(y.stride())}; needs {a.dtype} "
             f"{list(a.shape)}, contiguous"
+        )
+    if y.data_ptr() % 16:
+        raise ValueError(
+            f"moe: y begins {y.data_ptr() % 16} bytes beyond a multiple of 16; its rows are "
+            "written 16 bytes at a time. Give a tensor of its own, or a slice of whole rows"
         )
     if routing[1].numel() == 0:
         return y.zero_()
