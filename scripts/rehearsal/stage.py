@@ -47,6 +47,7 @@ def packed_as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(ops, "backend", _kernels_of_a_gpu),
         mock.patch.object(ops, "warm_up"),
+        mock.patch.object(ops, "warm_up_fp8"),
     ):
         yield
 
@@ -141,7 +142,7 @@ def figures_of_the_card() -> Iterator[None]:
         # Inductor draws up its patterns of attention with tensors that have memory.
         for module, name in (("fuse_attention", "_sfdp_init"), ("pad_mm", "_pad_mm_init")):
             answer(importlib.import_module(f"torch._inductor.fx_passes.{module}"), name, None)
-        device = devices.Device(gpu, None, None)  # type: ignore[arg-type]
+        device = devices.Device(gpu, None, 0)  # type: ignore[arg-type]
         stack.enter_context(mock.patch.dict(devices._devices, {0: device}))
         yield
 
