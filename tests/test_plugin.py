@@ -60,6 +60,23 @@ def test_registering_twice_patches_once_and_imports_no_layers():
     assert "RESULT True False False" in output
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
+def test_the_tile_registers_are_asked_for_before_vllms_attention_uses_them():
+    """Else a model whose products are all this plugin's dies in its first token, by SIGILL."""
+    output = run_python(
+        """
+        import ctypes
+        import vllm_nvfp4
+        vllm_nvfp4.register()
+        allowed = ctypes.c_uint64()
+        arch_prctl, get_xcomp_perm = 158, 0x1022
+        assert ctypes.CDLL(None).syscall(arch_prctl, get_xcomp_perm, ctypes.byref(allowed)) == 0
+        print("RESULT", bool(allowed.value >> 18 & 1))
+        """
+    )
+    assert "RESULT True" in output
+
+
 def test_builtin_method_of_the_same_name_gives_way():
     output = run_python(
         """
