@@ -15,6 +15,7 @@ from vllm_nvfp4.bench.variants import plugin_options
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.compat import cpu_metadata, kv_cache
+from vllm_nvfp4.options import METHOD_NAMES
 from vllm_nvfp4.serving.host import command_line
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
@@ -61,11 +62,8 @@ def check_files(vllm_args: Sequence[str]) -> None:
 
 def _own_folder(vllm_args: Sequence[str]) -> Path | None:
     folder = Path(vllm_args[0])
-    other_method = any(
-        arg.startswith(("-q", "--quantization")) and "nvfp4" not in f"{arg} {after}"
-        for arg, after in zip(vllm_args, [*vllm_args[1:], ""], strict=True)
-    )
-    return folder if folder.is_dir() and not other_method else None
+    is_own = folder.is_dir() and _methods(vllm_args) <= set(METHOD_NAMES)
+    return folder if is_own else None
 
 
 def check_kv_cache(vllm_args: Sequence[str]) -> None:
@@ -89,6 +87,17 @@ def check_kv_cache(vllm_args: Sequence[str]) -> None:
     size = kv_cache.head_size(SimpleNamespace(**(config.get("text_config") or config)))
     if obstacle := kv_cache.cpu_obstacle(dtype, size):
         raise kv_cache.refusal(where, obstacle)
+
+
+def _methods(vllm_args: Sequence[str]) -> set[str]:
+    """What --quantization or -q names."""
+    pairs = zip(vllm_args, [*vllm_args[1:], ""], strict=True)
+    split = ((*arg.partition("="), after) for arg, after in pairs)
+    return {
+        value if equals else after
+        for flag, equals, value, after in split
+        if flag in ("-q", "--quantization")
+    }
 
 
 def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:
