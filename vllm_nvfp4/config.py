@@ -94,6 +94,8 @@ class NvFp4Config(QuantizationConfig):
             self._options = Options.resolve(given)
             if versions.device_capability() is not None:
                 ops.configure(self._options)
+            else:
+                versions.allow_amx()
         return self._options
 
     @property
