@@ -238,8 +238,8 @@ def test_report_refuses(tmp_path: Path, capsys, content: str | None, message: st
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batches", "0,1"], "found '0'; needs a whole number from 1 on"),
-        (["--rates", "-1"], "found '-1'; needs requests per second above 0"),
+        (["--batches", "0,1"], "found '0'; needs a whole number, 1 or more"),
+        (["--rates", "-1"], "found '-1'; needs requests per second, above 0"),
         (["--goodput", "speed:1"], "needs NAME:MS with NAME of ttft, tpot, e2el"),
         (["--turns", "x"], "found 'x'; needs a whole number"),
     ],

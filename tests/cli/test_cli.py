@@ -15,7 +15,9 @@ from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli import doctor, main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import host as serving_host
-from vllm_nvfp4.serving.host import Host, add_defaults, given_flags
+from vllm_nvfp4.serving.arguments import read_flags
+from vllm_nvfp4.serving.host import Host, add_defaults
+from vllm_nvfp4.serving.server import free_port
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
@@ -112,20 +114,28 @@ def test_flags_of_a_config_file_count_as_given(tmp_path: Path):
     assert add_defaults(["m", f"--config={path}"], CPU, {})[1] == []
     path.write_text("- a list\n")
     with pytest.raises(ValueError, match="found list; needed `flag: value`"):
-        given_flags(["--config", str(path)])
+        read_flags(["--config", str(path)])
     with pytest.raises(ValueError, match="no such file"):
-        given_flags(["--config", str(tmp_path / "missing.yaml")])
+        read_flags(["--config", str(tmp_path / "missing.yaml")])
 
 
 def test_serve_becomes_vllm_with_every_flag_in_place(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
     monkeypatch.setattr(Host, "this", classmethod(lambda cls: GPU))
-    flags = ["--port", "8001", "--additional-config", '{"nvfp4": {}}', "MODEL", "-tp", "2"]
+    flags = [
+        "--port",
+        str(free_port()),
+        "--additional-config",
+        '{"nvfp4": {}}',
+        "MODEL",
+        "-tp",
+        "2",
+    ]
     main.main(["serve", *flags])
     [(program, command, _)] = started
     assert program == sys.executable
-    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[1:4] == ["-m", "vllm_nvfp4.serving.launch", "serve"]
     assert command[4:] == [*flags, "--quantization", "nvfp4"]
 
 

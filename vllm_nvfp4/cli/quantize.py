@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvfp4.cli._arguments import any_whole, number, whole
+from vllm_nvfp4.cli._files import check_can_write, check_text
+
 if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
@@ -53,22 +56,24 @@ def add_parser(subparsers: Any) -> None:
         default="keep",
         help="fp8: measure scales for an FP8 KV cache on the text and ask for it (default: keep)",
     )
-    parser.add_argument("--samples", type=_positive, default=16, help="sequences (default: 16)")
+    parser.add_argument("--samples", type=whole(), default=16, help="sequences (default: 16)")
     parser.add_argument(
-        "--sample-length", type=_positive, default=1024, help="tokens in each (default: 1024)"
+        "--sample-length", type=whole(), default=1024, help="tokens in each (default: 1024)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="which parts of the text (default: 0)")
+    parser.add_argument(
+        "--seed", type=any_whole, default=0, help="which parts of the text (default: 0)"
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--target-bits",
-        type=float,
+        type=number(above=True, what="bits per weight"),
         metavar="BITS",
         help="choose NVFP4, FP8 or 16 bits for each layer: the least KL with BITS per weight, on "
         "average over the decoder's linear layers and an lm_head with a weight of its own",
     )
     budget.add_argument(
         "--max-kl",
-        type=float,
+        type=number(above=True, what="nats"),
         metavar="NATS",
         help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
     )
@@ -86,14 +91,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
+    target = Path(args.output).expanduser().absolute()
+    _check_paths(args, target)
     import torch
 
     from vllm_nvfp4.checkpoints.work import work_folder
@@ -114,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
         calibration = Calibration(
             args.calibration or "builtin", args.samples, args.sample_length, args.seed
         )
-    target = Path(args.output).expanduser().absolute()
     started = time.monotonic()
     try:
         report = _quantize(args, method, calibration, target)
@@ -124,6 +123,20 @@ def run(args: argparse.Namespace) -> int:
         raise
     _print_summary(report, target, method, time.monotonic() - started)
     return 0
+
+
+def _check_paths(args: argparse.Namespace, target: Path) -> None:
+    """What can be wrong with files, before torch takes its seconds to be imported."""
+    from vllm_nvfp4.checkpoints.locate import find_folder
+
+    model = Path(args.model).expanduser()
+    if not (model.suffix == ".gguf" and model.is_file()):
+        find_folder(args.model)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another folder")
+    check_can_write("--output", target, is_folder=True)
+    if args.calibration:
+        check_text("--calibration", args.calibration)
 
 
 def _check_format(args: argparse.Namespace, method: str) -> None:
@@ -204,8 +217,6 @@ def _quantize(
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
 
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or choose another folder")
     folder = _source_folder(args.model, target)
     source = Source(folder)
     source.config()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.bench import results
+from vllm_nvfp4.cli._files import check_can_write
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,13 +26,16 @@ def run(args: argparse.Namespace) -> int:
     """Raises ValueError for a folder without results."""
     from vllm_nvfp4.bench import page
 
+    check_can_write("--out", args.out)
     runs = {
         name: results.load(folder)
         for name, folder in zip(_names(args.folders), args.folders, strict=True)
     }
     only = next(iter(runs.values())) if len(runs) == 1 else None
+    # The page first: a reader of the tables (head, less) may be gone before their end.
+    written = page.write(runs, args.out)
     page.print_tables(page.run_tables(only) if only else page.side_by_side(runs))
-    print(f"page: {page.write(runs, args.out)}")
+    print(f"page: {written}")
     return 0
 
 

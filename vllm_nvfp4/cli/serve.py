@@ -7,11 +7,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_nvfp4.checkpoints import read_config
-from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.serving import arguments
 from vllm_nvfp4.serving.host import command_line
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
@@ -38,26 +36,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    is_question = any(arg.startswith("--help") for arg in args.vllm_args)
     if not args.vllm_args or args.vllm_args[0] in ("-h", "--help"):
         print(_USAGE, end="")
+    elif is_question:
+        replace_this_process(args.vllm_args)
     else:
-        check_files(args.vllm_args)
+        arguments.check(args.vllm_args)
         replace_this_process(args.vllm_args)
     return 0 if args.vllm_args else 2
-
-
-def check_files(vllm_args: Sequence[str]) -> None:
-    """Raise the CheckpointError of a local folder at once, before vLLM takes seconds to start.
-
-    Only where the model is named first and this project's method is to serve it.
-    """
-    folder = Path(vllm_args[0])
-    other_method = any(
-        arg.startswith(("-q", "--quantization")) and "nvfp4" not in f"{arg} {after}"
-        for arg, after in zip(vllm_args, [*vllm_args[1:], ""], strict=True)
-    )
-    if folder.is_dir() and not other_method:
-        validate(folder, *read_config(folder))
 
 
 def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:

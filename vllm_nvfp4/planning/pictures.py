@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.compat.packages import install_hint
+
 # Okabe and Ito, "Color Universal Design" (2008), without yellow, which print loses.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
@@ -258,7 +260,7 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            'pictures need matplotlib, which is not installed: pip install "vllm-nvfp4[pictures]"'
+            f"pictures need matplotlib, which is not installed: {install_hint('pictures')}"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(_RC):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.serving.arguments import read_flags
+from vllm_nvfp4.serving.launch import MODULE
 
 # vLLM's default on a CPU is 92 % of all memory, which fails as soon as anything else runs.
 _KV_CACHE_SHARE = 4
@@ -58,39 +60,11 @@ def why_no_compile() -> str | None:
     return None
 
 
-def given_flags(args: Sequence[str]) -> set[str]:
-    """The flags on a vLLM command line and in the YAML file that its --config names."""
-    flags = set()
-    for index, arg in enumerate(args):
-        if not arg.startswith("-"):
-            continue
-        name, _, value = arg.partition("=")
-        name = "--quantization" if name == "-q" else name.replace("_", "-")
-        flags.add(name)
-        if name == "--config":
-            value = value or (args[index + 1] if index + 1 < len(args) else "")
-            flags |= _flags_of_config(Path(value))
-    return flags
-
-
-def _flags_of_config(path: Path) -> set[str]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {path}: found {type(content).__name__}; needed `flag: value` lines"
-        )
-    return {"--" + str(key).replace("_", "-") for key in content}
-
-
 def add_defaults(
     args: Sequence[str], host: Host, environ: Mapping[str, str], with_plugin: bool = True
 ) -> tuple[list[str], list[str]]:
     """vLLM's command line with the defaults added, and one sentence for each of them."""
-    given = given_flags(args)
+    given = read_flags(args).keys()
     added: list[str] = []
     notes: list[str] = []
     if with_plugin and "--quantization" not in given:
@@ -126,4 +100,4 @@ def command_line(
     if not with_plugin:
         child_environ["VLLM_PLUGINS"] = ""
     full, notes = add_defaults(args, Host.this(), child_environ, with_plugin)
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *full], child_environ, notes
+    return [sys.executable, "-m", MODULE, "serve", *full], child_environ, notes

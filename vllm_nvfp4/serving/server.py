@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TextIO
 
 from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving.launch import PREFIX, USAGE_STATUS
 from vllm_nvfp4.serving.progress import step
 
 _STOP_SECONDS = 20.0
@@ -76,7 +77,8 @@ def first_error(log: str) -> str:
             # Pydantic puts what was wrong on the two lines below.
             more = lines[index + 1 : index + 3] if "validation error" in line else []
             return "\n  ".join([line, *more])
-    return "\n  ".join(lines[-5:])
+    said = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+    return said[-1] if said else "\n  ".join(lines[-5:])
 
 
 class Server:
@@ -160,6 +162,8 @@ class Server:
 
     def _why_it_ended(self, status: int) -> str:
         text = self.log.read_text(errors="replace")
+        if status == USAGE_STATUS and PREFIX in text:
+            return text.rpartition(PREFIX)[2].strip()
         return f"the server ended with status {status}:\n  {first_error(text)}\n  (log: {self.log})"
 
     def stop(self) -> None:
