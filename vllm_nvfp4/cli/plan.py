@@ -11,24 +11,17 @@ from typing import Any
 from vllm_nvfp4.cli import _plan_text
 from vllm_nvfp4.cli._arguments import number, tokens, whole
 from vllm_nvfp4.cli._files import check_can_write
-from vllm_nvfp4.gpus import GPUS, Gpu, find_gpu
+from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
+from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.fit import Load, Setup
 from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
 from vllm_nvfp4.planning.shapes import DecoderShape, built_in, find_shape
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
 _DOLLARS = number(what="dollars")
-# Names that people use for a device whose own name is longer.
-_ALIASES = {
-    "rtx 4060 ti 16gb": "RTX 4060 Ti",
-    "rtx 4060 ti 16 gb": "RTX 4060 Ti",
-    "rtx 6000 ada": "RTX 6000 Ada Generation",
-    "a100": "A100-SXM4-80GB",
-    "a100 80gb": "A100-SXM4-80GB",
-    "a100 40gb": "A100-SXM4-40GB",
-    "h100": "H100 80GB HBM3",
-}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,6 +53,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--electricity", type=_DOLLARS, default=0.15, metavar="USD", help="per kWh")
     parser.add_argument("--all-cards", action="store_true", help="the same on every known card")
+    parser.add_argument("--details", action="store_true",
+                        help="memory by part, every limit's formula, sources")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -68,26 +63,30 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 0. Raises ValueError for wrong input."""
     if args.plot:
         check_can_write("--plot", args.plot, is_folder=True)
-    gpu = _gpu(args.gpu)
+    gpu = find_card(args.gpu)
     shape = find_shape(args.model)
     asked = _asked(args, shape)
     kv_bits = args.kv_bits or choosing.kv_bits_of(gpu)
     base = Setup(lm_head=args.lm_head, embedding=args.embedding, kv_bits=kv_bits)
-    rows = planning.format_rows(asked, base, gpu)
     choice = choosing.choose(shape, asked.load, gpu, args.accuracy, base)
-    chosen = planning.row_of(asked, choice.found.setup, gpu) if choice else None
-    cards = planning.card_rows(asked, chosen.found.setup if chosen else base)
-    cards = cards if args.all_cards or args.json else []
+    setup = choice.found.setup if choice else None
+    rows = planning.format_rows(asked, base, gpu, setup)
+    chosen = rows[0] if choice else None
+    cards = planning.card_rows(asked, setup or base) if args.all_cards or args.json else []
+    # The same cards in BF16, as many as that needs; and what BF16 is often served on.
+    same = planning.row_of(asked, Setup(fmt="bf16", kv_bits=base.kv_bits), gpu)
     baseline = planning.row_of(
-        asked, Setup(fmt="bf16", kv_bits=16), _gpu(choosing.BASELINE_GPU), False
+        asked, Setup(fmt="bf16", kv_bits=16), find_card(choosing.BASELINE_GPU), False
     )
-    command = choosing.serve_command(shape, choice.found, asked.load) if choice else None
+    command = None
+    if chosen and choice:
+        command = choosing.serve_command(shape, choice.found, asked.load, chosen.most_sequences)
     # The pictures first: a reader of the text (head, less) may be gone before its end.
     drawn: list[Path] = []
     if args.plot:
         from vllm_nvfp4.cli import _plan_pictures
 
-        drawn = _plan_pictures.draw(args.plot, asked, gpu, base, rows, chosen, baseline)
+        drawn = _plan_pictures.draw(args.plot, asked, gpu, rows, same)
     if args.json:
         value = _head(asked, gpu) | {
             "formats": [row.to_json() for row in rows],
@@ -95,25 +94,23 @@ def run(args: argparse.Namespace) -> int:
             "cards": [row.to_json() for row in cards],
             "recommended": chosen and chosen.to_json(),
             "reason": choice and choice.reason,
+            "warning": "little spare memory" if chosen and chosen.is_tight else None,
             "command": command,
+            "bf16_on_the_same_card": same.to_json(),
             "bf16_on_a100": baseline.to_json(),
+            "pictures": [str(path) for path in drawn],
         }
-        print(json.dumps(value | {"pictures": [str(path) for path in drawn]}, indent=2))
-    else:
-        _plan_text.print_plan(asked, gpu, rows, cards)
-        _plan_text.print_costs(asked, [*([chosen] if chosen else []), baseline])
-        _plan_text.print_choice(shape, choice, command)
-        for path in drawn:
-            print(path)
+        print(json.dumps(value, indent=2))
+        return 0
+    _plan_text.print_plan(asked, gpu, rows, cards)
+    if args.details:
+        _plan_text.print_details(asked, gpu, rows)
+    compared = [*([chosen] if chosen else []), same, *([baseline] if args.details else [])]
+    _plan_text.print_costs(compared)
+    _plan_text.print_choice(asked, choice, chosen, command)
+    for path in drawn:
+        print(path)
     return 0
-
-
-def _gpu(name: str) -> Gpu:
-    name = " ".join(name.split())
-    gpu = find_gpu(_ALIASES.get(name.lower(), name)) or find_gpu(f"RTX {name}")
-    if gpu is None:
-        raise ValueError(f"--gpu {name}: unknown; cards: {', '.join(g.name for g in GPUS)}.")
-    return gpu
 
 
 def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:
@@ -135,6 +132,8 @@ def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:
 def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
     shape = asked.shape
     return {
+        "schema": SCHEMA,
+        "basis": planning.BASIS,
         "model": shape.name,
         "hub": shape.hub,
         "gpu": gpu.name,

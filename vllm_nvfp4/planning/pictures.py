@@ -67,7 +67,12 @@ class Series:
     is_limit: bool = False
 
 
-def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path:
+def memory_stack(
+    path: Path,
+    bars: Sequence[MemoryBar],
+    title: str = "",
+    ylabel: str = "memory, GB (10$^9$ bytes)",
+) -> Path:
     """Memory by part, GB (10^9), one column each; a line marks the capacity.
 
     Raises ValueError without bars, or for a negative size.
@@ -93,7 +98,7 @@ def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path
         axes.set_xticks(range(len(bars)), [_wrapped(bar.label, 15) for bar in bars])
         axes.set_xlim(-0.5, len(bars) - 0.5)
         axes.set_ylim(0, 1.16 * top)
-        axes.set_ylabel("memory, GB (10$^9$ bytes)")
+        axes.set_ylabel(ylabel)
         axes.grid(axis="x", visible=False)
         _legend_beside(axes, is_reversed=True)
 
@@ -181,9 +186,14 @@ def lines(
     return _save(path, draw, title, (8.0, 4.4))
 
 
-def speed_against_batch(path: Path, series: Sequence[Series], title: str = "") -> Path:
+def speed_against_batch(
+    path: Path,
+    series: Sequence[Series],
+    title: str = "",
+    ylabel: str = "tokens/s, all sequences",
+) -> Path:
     """Tokens per second of all sequences against their number, with rooflines as limits."""
-    return lines(path, series, "sequences at once (batch)", "tokens/s, all sequences", title, True)
+    return lines(path, series, "sequences at once (batch)", ylabel, title, True)
 
 
 def latency_against_load(

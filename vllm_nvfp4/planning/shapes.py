@@ -81,6 +81,7 @@ class DecoderShape:
     """A decoder's dimensions, named as in its config.json.
 
     hub:        its name on the Hugging Face Hub, or the folder
+    nvfp4:      the hub name of an NVFP4 checkpoint of it; empty where none is known
     family:     model_type
     windows:    per layer, the tokens that its attention reaches back; 0 for all
     num_other:  elements of norms, biases and attention sinks, which stay in 16 bits
@@ -113,6 +114,7 @@ class DecoderShape:
     head: str = ""
     embedding: str = ""
     has_vision: bool = False
+    nvfp4: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -148,7 +150,11 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            seen = {"hub": entry["hub"], "has_vision": entry.get("has_vision", False)}
+            seen = {
+                "hub": entry["hub"],
+                "nvfp4": entry.get("nvfp4", ""),
+                "has_vision": entry.get("has_vision", False),
+            }
             shape = replace(shape_of(entry["config"], name), **seen)
             stored = entry["config"].get("quantization_config")
             return as_stored(shape, detect(stored)) if stored else shape
