@@ -409,7 +409,7 @@ _AWQ = {**built_in()["Qwen3-8B"]["config"], "quantization_config": {"quant_metho
     ("config", "words"),
     [
         (None, "config.json"),
-        ('{"model_type": "mamba"}', "plan knows llama"),
+        ('{"model_type": "mamba"}', "no *.safetensors file"),
         ('{"model_type": "llama", "hidden_size": -1}', "hidden_size=-1; needs a positive"),
         (json.dumps(_AWQ), "one of modelopt"),
     ],

@@ -32,14 +32,16 @@ def require_model(model: str, revision: str, environ: Mapping[str, str]) -> Path
     try:
         folder = find_folder(model, revision)
     except CheckpointError:
-        _ask_hub(model, revision, environ)
+        ask_hub(model, revision, environ)
         return None
     # A download that was stopped: vLLM fetches the rest.
     is_whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
     return folder if is_whole else None
 
 
-def _ask_hub(model: str, revision: str, environ: Mapping[str, str]) -> None:
+def ask_hub(model: str, revision: str, environ: Mapping[str, str] | None = None) -> None:
+    """Raise CheckpointError for a model that the hub has not, or a hub that is out of reach."""
+    environ = os.environ if environ is None else environ
     named = f"{model}" + (f", revision {revision}" if revision != "main" else "")
     for variable in _OFFLINE:
         if environ.get(variable, "").lower() in _YES:
@@ -96,8 +98,22 @@ def _answer_of_hub(model: str, revision: str) -> tuple[str, str] | None:
     return f"{hub} cannot be reached ({first})", _no_network(model)
 
 
+def hub_address() -> str:
+    """The hub's address, without a slash at its end."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def hub_headers() -> dict[str, str]:
+    """Headers of a request to the hub, with the user's token where there is one."""
+    try:
+        from huggingface_hub.utils import build_hf_headers
+    except ImportError:
+        return {}
+    return build_hf_headers(library_name="vllm-nvfp4")
+
+
 def _endpoint() -> str:
-    """The hub's address, and the variable that it came from."""
+    """The hub's address for a message, and the variable that it came from."""
     given = os.environ.get("HF_ENDPOINT")
     return f"{given} (HF_ENDPOINT)" if given else "huggingface.co"
 

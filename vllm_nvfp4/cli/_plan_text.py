@@ -131,6 +131,8 @@ def print_choice(
             "activations and graphs may be off by more. If vLLM runs out of memory, ask for less "
             "--context or --concurrency, or quantise lm_head and embedding: --lm-head fp8."
         )
+    for assumed in asked.shape.notes:
+        say(assumed)
     if asked.shape.has_vision:
         say("The vision tower is not part of the plan.")
     if note := _where_from(asked.shape, chosen):

@@ -19,7 +19,7 @@ from typing import Any
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.experts import is_expert
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inventory, LayerRecord
-from vllm_nvfp4.checkpoints.locate import find_folder
+from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.options import Options
@@ -78,9 +78,7 @@ def add_parser(subparsers: Any) -> None:
         description="Show, layer by layer, how a checkpoint is stored and what will run it. Reads "
         "headers only: no GPU, no weights.",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder, or a model in the local hub cache"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a hub name")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--all", action="store_true", help="one row per layer; do not fold layers that are alike"
@@ -89,9 +87,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON; 0. A CheckpointError for a bad checkpoint goes to the caller."""
-    folder = find_folder(args.model)
-    config, quant_config = read_config(folder)
-    inventory = validate(folder, config, quant_config)
+    with folder_or_skeleton(args.model) as folder:
+        config, quant_config = read_config(folder)
+        inventory = validate(folder, config, quant_config)
     options = Options.resolve()
     rows = [_row([layer], options, inventory) for layer in inventory.layers]
     if not args.all:

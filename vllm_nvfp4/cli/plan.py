@@ -27,12 +27,13 @@ _DOLLARS = number(what="dollars")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="memory, best speed and cost of a model on a card, from config.json alone",
+        help="memory, best speed and cost of a model on a card, from its configuration",
         description="Memory as the loader and the KV cache take it, the roofline of decoding and "
-        "prefill, cost, and one configuration to run; from config.json alone. Built-in models: "
+        "prefill, cost, and one configuration to run; from config.json, or from headers for a "
+        "family that is not known. Built-in models: "
         f"{', '.join(built_in())}.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, a cached model or a built-in one")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a built-in model, or a hub name")
     parser.add_argument("--gpu", default="RTX 4090", help="the card (default: RTX 4090)")
     parser.add_argument(
         "--context", type=tokens, help="tokens per sequence, such as 16k (default: 8192)"
@@ -143,5 +144,6 @@ def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
         "concurrency": asked.load.concurrency,
         "prompt": asked.prompt,
         "max_context": shape.max_context,
+        "notes": list(shape.notes),
         "checkpoint_bytes": planning.checkpoint_sizes(shape),
     }

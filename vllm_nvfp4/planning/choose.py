@@ -12,13 +12,12 @@ from vllm_nvfp4.options import METHOD_NAME
 from vllm_nvfp4.planning import fit as fitting
 from vllm_nvfp4.planning.fit import Fit, Load, Setup
 from vllm_nvfp4.planning.model import AS_STORED
-from vllm_nvfp4.planning.shapes import DecoderShape
+from vllm_nvfp4.planning.shapes import ATTENTION_PATTERN, DecoderShape
 
 ACCURACIES = ("usual", "high")
 BASELINE_GPU = "A100-SXM4-80GB"
 # Where vLLM's attention reads an FP8 KV cache.
 _FP8_KV_ARCH = 89
-_ATTENTION_PATTERN = "*.self_attn.*"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def serve_command(shape: DecoderShape, found: Fit, load: Load, most_sequences: i
         if value != "keep"
     }
     if setup.attention:
-        options["online_ignore"] = [_ATTENTION_PATTERN]
+        options["online_ignore"] = [ATTENTION_PATTERN]
     words = [
         "vllm-nvfp4", "serve", shape.hub if setup.attention else shape.nvfp4 or shape.hub,
         "--max-model-len", str(load.context),

@@ -260,8 +260,8 @@ def decode(
 
     weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch``
                    tokens need when each picks at random: 1 - (1 - per_token / experts)^batch
-    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer, on all
-                   cards
+    kv_bytes     = batch * ((tokens attended in all layers) * bytes of a token in one layer, on all
+                   cards, + 2 * state_bytes, which is read and written)
     linear_flops = 2 * batch * (weights that a token is multiplied with)
     other_flops  = 2 * batch * vocabulary * hidden + batch * attention
 
@@ -274,7 +274,8 @@ def decode(
         read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
-        batch, weights.cards * read, batch * attended * cards * token_bytes(shape, kv_bits, cards),
+        batch, weights.cards * read,
+        batch * (attended * cards * token_bytes(shape, kv_bits, cards) + 2 * shape.state_bytes),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),
