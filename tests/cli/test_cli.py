@@ -241,7 +241,7 @@ def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
 def test_doctor_says_what_shuts_the_plugin_out():
     result = run_command("doctor", VLLM_PLUGINS="another")
     assert result.returncode == 1
-    assert "shut out by VLLM_PLUGINS=another" in result.stdout
+    assert "VLLM_PLUGINS=another keeps vLLM from loading it" in result.stdout
     assert "-> add nvfp4 to VLLM_PLUGINS" in result.stdout
 
 
@@ -258,7 +258,7 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(doctor, "_check_driver", lambda driver: iter(()))
     monkeypatch.setenv("PATH", str(tmp_path))
     [check] = doctor.check_gpu()
-    assert (check.status, check.found) == ("fail", "nvidia-smi is not there")
+    assert (check.status, check.found) == ("fail", "nvidia-smi was not found")
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\n"

@@ -51,24 +51,67 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, or a model in the Hugging Face cache")
-    add("--out", type=Path, help="results (default: bench-<model>-<time>)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: bench-<model>-<time>)",
+    )
     add("--batches", type=listed(whole()), default="1,2,4,8,16,32,64", metavar="N,N,...",
         help="requests at once in the batch table (default: %(default)s)")  # fmt: skip
-    add("--tokens", type=whole(), default=128, help="tokens out, batch table (default: 128)")
-    add("--prompt", type=whole(), default=32, help="tokens in, batch table (default: 32)")
+    add(
+        "--tokens",
+        type=whole(),
+        default=128,
+        metavar="N",
+        help="tokens of each answer in the batch table (default: 128)",
+    )
+    add(
+        "--prompt",
+        type=whole(),
+        default=32,
+        metavar="N",
+        help="tokens of each prompt in the batch table (default: 32)",
+    )
     add("--rates", type=listed(_RATE), default=None, metavar="R,R,...",
-        help="requests/s under load (default: as fast as served, then 25, 50 and 75 %% of that)",
+        help="requests per second under load (default: all at once, then 25, 50 and 75 %% of "
+        "the rate that this reaches)",
         )  # fmt: skip
     add("--load-requests", type=whole(0), default=48, metavar="N",
         help="requests at each rate (default: 48; 0: no load)")  # fmt: skip
-    add("--load-prompt", type=whole(), default=256, help="tokens in under load (default: 256)")
-    add("--load-tokens", type=whole(), default=128, help="tokens out under load (default: 128)")
+    add(
+        "--load-prompt",
+        type=whole(),
+        default=256,
+        metavar="N",
+        help="tokens of each prompt under load (default: 256)",
+    )
+    add(
+        "--load-tokens",
+        type=whole(),
+        default=128,
+        metavar="N",
+        help="tokens of each answer under load (default: 128)",
+    )
     add("--goodput", type=listed(_objective), default="ttft:2000,tpot:100", metavar="NAME:MS,...",
-        help=f"a good request; NAME: {', '.join(_OBJECTIVES)} (default: %(default)s)")  # fmt: skip
+        help="milliseconds within which a request counts as good; NAME is "
+        f"{', '.join(_OBJECTIVES)} (default: %(default)s)")  # fmt: skip
     add("--against", action="append", default=[], metavar="NAME[=MODEL]",
-        help="measure this too, in turns with MODEL; see below; may be repeated")  # fmt: skip
-    add("--turns", type=whole(), default=3, help="starts of each server (default: 3)")
-    add("--seed", type=any_whole, default=0, help="of the prompts and arrival times (default: 0)")
+        help="measure this too, in turns with MODEL; may be repeated; see below")  # fmt: skip
+    add(
+        "--turns",
+        type=whole(),
+        default=3,
+        metavar="N",
+        help="how often each server is started and measured (default: 3)",
+    )
+    add(
+        "--seed",
+        type=any_whole,
+        default=0,
+        metavar="N",
+        help="seed of the prompts and of the times at which they arrive (default: 0)",
+    )
 
 
 def _objective(text: str) -> str:

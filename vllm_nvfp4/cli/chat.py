@@ -24,17 +24,23 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="talk to a model in the terminal",
-        description="Talk to a model. Without --url a server is started for it, and stopped after.",
+        description="Talk to a model. Without --url a server is started, and stopped at the end.",
         epilog="Flags after -- go to vLLM: vllm-nvfp4 chat MODEL -- --max-model-len 4096",
     )
     parser.add_argument(
-        "model", nargs="?", help="folder or name; with --url, the server's first model by default"
+        "model",
+        nargs="?",
+        help="a folder or a hub name; with --url the server's first model unless it is given",
     )
     parser.add_argument("--url", help="a running server, such as http://localhost:8000")
     parser.add_argument("--prompt", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="system message of the conversation")
     parser.add_argument("--max-tokens", type=whole(), help="longest answer, in tokens")
-    parser.add_argument("--temperature", type=number(), help="default: the model's own")
+    parser.add_argument(
+        "--temperature",
+        type=number(),
+        help="0 for the likeliest word each time (default: the model's own)",
+    )
 
 
 class Conversation:

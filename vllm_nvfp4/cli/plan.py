@@ -41,22 +41,33 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--concurrency", type=whole(), default=1, help="sequences at once (default: 1)"
     )
-    parser.add_argument("--prompt", type=tokens, help="tokens of a prompt, for prefill")
+    parser.add_argument(
+        "--prompt", type=tokens, help="tokens of a prompt, for the speed of prefill (default: 2048)"
+    )
     parser.add_argument("--accuracy", choices=choosing.ACCURACIES, default="usual",
                         help="usual: plain NVFP4; high: attention stays in 16 bits")  # fmt: skip
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), help="default: 8 where it can")
     for part in ("lm-head", "embedding"):
-        parser.add_argument(f"--{part}", choices=EMBEDDING_FORMATS, default="keep")
+        parser.add_argument(f"--{part}", choices=EMBEDDING_FORMATS, default="keep",
+                            help=f"format of {part} (default: keep, as stored)")  # fmt: skip
     price = parser.add_mutually_exclusive_group()
-    price.add_argument("--price", type=_DOLLARS, metavar="USD", help="rent of one card per hour")
+    price.add_argument("--price", type=_DOLLARS, metavar="USD", help="rent of one card, per hour")
     price.add_argument(
-        "--buy", type=_DOLLARS, metavar="USD", help="price of one card, used 3 years"
+        "--buy", type=_DOLLARS, metavar="USD", help="price of one card that is used for 3 years"
     )
-    parser.add_argument("--electricity", type=_DOLLARS, default=0.15, metavar="USD", help="per kWh")
-    parser.add_argument("--all-cards", action="store_true", help="the same on every known card")
+    parser.add_argument(
+        "--electricity",
+        type=_DOLLARS,
+        default=0.15,
+        metavar="USD",
+        help="per kWh, for a card that was bought (default: 0.15)",
+    )
+    parser.add_argument(
+        "--all-cards", action="store_true", help="also show the recommendation on every known card"
+    )
     parser.add_argument("--details", action="store_true",
                         help="memory by part, every limit's formula, sources")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures into this folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -31,31 +31,48 @@ def add_parser(subparsers: Any) -> None:
         "Flags of `vllm serve` after -- go to MODEL's engine; the reference is served as stored.",
         usage="vllm-nvfp4 quality MODEL [--reference MODEL] [options] [-- vLLM flags]",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, or cached hub name")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a downloaded hub name")
     parser.add_argument(
-        "--reference", metavar="MODEL", help="what it is compared with: the 16-bit original"
+        "--reference", metavar="MODEL", help="the model to compare with: the 16-bit original"
     )
     parser.add_argument(
-        "--text", metavar="FILE|builtin", default="builtin", help="default: builtin"
+        "--text",
+        metavar="FILE|builtin",
+        default="builtin",
+        help="text to measure on (default: builtin)",
     )
-    parser.add_argument("--windows", type=whole(), default=16, help="at most (default: 16)")
     parser.add_argument(
-        "--window-length", type=whole(8), default=1024, help="tokens in each (default: 1024)"
+        "--windows",
+        type=whole(),
+        default=16,
+        metavar="N",
+        help="measure at most so many parts of the text (default: 16)",
+    )
+    parser.add_argument(
+        "--window-length",
+        type=whole(8),
+        default=1024,
+        metavar="N",
+        help="tokens of each part (default: 1024)",
     )
     parser.add_argument(
         "--tasks", metavar="NAME,...", help="tasks of lm-eval, such as mmlu,hellaswag,gsm8k"
     )
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="with task files of your own")
-    parser.add_argument("--limit", type=whole(), help="samples of each task (default: all)")
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="folder with task files of your own"
+    )
+    parser.add_argument(
+        "--limit", type=whole(), metavar="N", help="questions of each task (default: all)"
+    )
     parser.add_argument(
         "--run-unsafe-code", action="store_true", help="for tasks that run what the model writes"
     )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, no table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--max-ppl-increase",
         type=number(what="percent"),
         metavar="PERCENT",
-        help="exit status 1 where the perplexity is further above the reference's",
+        help="end with status 1 if the perplexity is more than this above the reference's",
     )
 
 

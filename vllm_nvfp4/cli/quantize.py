@@ -28,9 +28,11 @@ def add_parser(subparsers: Any) -> None:
         "quantize",
         help="make an NVFP4 checkpoint from a 16-bit model",
         description="Make an NVFP4 checkpoint from a 16-bit model, layer by layer. A run that was "
-        "stopped goes on where it was when it is started again with the same arguments.",
+        "stopped continues where it was if it is started again with the same arguments.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, cached hub name, or .gguf file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, a downloaded hub name, or a .gguf file"
+    )
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to make")
     parser.add_argument(
         "--method",
@@ -56,12 +58,26 @@ def add_parser(subparsers: Any) -> None:
         default="keep",
         help="fp8: measure scales for an FP8 KV cache on the text and ask for it (default: keep)",
     )
-    parser.add_argument("--samples", type=whole(), default=16, help="sequences (default: 16)")
     parser.add_argument(
-        "--sample-length", type=whole(), default=1024, help="tokens in each (default: 1024)"
+        "--samples",
+        type=whole(),
+        default=16,
+        metavar="N",
+        help="sequences of calibration text (default: 16)",
     )
     parser.add_argument(
-        "--seed", type=any_whole, default=0, help="which parts of the text (default: 0)"
+        "--sample-length",
+        type=whole(),
+        default=1024,
+        metavar="N",
+        help="tokens of each sequence (default: 1024)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=any_whole,
+        default=0,
+        metavar="N",
+        help="chooses the parts of the text (default: 0)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -88,7 +104,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="with either: print each layer's KL and format, and plot them to FILE (.png or .svg)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the work is done (default: cpu)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

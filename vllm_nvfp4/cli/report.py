@@ -18,8 +18,16 @@ def add_parser(subparsers: Any) -> None:
         help="results of `bench` side by side, in the terminal and as one page",
         description="Show results of `vllm-nvfp4 bench`, of several cards, versions or models.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="results of `bench`")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="a folder that `bench` wrote"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page to write (default: report.html)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
