@@ -139,6 +139,16 @@ def test_serve_becomes_vllm_with_every_flag_in_place(monkeypatch: pytest.MonkeyP
     assert command[4:] == [*flags, "--quantization", "nvfp4"]
 
 
+@pytest.mark.parametrize(("host", "expected"), [(CPU, "0"), (GPU, None)])
+def test_on_a_cpu_later_starts_reuse_what_the_first_compiled(monkeypatch, host, expected):
+    monkeypatch.setattr(Host, "this", classmethod(lambda cls: host))
+    _, environ, notes = serving_host.command_line(["m"], {})
+    assert environ.get("VLLM_USE_AOT_COMPILE") == expected
+    assert any("VLLM_USE_AOT_COMPILE=0" in note for note in notes) == (expected == "0")
+    _, environ, notes = serving_host.command_line(["m"], {"VLLM_USE_AOT_COMPILE": "1"})
+    assert environ["VLLM_USE_AOT_COMPILE"] == "1"
+
+
 def test_no_compile_names_the_missing_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
     assert "a-compiler-that-is-not-there" in (serving_host.why_no_compile() or "")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -224,6 +225,8 @@ def _with_progress(
 
         def progress(detail: str) -> None:
             current.detail = detail
+            if found := re.fullmatch(r"window (\d+) of (\d+)", detail):
+                current.fraction = (int(found[1]) - 1) / int(found[2])
 
         return measure(folder, windows, options, progress=progress, **files)
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
+    from vllm_nvfp4.serving.progress import Step
 
+_TITLE = "Quantising"
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
 
@@ -89,7 +92,7 @@ def add_parser(subparsers: Any) -> None:
     )
     budget.add_argument(
         "--max-kl",
-        type=number(above=True, what="nats"),
+        type=number(what="nats"),
         metavar="NATS",
         help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
     )
@@ -200,7 +203,11 @@ def _check_precision(args: argparse.Namespace) -> None:
 
 
 def _precision(
-    args: argparse.Namespace, source: Any, method: str, calibration: Calibration | None
+    args: argparse.Namespace,
+    source: Any,
+    method: str,
+    calibration: Calibration | None,
+    current: Step,
 ) -> Callable[[Path, set[str]], dict[str, str]] | None:
     """What WriteOptions.precision asks for; the measurement is kept for a run that goes on."""
     if args.target_bits is None and args.max_kl is None:
@@ -212,18 +219,18 @@ def _precision(
 
         kept = work / "sensitivity.json"
         if not kept.is_file():
-            print("measuring the sensitivity of each layer", flush=True)
+            current.begin("Measuring the sensitivity of each layer")
             text = calibration.text if calibration else "builtin"
             measurement = sensitivity.Measurement.of_text(text, source.folder, method, args.seed)
-            found = sensitivity.measure(source, linear, measurement)
+            found = sensitivity.measure(source, linear, measurement, current.advance)
             sensitivity.save(kept, found)
         groups = sensitivity.load(kept)
         formats = choose_formats(groups, target_bits=args.target_bits, max_kl=args.max_kl)
         if args.report:
-            print(report.table(groups, formats), flush=True)
+            current.say(report.table(groups, formats))
             report.plot(groups, formats, Path(args.report).expanduser())
         else:
-            print(report.summary(groups, formats), flush=True)
+            current.say(report.summary(groups, formats))
         return {n: f for g, f in zip(groups, formats, strict=True) for n in g.names}
 
     return choose
@@ -237,54 +244,55 @@ def _quantize(
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
+    from vllm_nvfp4.serving.progress import step
 
     folder = _source_folder(args.model, target)
     source = Source(folder)
     source.config()
+    is_measured = args.target_bits is not None or args.max_kl is not None
     arguments: dict[str, Any] = {"method": method, "device": args.device}
     if args.kv_cache != "keep":
         arguments["kv_cache"] = args.kv_cache
     if calibration is not None:
         arguments |= calibration.identity()
-    if args.target_bits is not None or args.max_kl is not None:
+    if is_measured:
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
-    precision = _precision(args, source, method, calibration)
-    vocabulary = source.vocabulary(args.embedding) if precision else []
+    vocabulary = source.vocabulary(args.embedding) if is_measured else []
     linear, _ = source.quantizable(DEFAULT_IGNORE)
     chosen = linear.union(vocabulary)
 
-    def make(progress: Callable[[str], None]) -> WriteReport:
+    with step(_TITLE, sys.stderr) as current:
+        precision = _precision(args, source, method, calibration, current)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
         used = calibration if method in CALIBRATED else None
-        _print_memory(source, chosen, used, args.device, is_measured=precision is not None)
+        current.say(_memory(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
             arguments=arguments,
-            progress=progress,
+            progress=_progress(current, source, chosen),
             precision=precision,
             vocabulary=vocabulary,
             finish=_kv_scales(args, calibration),
         )
-        return write_resumable(folder, target, quantizer, options)
-
-    report = _with_progress(source, chosen, make)
+        report = write_resumable(folder, target, quantizer, options)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
 
 
-def _print_memory(
+def _memory(
     source: Source,
     quantized: set[str],
     calibration: Calibration | None,
     device: str,
     is_measured: bool,
-) -> None:
+) -> str:
+    """One line on the memory that the run takes."""
     from vllm_nvfp4.checkpoints.source import by_layer
     from vllm_nvfp4.quantize import memory, sensitivity
     from vllm_nvfp4.quantize.calibrated import forward_dtype
@@ -303,7 +311,7 @@ def _print_memory(
         extra = max(extra, measured)
     where = "" if device == "cpu" else f", part of it on {device}"
     peak = memory.expected_peak(extra) / 2**20
-    print(f"memory: about {peak:.0f} MiB at the most{where}", flush=True)
+    return f"memory: about {peak:.0f} MiB at the most{where}"
 
 
 def _kv_scales(
@@ -346,49 +354,26 @@ def _source_folder(model: str, target: Path) -> Path:
     return folder
 
 
-def _with_progress(
-    source: Any, quantized: set[str], make: Callable[[Callable[[str], None]], WriteReport]
-) -> WriteReport:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[str], None]:
+    """What WriteOptions.progress calls when a layer begins: the ones before it are done.
 
+    It counts weights, not layers: a feed-forward layer takes several times an attention's.
+    """
     from vllm_nvfp4.checkpoints.source import by_layer
 
-    groups = [g for unit in by_layer(source.tensors, quantized) for g in unit.groups]
-    # The bar counts weights, not layers: a feed-forward layer takes several times an attention's.
-    size = {
-        g[0].removesuffix(".weight"): sum(
-            source.tensors[n].shape[0] * source.tensors[n].shape[1] for n in g
-        )
-        for g in groups
-        if g[0] in quantized
-    }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("preparing", total=sum(size.values()))
-        pending = 0
+    before: dict[str, int] = {}
+    total = 0
+    for group in (g for unit in by_layer(source.tensors, quantized) for g in unit.groups):
+        if group[0] in quantized:
+            before[group[0].removesuffix(".weight")] = total
+            total += sum(prod(source.tensors[name].shape) for name in group)
 
-        def progress(layer: str) -> None:
-            nonlocal pending
-            bar.update(task, advance=pending, description=layer)
-            pending = size[layer]
+    def progress(layer: str) -> None:
+        if current.title != _TITLE:
+            current.begin(_TITLE)
+        current.fraction, current.detail = before[layer] / max(total, 1), layer
 
-        report = make(progress)
-        bar.update(task, completed=sum(size.values()), description="written")
-    return report
+    return progress
 
 
 def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:

@@ -19,6 +19,7 @@ vLLM's own OpenAI-compatible server, with these defaults where nothing else is g
   on a CPU:
     --kv-cache-memory-bytes  a quarter of the available memory
     --enforce-eager          where no C++ compiler can serve torch.compile
+    VLLM_USE_AOT_COMPILE=0   so that later starts reuse what the first one compiled
 
 `vllm-nvfp4 serve --help=all` lists vLLM's flags.
 """

@@ -20,6 +20,7 @@ from vllm_nvfp4.serving.launch import MODULE
 
 # vLLM's default on a CPU is 92 % of all memory, which fails as soon as anything else runs.
 _KV_CACHE_SHARE = 4
+AOT_VARIABLE = "VLLM_USE_AOT_COMPILE"
 
 
 @dataclass(frozen=True)
@@ -99,5 +100,11 @@ def command_line(
     cpu_metadata.apply(child_environ)
     if not with_plugin:
         child_environ["VLLM_PLUGINS"] = ""
-    full, notes = add_defaults(args, Host.this(), child_environ, with_plugin)
+    this = Host.this()
+    full, notes = add_defaults(args, this, child_environ, with_plugin)
+    if this.is_cpu and AOT_VARIABLE not in child_environ:
+        # vLLM saves an ahead-of-time artefact for the CPU and cannot load it: every start would
+        # compile again. Without it torch's own cache of compiled code is used.
+        child_environ[AOT_VARIABLE] = "0"
+        notes.append(f"{AOT_VARIABLE}=0: so that later starts reuse what the first one compiled")
     return [sys.executable, "-m", MODULE, "serve", *full], child_environ, notes
