@@ -24,6 +24,7 @@ from vllm_nvfp4.bench.results import (
     rate_rows,
     ratios,
 )
+from vllm_nvfp4.bench.summary import first_sentence, reproduce_line
 from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.planning import pictures
 from vllm_nvfp4.serving.console import table_console
@@ -364,6 +365,8 @@ def write(runs: Mapping[str, Results], path: Path) -> Path:
     single = next(iter(runs.values())) if len(runs) == 1 else None
     text = environment.get_template("report.html.j2").render(
         title=single.title if single else f"{len(runs)} runs side by side",
+        result=first_sentence(runs),
+        reproduce=reproduce_line,
         runs=runs,
         pictures=draw(runs),
         overview=[machine_table(runs)] if single else side_by_side(runs),

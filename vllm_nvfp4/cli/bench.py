@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 where a variant of --against could not be measured; 130 after Ctrl-C."""
     from vllm_nvfp4.bench import page
     from vllm_nvfp4.bench.results import FILE_NAME
+    from vllm_nvfp4.bench.summary import first_sentence, reproduce_line
 
     bench = prepare(args)
     print(f"{bench.results.title}: {bench.num_planned} measurements, into {bench.out}", flush=True)
@@ -143,7 +144,9 @@ def run(args: argparse.Namespace) -> int:
     if done:
         # The page first: a reader of the tables (head, less) may be gone before their end.
         written = page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)
+        print(first_sentence({bench.out.name: bench.results}))
         page.print_tables(page.run_tables(bench.results))
+        print(f"again: {reproduce_line(bench.results)}")
         print(f"page: {written}")
     if is_interrupted:
         return 130

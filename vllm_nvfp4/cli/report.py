@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for a folder without results."""
     from vllm_nvfp4.bench import page
+    from vllm_nvfp4.bench.summary import first_sentence
 
     check_can_write("--out", args.out)
     runs = {
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     only = next(iter(runs.values())) if len(runs) == 1 else None
     # The page first: a reader of the tables (head, less) may be gone before their end.
     written = page.write(runs, args.out)
+    print(first_sentence(runs))
     page.print_tables(page.run_tables(only) if only else page.side_by_side(runs))
     print(f"page: {written}")
     return 0

@@ -20,6 +20,9 @@ from vllm_nvfp4.serving.launch import MODULE
 
 # vLLM's default on a CPU is 92 % of all memory, which fails as soon as anything else runs.
 _KV_CACHE_SHARE = 4
+# What of the user's decides the size of the KV cache on a CPU.
+KV_FLAGS = frozenset({"--gpu-memory-utilization", "--kv-cache-memory-bytes"})
+KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 AOT_VARIABLE = "VLLM_USE_AOT_COMPILE"
 
 
@@ -61,6 +64,11 @@ def why_no_compile() -> str | None:
     return None
 
 
+def kv_cache_bytes(host: Host) -> int:
+    """The size of the KV cache where nothing else decides it: a share of the free memory."""
+    return host.available_bytes // _KV_CACHE_SHARE
+
+
 def add_defaults(
     args: Sequence[str], host: Host, environ: Mapping[str, str], with_plugin: bool = True
 ) -> tuple[list[str], list[str]]:
@@ -73,10 +81,8 @@ def add_defaults(
         notes.append("--quantization nvfp4: this command's default")
     if not host.is_cpu:
         return [*args, *added], notes
-    if not given & {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} and not environ.get(
-        "VLLM_CPU_KVCACHE_SPACE"
-    ):
-        size = host.available_bytes // _KV_CACHE_SHARE
+    if not given & KV_FLAGS and not environ.get(KV_VARIABLE):
+        size = kv_cache_bytes(host)
         added += ["--kv-cache-memory-bytes", str(size)]
         notes.append(
             f"--kv-cache-memory-bytes {size}: a quarter of the {host.available_bytes / 2**30:.1f} "
