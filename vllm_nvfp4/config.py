@@ -25,6 +25,7 @@ from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import Dialect, LayerKind, LayerSpec, fused_layer_spec
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.compat import versions
+from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
@@ -79,7 +80,7 @@ class NvFp4Config(QuantizationConfig):
         """
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
-        self._head_size = kv_cache.head_size(text_config)
+        self._head_size = head_size(text_config)
         if (folder := Path(model_name)).is_dir():
             model_config, _ = read_config(folder)
             validate(folder, model_config, self.source_config, dialect=self.dialect)
@@ -105,7 +106,8 @@ class NvFp4Config(QuantizationConfig):
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute."""
-        return kv_cache.default_scheme(self.options.kv_cache, self._head_size)
+        is_declared = self.dialect.kv_cache.dtype is not None
+        return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dialect.rename(hf_to_vllm_mapper)

@@ -260,7 +260,8 @@ def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
 
 def _title(inventory: Inventory, config: dict[str, Any]) -> str:
     architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
-    kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
+    asked = inventory.kv_cache
+    kv_cache = f"asks for an {asked} KV cache" if asked else "no KV cache scheme"
     return f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}"
 
 

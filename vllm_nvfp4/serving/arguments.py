@@ -7,17 +7,19 @@ be said at once: the model, the port, the files and the plugin's options.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.hub import require_model
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.compat import cpu_metadata, kv_cache
 from vllm_nvfp4.compat.flags import check_names
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -94,46 +96,78 @@ def check(
     flags = read_flags(args)
     check_names(args)
     by_plugin = flags.get("--quantization", METHOD_NAME) == METHOD_NAME
+    options = Options()
     if by_plugin:
-        _check_options(flags.get("--additional-config"))
+        # What a --config file says stands in ``flags`` alone.
+        from_file = [f"{k}={v}" for k, v in flags.items() if k.startswith("--additional-config")]
+        options = plugin_options([*from_file, *args])
     for flag in _FILES:
         if (path := flags.get(flag)) and not Path(path).expanduser().is_file():
             raise ValueError(f"{flag} {path}: no such file")
     if with_port and not flags.keys() & {"--uds", "--headless"}:
         check_port(flags.get("--host", ""), flags.get("--port"))
     if model := model_of(args, flags):
-        check_model(model, flags.get("--revision") or "main", by_plugin, environ)
+        folder = check_model(model, flags.get("--revision") or "main", by_plugin, environ)
+        if folder is not None and by_plugin:
+            _check_kv_cache(folder, flags.get("--kv-cache-dtype", "auto"), options)
 
 
 def check_model(
     model: str, revision: str, by_plugin: bool, environ: Mapping[str, str] | None = None
-) -> None:
-    """Raise CheckpointError for a model that is nowhere, or a folder that cannot be served.
+) -> Path | None:
+    """The model's folder, if it is here; CheckpointError if it is nowhere or cannot be served.
 
     by_plugin: whether this project's method is to serve it; only then are the layers looked at
     """
     folder = require_model(model, revision, os.environ if environ is None else environ)
     if folder is not None and by_plugin:
         validate(folder, *read_config(folder))
+    return folder
 
 
-def _check_options(additional_config: str | None) -> None:
-    """Raise ValueError for wrong options, of the environment's too."""
-    value: Any = {}
-    if additional_config:
-        try:
-            value = json.loads(additional_config)
-        except ValueError as error:
-            raise ValueError(
-                f"--additional-config {additional_config}: {error}; needs JSON such as "
-                '\'{"nvfp4": {"lm_head": "fp8"}}\', in quotes'
-            ) from None
-    if not isinstance(value, Mapping):
+def plugin_options(flags: Sequence[str]) -> Options:
+    """The plugin's options of a server with these flags, read as the server will.
+
+    ``--additional-config`` is taken as JSON and in vLLM's dotted form,
+    ``--additional-config.nvfp4.lm_head fp8``.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--additional-config", default="{}")
+    for name in Options.__dataclass_fields__:
+        parser.add_argument(f"--additional-config.nvfp4.{name}", dest=name, default=None)
+    known, _ = parser.parse_known_args(list(flags))
+    values = dict(vars(known))
+    text = values.pop("additional_config")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
         raise ValueError(
-            f"--additional-config {additional_config}: found {type(value).__name__}; needs a JSON "
-            'object such as \'{"nvfp4": {"lm_head": "fp8"}}\''
-        )
-    Options.resolve(value)
+            f"--additional-config {text}: not JSON ({error}); needs JSON such as "
+            '\'{"nvfp4": {"lm_head": "fp8"}}\', in quotes'
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--additional-config {text}: needs a JSON object")
+    Options.resolve(config)
+    dotted = {name: value for name, value in values.items() if value is not None}
+    return Options.resolve({"nvfp4": config.get("nvfp4", {}) | dotted})
+
+
+def _check_kv_cache(folder: Path, dtype: str, options: Options) -> None:
+    """Raise the ValueError of a KV cache that this CPU cannot hold, where it is asked for by name.
+
+    vLLM would raise it some seconds later.
+    """
+    if not cpu_metadata.is_cpu_build():
+        return
+    where = f"--kv-cache-dtype {dtype}"
+    if dtype == "auto" and options.kv_cache == "fp8":
+        dtype, where = "fp8", "option kv_cache=fp8"
+    if dtype == "auto":
+        return
+    config, _ = read_config(folder)
+    size = kv_cache.head_size(SimpleNamespace(**(config.get("text_config") or config)))
+    if obstacle := kv_cache.cpu_obstacle(dtype, size):
+        raise kv_cache.refusal(where, obstacle)
 
 
 def check_port(host: str, port: str | None) -> None:
