@@ -270,6 +270,10 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("PATH", str(tmp_path))
     [check] = doctor.check_gpu()
     assert (check.status, check.found) == ("fail", "nvidia-smi was not found")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        [check] = doctor.check_gpu()
+    assert check.todo.startswith("install NVIDIA's driver, 580 or newer; to serve on the CPU")
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\n"

