@@ -33,7 +33,7 @@ WRONG = [
     ("serve MODEL --config none.yaml", "none.yaml: no such file"),
     ("serve MODEL --ssl-keyfile none.pem", "none.pem: no such file"),
     ("serve MODEL --additional-config {lm_head", "needs JSON"),
-    ('serve MODEL --additional-config {"nvfp4":{"lm_hed":1}}', "unknown option 'lm_hed'"),
+    ('serve MODEL --additional-config {"nvfp4":{"lm_tail":1}}', "unknown option 'lm_tail'"),
     ("serve LATIN1", "a folder with config.json"),
     ("chat ./nofolder", "no such folder"),
     ("chat --url localhost:8000", "http://localhost:8000"),
