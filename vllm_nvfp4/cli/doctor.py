@@ -152,6 +152,7 @@ def check_gpu() -> Iterator[Check]:
             "compute capability 8.0 (Ampere) or newer is needed" if too_old else "",
         )
     yield from _check_driver(driver)
+    yield _check_libcuda()
 
 
 def _oldest_driver() -> str:
@@ -172,6 +173,17 @@ def _check_driver(driver: str) -> Iterator[Check]:
     fits = int(driver.split(".")[0]) >= oldest
     todo = "" if fits else f"torch is built for CUDA {cuda}: driver {oldest} or newer is needed"
     yield Check("driver", OK if fits else FAIL, f"{driver}; torch uses CUDA {cuda}", todo)
+
+
+def _check_libcuda(library: str = "libcuda.so.1") -> Check:
+    """The library that programs load: a container may have another one than nvidia-smi's."""
+    from vllm_nvfp4.kernels.cuda.driver import DriverError, cuda_version
+
+    try:
+        return Check("libcuda", OK, f"CUDA {cuda_version(library)}")
+    except DriverError as error:
+        found, _, todo = str(error).partition(". ")
+        return Check("libcuda", FAIL, found, todo)
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:

@@ -127,6 +127,16 @@ def initialize_online_processing(layer: Any) -> None:
     initialize_online_processing(layer)
 
 
+def offloads_parameters() -> bool:
+    """Whether vLLM keeps parameters of this model in the host's memory (--cpu-offload-gb and its
+    like)."""
+    try:
+        base = importlib.import_module("vllm.model_executor.offloader.base")
+    except ModuleNotFoundError:
+        return False
+    return not isinstance(base.get_offloader(), base.NoopOffloader)
+
+
 def native_config_class(quant_config: dict[str, Any]) -> Any:
     """vLLM's own config class for a W4A4 NVFP4 checkpoint, or None where it has none.
 
