@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 METHOD_NAME = "nvfp4"
+# vLLM may come to have a method "nvfp4" of its own; the second name will always be this one's.
+METHOD_NAMES = (METHOD_NAME, "nvfp4_ada")
 ENV_PREFIX = "VLLM_NVFP4_"
 
 

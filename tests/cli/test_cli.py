@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli import doctor, main, serve
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat import versions as vllm_versions
 from vllm_nvfp4.serving import host as serving_host
 from vllm_nvfp4.serving.arguments import read_flags
 from vllm_nvfp4.serving.host import Host, add_defaults
@@ -247,6 +249,22 @@ def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
     assert sum(layer["count"] for layer in quantized) == len(written.quantized)
     assert sum(layer["num_bytes"] for layer in quantized) == written.layer_bytes_after
     assert sum(layer["num_bytes"] for layer in layers) == written.bytes_after
+
+
+@pytest.mark.parametrize(
+    ("capability", "vllm", "path"),
+    [
+        ((8, 9), "0.32.0", "FP8 (by --kv-cache-dtype nvfp4 NVFP4 too, untried, for heads of 128"),
+        ((8, 9), "0.31.0", "FP8"),
+        ((10, 0), "0.33.0", "FP8"),
+        ((8, 6), "0.33.0", "16 bits: compute capability 8.6 is below 8.9"),
+    ],
+)
+def test_doctor_says_which_kv_caches_a_gpu_has(capability, vllm, path, monkeypatch):
+    monkeypatch.setattr(vllm_versions, "device_capability", lambda: capability)
+    monkeypatch.setattr(vllm_versions, "vllm_version", lambda: Version(vllm))
+    found = doctor.layer_paths()["KV cache"]
+    assert found.startswith(path) if "(" in path else found == path
 
 
 def test_doctor_says_what_shuts_the_plugin_out():

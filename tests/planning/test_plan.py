@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning import pictures
 from vllm_nvfp4.planning.cards import find_card
-from vllm_nvfp4.planning.shapes import ROUTER, built_in, find_shape
+from vllm_nvfp4.planning.kv import nvfp4_obstacle
+from vllm_nvfp4.planning.shapes import ROUTER, Latent, built_in, find_shape
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
@@ -225,6 +227,30 @@ def test_a_dense_limit_by_hand(capsys):
     attention = 36 * 4 * 32 * 128 * 2048 * 2049 / 2
     flops = 2 * 2048 * 36 * layer + 2 * 151936 * 4096 + attention
     assert row["prefill"]["tokens_per_s"] == pytest.approx(2048 * 165.2e12 / flops)
+
+
+def test_an_nvfp4_kv_cache_has_scales_and_is_for_heads_of_128_and_more(capsys):
+    found = {
+        bits: plan(capsys, "Qwen3-8B", "--kv-bits", bits)["formats"][0]["kv_bytes"]
+        for bits in ("4", "8", "16")
+    }
+    assert found["4"] * 16 == found["8"] * 9 == found["16"] * 4.5
+    assert main(["plan", "Qwen3-8B", "--kv-bits", "4"]) == 0
+    assert "--kv-cache-dtype nvfp4" in capsys.readouterr().out
+    assert plan(capsys, "Qwen3-8B")["recommended"]["setup"]["kv_bits"] == 8  # the default
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        ({"head_dim": 64}, "its attention heads have 64 elements, not one of 128, 256, 512"),
+        ({"family": "gpt_oss"}, "it has attention sinks"),
+        ({"latent": Latent(512, 64, 128, 128)}, "it has latent attention"),
+        ({}, None),
+    ],
+)
+def test_what_vllm_refuses_an_nvfp4_kv_cache_for(change, obstacle):
+    assert nvfp4_obstacle(replace(find_shape("Qwen3-8B"), **change)) == obstacle
 
 
 def test_a_window_bounds_what_is_read_and_one_token_reads_only_its_experts():

@@ -232,6 +232,10 @@ def layer_paths() -> dict[str, str]:
     bits = ACTIVATION_BITS[options.activation]
     obstacle = kv_cache.obstacle("fp8", 128)
     caches = dict.fromkeys(("auto", "fp8"), "FP8")
+    if arch is not None and kv_cache.has_nvfp4(arch):
+        caches = dict.fromkeys(
+            caches, "FP8 (by --kv-cache-dtype nvfp4 NVFP4 too, untried, for heads of 128 and more)"
+        )
     caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {

@@ -16,6 +16,7 @@ from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
 from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.fit import Load, Setup
+from vllm_nvfp4.planning.kv import nvfp4_obstacle
 from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
 from vllm_nvfp4.planning.shapes import DecoderShape, built_in, find_shape
 
@@ -46,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--accuracy", choices=choosing.ACCURACIES, default="usual",
                         help="usual: plain NVFP4; high: attention stays in 16 bits")  # fmt: skip
-    parser.add_argument("--kv-bits", type=int, choices=(8, 16), help="default: 8 where it can")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8, 16),
+                        help="of the KV cache: 16, 8 for FP8 (default where the card can), "
+                        "4 for NVFP4, which vLLM 0.32 and later have")  # fmt: skip
     for part in ("lm-head", "embedding"):
         parser.add_argument(f"--{part}", choices=EMBEDDING_FORMATS, default="keep",
                             help=f"format of {part} (default: keep, as stored)")  # fmt: skip
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     shape = find_shape(args.model)
     asked = _asked(args, shape)
     kv_bits = args.kv_bits or choosing.kv_bits_of(gpu)
+    if kv_bits == 4 and (obstacle := nvfp4_obstacle(shape)):
+        raise ValueError(f"--kv-bits 4: vLLM has no NVFP4 KV cache for {shape.name}: {obstacle}.")
     base = Setup(lm_head=args.lm_head, embedding=args.embedding, kv_bits=kv_bits)
     choice = choosing.choose(shape, asked.load, gpu, args.accuracy, base)
     setup = choice.found.setup if choice else None

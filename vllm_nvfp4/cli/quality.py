@@ -135,7 +135,7 @@ def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     from vllm_nvfp4.checkpoints.locate import find_folder
     from vllm_nvfp4.checkpoints.validate import validate
     from vllm_nvfp4.compat import cpu_metadata
-    from vllm_nvfp4.options import METHOD_NAME
+    from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES
 
     folder = find_folder(args.model)
     reference = find_folder(args.reference) if args.reference else None
@@ -143,7 +143,7 @@ def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     from vllm_nvfp4.quality.engine import engine_options
 
     options = {"quantization": METHOD_NAME} | engine_options(args.after_dashes)
-    if options["quantization"] == METHOD_NAME:
+    if options["quantization"] in METHOD_NAMES:
         validate(folder, *read_config(folder))
     tasks = _tasks(args)
     manager = tasks.manager() if tasks else None

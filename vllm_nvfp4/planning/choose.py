@@ -18,6 +18,8 @@ ACCURACIES = ("usual", "high")
 BASELINE_GPU = "A100-SXM4-80GB"
 # Where vLLM's attention reads an FP8 KV cache.
 _FP8_KV_ARCH = 89
+_KV_WORDS = {4: "NVFP4", 8: "FP8", 16: "16-bit"}
+_KV_FLAGS = {4: "nvfp4", 8: "fp8", 16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def choose(shape: DecoderShape, load: Load, gpu: Gpu, accuracy: str, base: Setup
 
     base: what the user fixed; its lm_head, embedding and KV bits stand where they are not "keep"
     """
-    kv_words = f"{'FP8' if base.kv_bits == 8 else '16-bit'} KV cache"
+    kv_words = f"{_KV_WORDS[base.kv_bits]} KV cache"
     usual = replace(base, fmt=AS_STORED if shape.stored else "nvfp4")
     if accuracy == "high" and not shape.stored:
         what = f"attention in 16 bits, the rest in NVFP4, {kv_words}: accuracy asked is high"
@@ -105,7 +107,7 @@ def serve_command(shape: DecoderShape, found: Fit, load: Load, most_sequences: i
         "--max-num-seqs", str(sequences),
         "--max-num-batched-tokens", str(max(fitting.STEP_TOKENS, sequences)),
         "--gpu-memory-utilization", str(fitting.UTILIZATION),
-        "--kv-cache-dtype", "fp8" if setup.kv_bits == 8 else "bfloat16",
+        "--kv-cache-dtype", _KV_FLAGS[setup.kv_bits],
     ]  # fmt: skip
     if setup.cards > 1:
         words += ["--tensor-parallel-size", str(setup.cards)]

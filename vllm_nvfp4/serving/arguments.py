@@ -21,7 +21,7 @@ from vllm_nvfp4.checkpoints.hub import require_model
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.compat import cpu_metadata, kv_cache
 from vllm_nvfp4.compat.flags import check_names
-from vllm_nvfp4.options import METHOD_NAME, Options
+from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
 
 _SHORT = {"-q": "--quantization", "-tp": "--tensor-parallel-size", "-O": "--optimization-level"}
 _PORT = 8000
@@ -95,7 +95,7 @@ def check(
     environ = os.environ if environ is None else environ
     flags = read_flags(args)
     check_names(args)
-    by_plugin = flags.get("--quantization", METHOD_NAME) == METHOD_NAME
+    by_plugin = flags.get("--quantization", METHOD_NAME) in METHOD_NAMES
     options = Options()
     if by_plugin:
         # What a --config file says stands in ``flags`` alone.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_nvfp4.compat.flags import FlagError, check_names, keep_flags, raise_flag_errors
+from vllm_nvfp4.options import METHOD_NAMES
 from vllm_nvfp4.serving import arguments
 
 PREFIX = "vllm-nvfp4 serve: "
@@ -70,7 +71,9 @@ def _serve(argv: Sequence[str]) -> int:
         # A model behind flags, which only vLLM's parser can tell from their values.
         if arguments.model_of(argv[1:], flags) is None:
             arguments.check_model(
-                args.model_tag or args.model, args.revision or "main", args.quantization == "nvfp4"
+                args.model_tag or args.model,
+                args.revision or "main",
+                args.quantization in METHOD_NAMES,
             )
 
     def keep_too(self: Any, subparsers: Any) -> Any:
