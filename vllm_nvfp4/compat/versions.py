@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -38,6 +39,24 @@ def version_warning() -> str | None:
     if release > NEWEST_TESTED:
         return f"vLLM {version} is newer than the newest tested {NEWEST_TESTED}"
     return None
+
+
+class _AnyOf:
+    """What stands for a pattern in vLLM's mapper: it is found in exactly these names."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = frozenset(names)
+
+    def search(self, name: str) -> bool:
+        return name in self._names
+
+
+def mapper_without(names: Collection[str]) -> Any:
+    """vLLM's WeightsMapper that drops the tensors of these names."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    patterns: Any = {_AnyOf(names): None}
+    return WeightsMapper(orig_to_new_regex=patterns)
 
 
 def attention_classes() -> tuple[type, ...]:

@@ -57,13 +57,17 @@ def nearest_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
     return (to_e4m3(x.float() / scale).float() * (scale * _PAST)).to(x.dtype)
 
 
-def head_size(text_config: Any) -> int | None:
-    """Elements per attention head, or None where the configuration does not say."""
-    if size := getattr(text_config, "head_dim", None):
-        return size
-    hidden = getattr(text_config, "hidden_size", None)
-    heads = getattr(text_config, "num_attention_heads", None)
-    return hidden // heads if hidden and heads else None
+def head_size() -> int | None:
+    """Elements per attention head as vLLM counts them, or None where it does not say.
+
+    It is asked for its advice alone, so that no configuration that it cannot read ends the engine.
+    """
+    vllm_config = get_current_vllm_config_or_none()
+    try:
+        return None if vllm_config is None else int(vllm_config.model_config.get_head_size())
+    except Exception as error:  # configurations raise errors of their own classes
+        logger.warning_once("nvfp4: the size of an attention head is unknown: %s", error)
+        return None
 
 
 def default_scheme(option: str, size: int | None) -> dict[str, Any] | None:

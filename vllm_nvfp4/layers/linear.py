@@ -20,6 +20,7 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, R
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers.parameters import make_parameter
+from vllm_nvfp4.layers.plain import WidenedLinearMethod
 from vllm_nvfp4.layers.weights import (
     ACTIVATION_BITS,
     apply_weight,
@@ -43,6 +44,8 @@ def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMetho
         return NvFp4Fp8LinearMethod(options, spec, prefix)
     if spec.kind is LayerKind.ONLINE:
         return NvFp4OnlineLinearMethod(options, spec, prefix)
+    if spec.kind is LayerKind.WIDENED:
+        return WidenedLinearMethod(spec, prefix)
     return NvFp4LinearMethod(options, spec, prefix)
 
 
