@@ -13,19 +13,22 @@ status: 0 all match, 1 a mismatch or a backend of ours that failed, 3 no CUDA GP
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-from common import EXIT_NO_GPU, copy_bandwidth_gbps, gpu_slug, header, require_gpu
+from kernel_bench import KernelBench, add_arguments, reason_of, refuse_unknown, run
 
 from vllm_nvfp4.testing.shapes import BENCH_M, MODELS
 
 DEFAULT_MODELS = "Qwen3-8B,Gemma3-27B,Llama-3.1-70B,Qwen3-30B-A3B"
 DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,cublas-bf16,torch-fp8"
+RANGES = (
+    ("M<=64", range(65)),
+    ("64<M<1024", range(65, 1024)),
+    ("M>=1024", range(1024, 1 << 30)),
+)
 STAND_IN = "w4a8-imma-STAND-IN"
 
 
@@ -57,17 +60,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--m", default=",".join(map(str, BENCH_M)), help="token counts")
     parser.add_argument("--backends", default=DEFAULT_BACKENDS)
     parser.add_argument("--stand-in", action="store_true", help=f"add {STAND_IN}")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of timing per measurement")
-    parser.add_argument("--budget", type=float, default=0, help="stop after this many seconds")
-    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/<gpu>.csv")
+    add_arguments(parser, "benchmarks/results/<gpu>.csv")
     args = parser.parse_args()
     args.models = args.models.split(",")
     args.m = sorted({int(m) for m in args.m.split(",")})
     args.backends = args.backends.split(",") + ([STAND_IN] if args.stand_in else [])
-    if unknown := [m for m in args.models if m not in MODELS]:
-        parser.error(f"unknown model {unknown[0]}; known: {', '.join(MODELS)}")
+    refuse_unknown(parser, "model", args.models, MODELS)
     return args
 
 
@@ -83,28 +81,18 @@ def layers_of(models: list[str]) -> list[tuple[str, str, int, int]]:
     return found
 
 
-class Bench:
-    """The GPU side; made only where there is one."""
-
+class Bench(KernelBench):
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
         from gemm_backends import BACKENDS
 
-        from vllm_nvfp4.kernels.cuda import linear as cuda
-        from vllm_nvfp4.testing.kernel_cases import TORCH_DTYPES
+        from vllm_nvfp4.kernels.cuda import linear
 
-        if unknown := [b for b in args.backends if b not in BACKENDS]:
-            sys.exit(f"bench_gemm: unknown backend {unknown[0]}; known: {', '.join(BACKENDS)}")
-        self.args = args
-        self.dtype = TORCH_DTYPES[args.dtype]
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.loaded = cuda.prepare(self.device, args.format, (self.dtype,))
-        self.gpu = self.loaded.gpu
-        self.copy_gbps = copy_bandwidth_gbps()
-        backends = [BACKENDS[name] for name in args.backends]
-        has_fp8 = self.gpu.arch >= 89
-        self.backends = [b for b in backends if has_fp8 or b.activation_bits != 8]
-        self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        super().__init__("bench_gemm", args, BACKENDS, linear.prepare)
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        for model, layer, n, k in layers_of(self.args.models):
+            title = f"{model} {layer}: N={n} K={k}"
+            yield title, lambda place=(model, layer, n, k): self.layer_rows(*place)
 
     def layer_rows(self, model: str, layer: str, n: int, k: int) -> list[Row]:
         """Every backend at every M on one layer."""
@@ -155,14 +143,10 @@ class Bench:
         us = time_graph([lambda c=call: c(a) for call in calls], self.args.seconds)
         bits = backend.weight_bits or weight.fmt.bits_per_weight
         num_bytes = n * k * bits / 8 + 2 * m * k + 2 * m * n
-        flops = 2 * m * n * k
-        rate = self.gpu.fp8_f32_tflops if activation_bits == 8 else self.gpu.bf16_tflops
-        limit_us = max(num_bytes / (self.gpu.dram_gbps * 1e3), flops / (rate * 1e6))
-        gbps = num_bytes / us / 1e3
+        figures = self.figures(us, num_bytes, 2 * m * n * k, activation_bits)
         return Row(
-            model, layer, m, n, k, backend.name, kernel, us, flops / us / 1e6, gbps,
-            100 * limit_us / us, 100 * gbps / self.copy_gbps, math.nan, error, match,
-        )  # fmt: skip
+            model, layer, m, n, k, backend.name, kernel, us, *figures, math.nan, error, match
+        )
 
 
 def sampled_error(y, a, weight, activation_bits: int = 16) -> float:
@@ -186,33 +170,12 @@ def sampled_error(y, a, weight, activation_bits: int = 16) -> float:
 
 
 def failed_row(backend: str, where: tuple[str, str, int, int, int], error: Exception) -> Row:
-    reason = " ".join(str(error).split())[:160]
-    nan = math.nan
-    return Row(*where, backend, f"failed: {reason}", *[nan] * 7, "failed")
+    return Row(*where, backend, reason_of(error), *[math.nan] * 7, "failed")
 
 
 def with_speedups(rows: list[Row]) -> list[Row]:
     marlin = {row.m: row.us for row in rows if row.backend == "marlin" and row.match != "failed"}
     return [dataclasses.replace(row, x_marlin=marlin.get(row.m, math.nan) / row.us) for row in rows]
-
-
-def geometric_means(rows: list[Row]) -> list[str]:
-    """Lines: each backend's speed against Marlin, decode (M <= 64) and prefill (M >= 1024)."""
-    lines = []
-    for backend in dict.fromkeys(row.backend for row in rows):
-        parts = []
-        for name, wanted in (("M<=64", range(65)), ("64<M<1024", range(65, 1024)),
-                             ("M>=1024", range(1024, 1 << 30))):  # fmt: skip
-            speeds = [
-                row.x_marlin
-                for row in rows
-                if row.backend == backend and row.m in wanted and row.x_marlin > 0
-            ]
-            if speeds:
-                mean = math.exp(sum(map(math.log, speeds)) / len(speeds))
-                parts.append(f"{name}: {mean:.2f}x Marlin (least {min(speeds):.2f}, {len(speeds)})")
-        lines.append(f"{backend:20s} {'  '.join(parts) or 'nothing to compare'}")
-    return lines
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -226,44 +189,7 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    args = parse_args()
-    if not require_gpu("bench_gemm"):
-        return EXIT_NO_GPU
-    bench = Bench(args)
-    out = args.out or Path(__file__).parent / "results" / f"{gpu_slug(bench.gpu.name)}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = [*header(), ("copy_gbps", f"{bench.copy_gbps:.0f}")]
-    head += [(f"note {b.name}", b.note) for b in bench.backends if b.note]
-    for name, value in head:
-        print(f"# {name}: {value}")
-    started, rows = time.monotonic(), []
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows((f"# {name}", value) for name, value in head)
-        writer.writerow(field.name for field in dataclasses.fields(Row))
-        for model, layer, n, k in layers_of(args.models):
-            if args.budget and time.monotonic() - started > args.budget:
-                print(f"# stopped at the budget of {args.budget:.0f} s; {model} {layer} and later "
-                      "layers were not measured")  # fmt: skip
-                writer.writerow(["# stopped at the budget before", f"{model} {layer}"])
-                break
-            print(f"\n{model} {layer}: N={n} K={k}")
-            new = bench.layer_rows(model, layer, n, k)
-            print_rows(new)
-            rows += new
-            writer.writerows(format_row(row) for row in new)
-            file.flush()
-    print("\n".join(["", *geometric_means(rows), f"\nwritten to {out}"]))
-    is_bad = any(
-        row.match == "NO" or (row.match == "failed" and row.backend.startswith("ours"))
-        for row in rows
-    )
-    return 1 if is_bad or not rows else 0
-
-
-def format_row(row: Row) -> list[object]:
-    values = dataclasses.astuple(row)
-    return [f"{v:.5g}" if isinstance(v, float) else v for v in values]
+    return run("bench_gemm", parse_args(), Bench, Row, Bench.parts, print_rows, RANGES)
 
 
 if __name__ == "__main__":

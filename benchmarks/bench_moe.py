@@ -14,20 +14,19 @@ that failed, 3 no CUDA GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import EXIT_NO_GPU, copy_bandwidth_gbps, gpu_slug, header, require_gpu
+from kernel_bench import KernelBench, add_arguments, reason_of, refuse_unknown, run
 
 from vllm_nvfp4.testing.shapes import EXPERT_LAYERS
 
 DEFAULT_M = "1,2,4,8,16,32,64,128,256,512,1024,4096"
 DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,triton-bf16"
+RANGES = (("M<=64", range(65)), ("M>64", range(65, 1 << 30)))
 ROUTINGS = ("uniform", "skewed")
 
 
@@ -58,19 +57,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--m", default=DEFAULT_M, help="token counts")
     parser.add_argument("--routings", default=",".join(ROUTINGS))
     parser.add_argument("--backends", default=DEFAULT_BACKENDS)
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of timing per measurement")
-    parser.add_argument("--budget", type=float, default=0, help="stop after this many seconds")
-    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/<gpu>-moe")
+    add_arguments(parser, "benchmarks/results/<gpu>-moe.csv")
     args = parser.parse_args()
     args.models, args.routings = args.models.split(","), args.routings.split(",")
     args.m = sorted({int(m) for m in args.m.split(",")})
     args.backends = args.backends.split(",")
-    if unknown := [m for m in args.models if m not in EXPERT_LAYERS]:
-        parser.error(f"unknown model {unknown[0]}; known: {', '.join(EXPERT_LAYERS)}")
-    if unknown := [r for r in args.routings if r not in ROUTINGS]:
-        parser.error(f"unknown routing {unknown[0]}; known: {', '.join(ROUTINGS)}")
+    refuse_unknown(parser, "model", args.models, EXPERT_LAYERS)
+    refuse_unknown(parser, "routing", args.routings, ROUTINGS)
     return args
 
 
@@ -88,25 +81,18 @@ def draw_tokens(m: int, shape, routing: str, dtype, device, seed: int) -> tuple[
     return a, weights / weights.sum(1, keepdim=True), ids.int()
 
 
-class Bench:
-    """The GPU side; made only where there is one."""
-
+class Bench(KernelBench):
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
         from moe_backends import BACKENDS
 
-        from vllm_nvfp4.kernels.cuda import moe as cuda_moe
-        from vllm_nvfp4.testing.kernel_cases import TORCH_DTYPES
+        from vllm_nvfp4.kernels.cuda import moe
 
-        if unknown := [b for b in args.backends if b not in BACKENDS]:
-            sys.exit(f"bench_moe: unknown backend {unknown[0]}; known: {', '.join(BACKENDS)}")
-        self.args, self.dtype = args, TORCH_DTYPES[args.dtype]
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.gpu = cuda_moe.prepare_moe(self.device, args.format, (self.dtype,)).gpu
-        self.copy_gbps = copy_bandwidth_gbps()
-        backends = [BACKENDS[name] for name in args.backends]
-        self.backends = [b for b in backends if self.gpu.arch >= 89 or b.activation_bits != 8]
-        self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        super().__init__("bench_moe", args, BACKENDS, moe.prepare_moe)
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        for model in self.args.models:
+            title = f"{model}: {EXPERT_LAYERS[model]}"
+            yield title, lambda model=model: self.model_rows(model)
 
     def model_rows(self, model: str) -> list[Row]:
         """Every backend at every M and routing on one model's layer."""
@@ -123,9 +109,7 @@ class Bench:
                     rows += [self.measure(backend, calls, layer, model, routing, m)
                              for m in self.args.m]  # fmt: skip
             except Exception as error:  # a peer that cannot run a shape must not end the others
-                reason = " ".join(str(error).split())[:160]
-                nothing = [math.nan] * 7
-                failed = f"failed: {reason}"
+                nothing, failed = [math.nan] * 7, reason_of(error)
                 rows.append(Row(model, "", 0, 0, backend.name, failed, *nothing, "failed"))
             calls = []
             torch.cuda.empty_cache()
@@ -161,14 +145,11 @@ class Bench:
         weight_bits = backend.weight_bits or layer.w13[0].fmt.bits_per_weight
         num_bytes = hit * layer.bytes_of_expert(weight_bits) + 4 * m * shape.hidden_size
         flops = 6 * m * shape.num_choices * shape.hidden_size * shape.intermediate_size
-        rate = self.gpu.fp8_f32_tflops if bits == 8 else self.gpu.bf16_tflops
-        limit_us = max(num_bytes / (self.gpu.dram_gbps * 1e3), flops / (rate * 1e6))
-        gbps = num_bytes / us / 1e3
+        match = "yes" if error <= backend.max_error else "NO"
+        figures = self.figures(us, num_bytes, flops, bits)
         return Row(
-            model, routing, m, hit, backend.name, kernel, us, flops / us / 1e6, gbps,
-            100 * limit_us / us, 100 * gbps / self.copy_gbps, math.nan, error,
-            "yes" if error <= backend.max_error else "NO",
-        )  # fmt: skip
+            model, routing, m, hit, backend.name, kernel, us, *figures, math.nan, error, match
+        )
 
     def describe(self, backend, m: int, shape) -> tuple[int, str]:
         """(activation bits, kernel's name)"""
@@ -206,23 +187,6 @@ def with_speedups(rows: list[Row]) -> list[Row]:
     ]
 
 
-def geometric_means(rows: list[Row]) -> list[str]:
-    """Lines: each backend's speed against Marlin, decode (M <= 64) and above."""
-    lines = []
-    for backend in dict.fromkeys(row.backend for row in rows):
-        parts = []
-        for name, wanted in (("M<=64", range(65)), ("M>64", range(65, 1 << 30))):
-            speeds = [
-                r.x_marlin for r in rows
-                if r.backend == backend and r.m in wanted and r.x_marlin > 0
-            ]  # fmt: skip
-            if speeds:
-                mean = math.exp(sum(map(math.log, speeds)) / len(speeds))
-                parts.append(f"{name}: {mean:.2f}x Marlin (least {min(speeds):.2f}, {len(speeds)})")
-        lines.append(f"{backend:14s} {'  '.join(parts) or 'nothing to compare'}")
-    return lines
-
-
 def print_rows(rows: list[Row]) -> None:
     for r in rows:
         print(
@@ -234,43 +198,8 @@ def print_rows(rows: list[Row]) -> None:
         )
 
 
-def format_row(row: Row) -> list[object]:
-    values = dataclasses.astuple(row)
-    return [f"{v:.5g}" if isinstance(v, float) else v for v in values]
-
-
 def main() -> int:
-    args = parse_args()
-    if not require_gpu("bench_moe"):
-        return EXIT_NO_GPU
-    bench = Bench(args)
-    out = args.out or Path(__file__).parent / "results" / f"{gpu_slug(bench.gpu.name)}-moe.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = [*header(), ("copy_gbps", f"{bench.copy_gbps:.0f}")]
-    for name, value in head:
-        print(f"# {name}: {value}")
-    started, rows = time.monotonic(), []
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows((f"# {name}", value) for name, value in head)
-        writer.writerow(field.name for field in dataclasses.fields(Row))
-        for model in args.models:
-            if args.budget and time.monotonic() - started > args.budget:
-                print(f"# stopped at the budget of {args.budget:.0f} s before {model}")
-                writer.writerow(["# stopped at the budget before", model])
-                break
-            print(f"\n{model}: {EXPERT_LAYERS[model]}")
-            new = bench.model_rows(model)
-            print_rows(new)
-            rows += new
-            writer.writerows(format_row(row) for row in new)
-            file.flush()
-    print("\n".join(["", *geometric_means(rows), f"\nwritten to {out}"]))
-    is_bad = any(
-        row.match == "NO" or (row.match == "failed" and row.backend.startswith("ours"))
-        for row in rows
-    )
-    return 1 if is_bad or not rows else 0
+    return run("bench_moe", parse_args(), Bench, Row, Bench.parts, print_rows, RANGES, "-moe")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
+from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, make_legacy
@@ -231,15 +232,13 @@ def test_what_experts_cannot_do_is_refused(registered, what, message):
 
 
 def test_tied_options_must_agree():
-    from vllm_nvfp4.config import NvFp4Config
-    from vllm_nvfp4.layers.embedding import tied_format
+    from vllm_nvfp4.layers.embedding import Vocabulary
 
-    config = NvFp4Config()
-    config._options = Options(lm_head="fp8")
-    assert tied_format(config) == "fp8"
-    config._options = Options(lm_head="fp8", embedding="nvfp4")
+    dialect = detect(None)
+    assert Vocabulary(Options(lm_head="fp8"), dialect, are_tied=True).tied_format == "fp8"
+    both = Vocabulary(Options(lm_head="fp8", embedding="nvfp4"), dialect, are_tied=True)
     with pytest.raises(ValueError, match="are one tensor"):
-        tied_format(config)
+        _ = both.tied_format
 
 
 def test_a_truncated_file_ends_with_one_plain_error(registered, tmp_path):

@@ -98,7 +98,7 @@ def test_wrong_usage(script, capsys, name, arguments, message):
 
 
 def test_speedups_and_geometric_means(load):
-    gemm = load("bench_gemm")
+    gemm, frame = load("bench_gemm"), load("kernel_bench")
 
     def row(backend, m, us, match="yes"):
         return gemm.Row("m", "l", m, 64, 64, backend, "k", us, 0, 0, 0, 0, math.nan, 0, match)
@@ -110,10 +110,10 @@ def test_speedups_and_geometric_means(load):
     assert [r.x_marlin for r in rows[:4]] == [1.0, 1.0, 2.0, 1.0]
     assert math.isnan(rows[4].x_marlin)  # Marlin has no row at M = 16
     assert rows[5].kernel == "failed: a b"
-    text = "\n".join(gemm.geometric_means(rows))
+    text = "\n".join(frame.geometric_means(rows, gemm.RANGES))
     assert "M<=64: 1.41x Marlin (least 1.00, 2)" in text
     assert "peer                 nothing to compare" in text
-    assert gemm.format_row(rows[0])[7] == "10"
+    assert frame.format_row(rows[0])[7] == "10"
 
 
 def test_every_shape_is_measured_once(load):
@@ -189,7 +189,7 @@ def test_humming_gets_the_layer_as_vllms_modelopt_method_has_it(load):
 
 
 def test_moe_speedups_are_against_the_same_routing(load):
-    moe = load("bench_moe")
+    moe, frame = load("bench_moe"), load("kernel_bench")
 
     def row(backend, routing, us):
         return moe.Row("m", routing, 8, 4, backend, "k", us, 0, 0, 0, 0, math.nan, 0, "yes")
@@ -198,7 +198,7 @@ def test_moe_speedups_are_against_the_same_routing(load):
         [row("marlin", "uniform", 8.0), row("marlin", "skewed", 4.0), row("ours", "skewed", 2.0)]
     )
     assert [r.x_marlin for r in rows] == [1.0, 1.0, 2.0]
-    assert "M<=64: 2.00x Marlin (least 2.00, 1)" in moe.geometric_means(rows)[1]
+    assert "M<=64: 2.00x Marlin (least 2.00, 1)" in frame.geometric_means(rows, moe.RANGES)[1]
 
 
 def test_tiles_report_what_the_choice_loses(load, capsys):

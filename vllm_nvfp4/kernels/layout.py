@@ -50,6 +50,17 @@ class PackedWeight:
     fmt: BlockFormat
 
 
+def check_stack(name: str, stack: PackedWeight, rows: int, cols: int) -> None:
+    """Raise ValueError unless a stack of experts holds the codes of [rows, cols], which are N and K
+    as its kernel pads them, for each."""
+    found, needed = 2 * stack.codes[0].numel(), rows * cols
+    if found != needed:
+        raise ValueError(
+            f"vllm_nvfp4.moe: {name} holds {found} codes an expert; needed {needed} for "
+            f"[{stack.num_rows}, {stack.num_cols}]"
+        )
+
+
 def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
     """The weight in fragment order.
 

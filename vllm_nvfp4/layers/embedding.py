@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_nvfp4.checkpoints.convert import check_blocks, check_dense
+from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
@@ -20,8 +19,13 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerSpec,
     Role,
 )
-from vllm_nvfp4.compat import versions
-from vllm_nvfp4.layers.linear import CheckpointLinearMethod, NvFp4Fp8LinearMethod, NvFp4LinearMethod
+from vllm_nvfp4.layers.linear import (
+    CheckpointLinearMethod,
+    NvFp4Fp8LinearMethod,
+    NvFp4LinearMethod,
+    PlacedMethod,
+    add_meta_weight,
+)
 from vllm_nvfp4.layers.plain import (
     WidenedEmbeddingMethod,
     add_places_for_strays,
@@ -145,17 +149,10 @@ class _VocabularyMethod:
 class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
     """Parameters as a linear layer's, loaded by vLLM's loader for rows of a vocabulary."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+    def add_parameters(
+        self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
-        load: Any = extra_weight_attrs["weight_loader"]
+        load: Any = attrs["weight_loader"]
 
         def load_rows(parameter: Any, loaded: torch.Tensor) -> None:
             # vLLM's takes a scalar and a scale for each row in the parameter's shape alone, and
@@ -166,16 +163,8 @@ class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
             if parameter.nvfp4_role is Role.ROW_SCALE:
                 parameter.data[layer.num_org_embeddings_per_partition :] = 1
 
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **{**extra_weight_attrs, "weight_loader": load_rows},
-        )
-        layer.nvfp4_dtype = params_dtype
+        super().add_parameters(layer, shape, dtype, {**attrs, "weight_loader": load_rows})
+        layer.nvfp4_dtype = dtype
 
 
 class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
@@ -192,7 +181,7 @@ class StoredFp8EmbeddingMethod(_StoredVocabularyMethod, NvFp4Fp8LinearMethod):
         return super().apply(weight_owner(layer), x, bias)
 
 
-class OnlineEmbeddingMethod(_VocabularyMethod, QuantizeMethodBase):
+class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod, QuantizeMethodBase):
     """A 16-bit [vocabulary, hidden size] weight that becomes FP8 or NVFP4 once it is loaded."""
 
     uses_meta_device = True
@@ -200,30 +189,15 @@ class OnlineEmbeddingMethod(_VocabularyMethod, QuantizeMethodBase):
     def __init__(
         self, both: Vocabulary, fmt: str, prefix: str, stored: LayerSpec = UNQUANTIZED
     ) -> None:
-        self.options, self.are_tied = both.options, both.are_tied
-        self.fmt, self.prefix, self.stored = fmt, prefix, stored
+        spec = online_spec(NVFP4) if fmt == NVFP4.name else UNQUANTIZED
+        super().__init__(both.options, spec, prefix)
+        self.fmt, self.are_tied, self.stored = fmt, both.are_tied, stored
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+    def add_parameters(
+        self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
-        if self.fmt == NVFP4.name:
-            spec = online_spec(NVFP4)
-            check_blocks(self.prefix, spec, input_size_per_partition, input_size)
-        shape = (sum(output_partition_sizes), input_size_per_partition)
-        data = torch.empty(shape, dtype=params_dtype, device="meta")
-        weight: Any = torch.nn.Parameter(data, requires_grad=False)
-        weight.nvfp4_role = Role.WEIGHT
-        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
-        layer.register_parameter("weight", weight)
-        layer.nvfp4_dtype = params_dtype
-        versions.initialize_online_processing(layer)
+        add_meta_weight(layer, shape, dtype, attrs)
+        layer.nvfp4_dtype = dtype
         add_places_for_strays(layer, self.stored)
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -49,8 +49,8 @@ def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMetho
     return NvFp4LinearMethod(options, spec, prefix)
 
 
-class CheckpointLinearMethod(LinearMethodBase):
-    """What both stored kinds share: parameters from the spec, and their way into kernel order."""
+class PlacedMethod:
+    """The frame of vLLM's ``create_weights``: blocks fit, and the parameters are registered."""
 
     def __init__(self, options: Options, spec: LayerSpec, prefix: str) -> None:
         self.options, self.spec, self.prefix = options, spec, prefix
@@ -65,15 +65,31 @@ class CheckpointLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register one parameter for each tensor of the spec; vLLM's loader fills them."""
         check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
         layer.logical_widths = output_partition_sizes
         shape = (sum(output_partition_sizes), input_size_per_partition)
-        loader = extra_weight_attrs.get("weight_loader")
+        self.add_parameters(layer, shape, params_dtype, extra_weight_attrs)
+
+    def add_parameters(
+        self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
+    ) -> None:
+        """Register what vLLM's loader fills.
+
+        shape: [N, K] of this rank's part;  dtype: of 16-bit weights
+        attrs: vLLM's ``weight_loader`` and what else it sets on a parameter
+        """
+        raise NotImplementedError
+
+
+class CheckpointLinearMethod(PlacedMethod, LinearMethodBase):
+    """What both stored kinds share: parameters from the spec, and their way into kernel order."""
+
+    def add_parameters(
+        self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
+    ) -> None:
+        num_shards, loader = len(layer.logical_widths), attrs.get("weight_loader")
         for tensor in self.spec.tensors:
-            parameter: Any = make_parameter(
-                tensor, self.spec, shape, len(output_partition_sizes), loader
-            )
+            parameter: Any = make_parameter(tensor, self.spec, shape, num_shards, loader)
             parameter.nvfp4_role = tensor.role
             layer.register_parameter(tensor.name, parameter)
 
@@ -137,7 +153,7 @@ class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class NvFp4OnlineLinearMethod(LinearMethodBase):
+class NvFp4OnlineLinearMethod(PlacedMethod, LinearMethodBase):
     """A 16-bit layer that becomes NVFP4 or MXFP4 as soon as its last shard is loaded.
 
     The weight lives on the meta device until then, so the peak is the quantised model and the
@@ -146,35 +162,10 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
 
     uses_meta_device = True
 
-    def __init__(self, options: Options, spec: LayerSpec, prefix: str) -> None:
-        self.options, self.spec, self.prefix = options, spec, prefix
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+    def add_parameters(
+        self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
-        check_blocks(self.prefix, self.spec, input_size_per_partition, input_size)
-        layer.logical_widths = output_partition_sizes
-        weight: Any = ModelWeightParameter(
-            data=torch.empty(
-                sum(output_partition_sizes),
-                input_size_per_partition,
-                dtype=params_dtype,
-                device="meta",
-            ),
-            input_dim=1,
-            output_dim=0,
-            weight_loader=extra_weight_attrs.get("weight_loader"),
-        )
-        weight.nvfp4_role = Role.WEIGHT
-        layer.register_parameter("weight", weight)
-        versions.initialize_online_processing(layer)
+        add_meta_weight(layer, shape, dtype, attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight: Any = getattr(layer, "weight", None)
@@ -198,6 +189,19 @@ class NvFp4OnlineLinearMethod(LinearMethodBase):
 
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
         return unpack_weight(layer).dequantize(torch.get_default_dtype())
+
+
+def add_meta_weight(
+    layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
+) -> None:
+    """A 16-bit weight without memory, whose loading waits until all of it is there."""
+    data = torch.empty(shape, dtype=dtype, device="meta")
+    weight: Any = ModelWeightParameter(
+        data=data, input_dim=1, output_dim=0, weight_loader=attrs.get("weight_loader")
+    )
+    weight.nvfp4_role = Role.WEIGHT
+    layer.register_parameter("weight", weight)
+    versions.initialize_online_processing(layer)
 
 
 def log_path(spec: LayerSpec, device: torch.device, activation_bits: int) -> None:

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("on the input with 2 choices a token; needs 1", {"on_input": True}),
         ("activation_bits is 4; needs 16, 8 or 0", {"bits": 4}),
         ("w13 holds 3 experts and w2 2", {"w2": random_experts(2, 64, 48, "nvfp4").stack}),
-        ("w13 holds 3072 bytes of codes", {"w13": replace(w13.stack, num_rows=128)}),
+        ("w13 holds 6144 codes an expert", {"w13": replace(w13.stack, num_rows=128)}),
         ("w13 has 72 rows an expert; needs a multiple of 32",
          {"w13": random_experts(3, 72, 64, "nvfp4").stack}),
         (r"w13's bias is torch.float32 \[3, 96\]", {"bias": torch.zeros(3, 96)}),

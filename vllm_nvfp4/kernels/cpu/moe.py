@@ -9,7 +9,7 @@ import torch
 
 from vllm_nvfp4.kernels.cpu.layout import ROWS
 from vllm_nvfp4.kernels.cpu.linear import linear
-from vllm_nvfp4.kernels.layout import PackedWeight
+from vllm_nvfp4.kernels.layout import PackedWeight, check_stack
 from vllm_nvfp4.numerics.activation import ExpertActivation
 
 
@@ -103,12 +103,7 @@ def _choices(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torc
 
 
 def _check(name: str, stack: PackedWeight) -> None:
-    rows, found = -(-stack.num_rows // ROWS) * ROWS, 2 * stack.codes[0].numel()
-    if found != rows * stack.num_cols:
-        raise ValueError(
-            f"vllm_nvfp4.moe: {name} holds {found} codes an expert; needed {rows * stack.num_cols} "
-            f"for [{stack.num_rows}, {stack.num_cols}]"
-        )
+    check_stack(name, stack, -(-stack.num_rows // ROWS) * ROWS, stack.num_cols)
 
 
 def _expert(stack: PackedWeight, e: int) -> PackedWeight:

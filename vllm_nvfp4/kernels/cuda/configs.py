@@ -39,6 +39,33 @@ _MIN_STEPS_PER_SPLIT = 4
 _SPLIT_OVERHEAD_STEPS = 2.0
 
 
+def argument_fields(
+    pointers: str, ints: str, floats: str = ""
+) -> tuple[tuple[str, type[ctypes._SimpleCData]], ...]:
+    """The fields of a kernel's one argument, in this order: names separated by spaces."""
+    kinds = ((pointers, ctypes.c_void_p), (ints, ctypes.c_int32), (floats, ctypes.c_float))
+    return tuple((name, kind) for names, kind in kinds for name in names.split())
+
+
+class TranslationUnit:
+    """What every configuration of a kernel has: the file that its text stands in.
+
+    stem:       the .cuh file
+    definition: the text but for its #include: several may stand in one file
+    """
+
+    stem: str
+
+    @property
+    def definition(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        """The translation unit."""
+        return f'#include "{self.stem}.cuh"\n{self.definition}'
+
+
 class GemmParams(ctypes.Structure):
     """The one argument of a GEMM kernel; mirrors ``GemmParams`` of csrc/gemm_params.cuh.
 
@@ -54,22 +81,9 @@ class GemmParams(ctypes.Structure):
                   multiple of 16
     """
 
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("a_scale", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("block_scale", ctypes.c_void_p),
-        ("global_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("semaphores", ctypes.c_void_p),
-        ("m", ctypes.c_int32),
-        ("n", ctypes.c_int32),
-        ("k", ctypes.c_int32),
-        ("a_stride", ctypes.c_int32),
-        ("y_stride", ctypes.c_int32),
-        ("num_splits", ctypes.c_int32),
+    _fields_ = argument_fields(
+        "a a_scale codes block_scale global_scale bias y partials semaphores",
+        "m n k a_stride y_stride num_splits",
     )
 
 
@@ -81,19 +95,14 @@ class QuantizeParams(ctypes.Structure):
     a_scale: [M] float32
     """
 
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("a_scale", ctypes.c_void_p),
-        ("m", ctypes.c_int32),
-        ("k", ctypes.c_int32),
-        ("a_stride", ctypes.c_int32),
-        ("q_stride", ctypes.c_int32),
+    _fields_ = argument_fields(
+        "a q a_scale",
+        "m k a_stride q_stride",
     )
 
 
 @dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(TranslationUnit):
     """One instantiation of a GEMM kernel.
 
     stem:       "gemm_w4a16" or "gemm_w4a8", the .cuh file
@@ -149,11 +158,10 @@ class GemmConfig:
     def source(self) -> str:
         """The translation unit."""
         define = "#define VNVFP4_IMMA_STAND_IN 1\n" if self.variant == "imma" else ""
-        return f'{define}#include "{self.stem}.cuh"\n{self.definition}'
+        return define + super().source
 
     @property
     def definition(self) -> str:
-        """The translation unit but for its #include: several may stand in one file."""
         space, config = _NAMESPACE[self.stem], f"{self.symbol}_config"
         return (
             f"using {config} = {self.cpp_type};\n"
@@ -216,7 +224,7 @@ _NAMESPACE = {"gemm_w4a16": "w4a16", "gemm_w4a8": "w4a8"}
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
+class QuantizeConfig(TranslationUnit):
     """The per-token FP8 activation quantiser: q = e4m3(a / a_scale), a_scale = amax(|a|) / 448.
 
     One thread block per token: grid (M, 1, 1). Shared memory: one float per warp.
@@ -233,13 +241,7 @@ class QuantizeConfig:
         return f"sm89_{self.stem}_{self.dtype}"
 
     @property
-    def source(self) -> str:
-        """The translation unit."""
-        return f'#include "{self.stem}.cuh"\n{self.definition}'
-
-    @property
     def definition(self) -> str:
-        """The translation unit but for its #include: several may stand in one file."""
         return (
             f"static_assert(sizeof(QuantizeParams) == {ctypes.sizeof(QuantizeParams)},\n"
             '              "configs.py and quantize_a8.cuh disagree about the parameters");\n'

@@ -36,7 +36,7 @@ from vllm_nvfp4.kernels.cuda.moe_configs import (
     RouteParams,
 )
 from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape, choose_moe
-from vllm_nvfp4.kernels.layout import TILE_K, TILE_N, PackedWeight
+from vllm_nvfp4.kernels.layout import TILE_K, TILE_N, PackedWeight, check_stack
 from vllm_nvfp4.numerics.activation import ExpertActivation, KernelActivation
 
 _ROUTE_LAYOUT = params_layout(RouteParams)
@@ -343,13 +343,7 @@ def _check_stack(
         raise ValueError(
             f"moe: {name} has {stack.num_rows} rows an expert; needs a multiple of {multiple}"
         )
-    tiles = -(-stack.num_rows // TILE_N) * -(-stack.num_cols // TILE_K)
-    found, needed = stack.codes[0].numel(), tiles * TILE_N * TILE_K // 2
-    if found != needed:
-        raise ValueError(
-            f"moe: {name} holds {found} bytes of codes an expert; needed {needed} for "
-            f"[{stack.num_rows}, {stack.num_cols}]"
-        )
+    check_stack(name, stack, stack.num_rows, -(-stack.num_cols // TILE_K) * TILE_K)
     shape = (len(stack.codes), stack.num_rows)
     if tuple(stack.global_scale.shape) != shape:
         raise ValueError(

@@ -11,7 +11,13 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from vllm_nvfp4.kernels.cuda.configs import CPP_NAMES, STREAMING_BLOCK_M, GemmConfig
+from vllm_nvfp4.kernels.cuda.configs import (
+    CPP_NAMES,
+    STREAMING_BLOCK_M,
+    GemmConfig,
+    TranslationUnit,
+    argument_fields,
+)
 
 # Tokens of a tile; each expert takes whole ones of the largest and then one that fits the rest.
 TILE_SIZES = (8, 16, 32, 64)
@@ -29,62 +35,33 @@ _SCHEDULE_HEADER = _SCHEDULE_ENTRY = 4
 class MoeParams(ctypes.Structure):
     """The one argument of the grouped product; csrc/moe_params.cuh says what each is."""
 
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("a_scale", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("block_scale", ctypes.c_void_p),
-        ("global_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("schedule", ctypes.c_void_p),
-        ("choices", ctypes.c_void_p),
-        ("n", ctypes.c_int32),
-        ("k", ctypes.c_int32),
-        ("a_stride", ctypes.c_int32),
-        ("y_stride", ctypes.c_int32),
-        ("choices_per_row", ctypes.c_int32),
-        ("is_gated", ctypes.c_int32),
-        ("function", ctypes.c_int32),
-        ("limit", ctypes.c_float),
-        ("alpha", ctypes.c_float),
-        ("beta", ctypes.c_float),
+    _fields_ = argument_fields(
+        "a a_scale codes block_scale global_scale bias y schedule choices",
+        "n k a_stride y_stride choices_per_row is_gated function",
+        "limit alpha beta",
     )
 
 
 class RouteParams(ctypes.Structure):
     """The one argument of the routing kernel; csrc/moe_params.cuh says what each is."""
 
-    _fields_ = (
-        ("ids", ctypes.c_void_p),
-        ("expert_map", ctypes.c_void_p),
-        ("schedule", ctypes.c_void_p),
-        ("sorted", ctypes.c_void_p),
-        ("num_choices", ctypes.c_int32),
-        ("num_experts", ctypes.c_int32),
-        ("num_ids", ctypes.c_int32),
+    _fields_ = argument_fields(
+        "ids expert_map schedule sorted",
+        "num_choices num_experts num_ids",
     )
 
 
 class CombineParams(ctypes.Structure):
     """The one argument of the combining kernel; csrc/moe_params.cuh says what each is."""
 
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("ids", ctypes.c_void_p),
-        ("expert_map", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int32),
-        ("num_choices", ctypes.c_int32),
-        ("hidden_size", ctypes.c_int32),
-        ("num_experts", ctypes.c_int32),
-        ("num_ids", ctypes.c_int32),
+    _fields_ = argument_fields(
+        "x weights ids expert_map y",
+        "num_tokens num_choices hidden_size num_experts num_ids",
     )
 
 
 @dataclass(frozen=True)
-class MoeConfig:
+class MoeConfig(TranslationUnit):
     """One instantiation of the grouped product.
 
     stem:   "moe_w4a16" or "moe_w4a8", the .cuh file
@@ -116,13 +93,7 @@ class MoeConfig:
         return f"sm89_{self.fmt_name}_{self.stem}_{self.dtype}_{self.family}"
 
     @property
-    def source(self) -> str:
-        """The translation unit."""
-        return f'#include "{self.stem}.cuh"\n{self.definition}'
-
-    @property
     def definition(self) -> str:
-        """The translation unit but for its #include: several may stand in one file."""
         names = [f"{self.symbol}_m{tile.block_m}" for tile in self.tiles]
         text = "".join(
             f"using {name} = {tile.cpp_type};\n"
@@ -153,7 +124,7 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
-class RouteConfig:
+class RouteConfig(TranslationUnit):
     """The routing kernel: one thread block for each local expert."""
 
     threads: int = 256
@@ -170,13 +141,7 @@ class RouteConfig:
         return f"sm89_{self.stem}"
 
     @property
-    def source(self) -> str:
-        """The translation unit."""
-        return f'#include "{self.stem}.cuh"\n{self.definition}'
-
-    @property
     def definition(self) -> str:
-        """The translation unit but for its #include: several may stand in one file."""
         return (
             f"static_assert(sizeof(RouteParams) == {ctypes.sizeof(RouteParams)},\n"
             '              "moe_configs.py and moe_params.cuh disagree about the parameters");\n'
@@ -188,7 +153,7 @@ class RouteConfig:
 
 
 @dataclass(frozen=True)
-class CombineConfig:
+class CombineConfig(TranslationUnit):
     """The weighted sum of each token's choices: grid (M, ceil(H / COLUMNS), 1)."""
 
     dtype: str
@@ -207,13 +172,7 @@ class CombineConfig:
         return f"sm89_{self.stem}_{self.dtype}"
 
     @property
-    def source(self) -> str:
-        """The translation unit."""
-        return f'#include "{self.stem}.cuh"\n{self.definition}'
-
-    @property
     def definition(self) -> str:
-        """The translation unit but for its #include: several may stand in one file."""
         return (
             f"static_assert(sizeof(CombineParams) == {ctypes.sizeof(CombineParams)},\n"
             '              "moe_configs.py and moe_params.cuh disagree about the parameters");\n'
