@@ -139,6 +139,22 @@ def server_launcher() -> Any:
     return next((sys.modules[name] for name in names if name in sys.modules), None)
 
 
+# The name of the loader by which vLLM defers loading.
+ONLINE_LOADER = "online_process_loader"
+
+
+def loads_through_parameters() -> bool:
+    """Whether the engine being built loads every tensor by its parameter's loader: dummy weights
+    and dumps of a loaded model do not."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and isinstance(
+        get_model_loader(config.load_config), DefaultModelLoader
+    )
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing

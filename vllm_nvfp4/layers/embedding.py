@@ -19,6 +19,7 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerSpec,
     Role,
 )
+from vllm_nvfp4.layers.filling import check_filled
 from vllm_nvfp4.layers.linear import (
     CheckpointLinearMethod,
     NvFp4Fp8LinearMethod,
@@ -205,6 +206,7 @@ class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod, QuantizeMethodBase)
         weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
             return
+        check_filled(layer, self.prefix)
         del layer.weight
         if self.fmt == NVFP4.name:
             method = self.options.online_method
