@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | test-0.28 | trust | supply | lint | format | clean. Each sets up what it needs in .venv first.
+# make demo | test | test-avx2 | test-0.28 | trust | supply | lint | format | clean. Each sets up what it needs in .venv first.
 # To run with an environment of your own instead: make test PYTHON=/path/to/python
-.PHONY: demo test test-0.28 trust supply lint format setup clean
+.PHONY: demo test test-avx2 test-0.28 trust supply lint format setup clean
 .DEFAULT_GOAL := demo
 
 SYSTEM_PYTHON ?= python3
@@ -20,6 +20,11 @@ demo: setup
 test: SETUP_FLAGS = --with-compiler
 test: setup
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Tests that depend on the CPU's instructions, as a CPU with AVX2 alone runs them.
+test-avx2: SETUP_FLAGS = --with-compiler
+test-avx2: setup
+	@$(PYTHON) scripts/on_cpu.py avx2 -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Some of the tests on another vLLM, which scripts/on_vllm.py unpacks into .cache/.
 test-0.28: SETUP_FLAGS = --with-compiler

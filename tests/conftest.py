@@ -2,6 +2,13 @@
 """Settings for all tests; read before torch is imported."""
 
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
+import lesser_cpu
+
+lesser_cpu.install()
 
 # The tests run on two processes (see the Makefile). OpenMP threads of both on the same cores wait
 # for each other in busy loops, which makes a suite of small tensors several times slower.

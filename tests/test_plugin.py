@@ -164,23 +164,6 @@ def test_blackwell_gets_vllms_own_kernels(registered, name, native, tmp_path, mo
     assert type(registered.from_config(config)).__name__ == "NvFp4Config"
 
 
-def test_fp8_kv_cache_only_where_the_device_can(monkeypatch):
-    from vllm_nvfp4.compat import versions
-    from vllm_nvfp4.layers import kv_cache
-
-    for capability, head, expected in (
-        ((8, 9), 128, True),
-        ((8, 6), 128, False),
-        ((9, 0), 80, True),
-    ):
-        monkeypatch.setattr(versions, "device_capability", lambda c=capability: c)
-        assert (kv_cache.default_scheme("auto", head) is not None) is expected
-        assert kv_cache.default_scheme("keep", head) is None
-        assert kv_cache.default_scheme("fp8", head) is not None
-    monkeypatch.setattr(versions, "device_capability", lambda: None)
-    assert kv_cache.default_scheme("auto", 80) is None
-
-
 def test_16_bit_layer_of_odd_width_stays_as_it_is():
     from vllm_nvfp4.checkpoints.online import online_spec
     from vllm_nvfp4.config import NvFp4Config

@@ -36,6 +36,7 @@ from vllm_nvfp4.checkpoints.spec import (
     fused_layer_spec,
 )
 from vllm_nvfp4.compat import versions
+from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
@@ -87,6 +88,7 @@ class NvFp4Config(QuantizationConfig):
         """Read what the model's own configuration says, and what its files hold, before loading."""
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        self._head_size = head_size(text_config)
         self.census = take_census_of(model_name, revision, self.source_config, self.dialect)
         if self.census is not None:
             self.dialect = self.census.dialect
@@ -112,7 +114,8 @@ class NvFp4Config(QuantizationConfig):
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute."""
-        return kv_cache.default_scheme(self.options.kv_cache, kv_cache.head_size())
+        is_declared = self.dialect.kv_cache.dtype is not None
+        return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dialect.rename(hf_to_vllm_mapper)

@@ -70,7 +70,8 @@ class Options:
         "auto",
         ("auto", "fp8", "keep"),
         "KV cache when `--kv-cache-dtype` is `auto`. `auto`: FP8 where the attention backends of "
-        "the device can; `fp8`: always; `keep`: as vLLM decides.",
+        "the device can; `fp8`: always, an error on a CPU that cannot; `keep`: FP8 where the "
+        "checkpoint asks for it and the device can, else the model's own type.",
     )
     online_method: str = _option(
         "mse",

@@ -16,6 +16,10 @@ _registered = False
 
 # Whether the model configuration being built belongs to an engine that asked for this method.
 _asked = contextvars.ContextVar("vllm_nvfp4_asked", default=False)
+# ``additional_config`` of the engine being configured.
+_additional_config: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "vllm_nvfp4_additional_config", default=None
+)
 
 
 def register() -> None:
@@ -34,6 +38,7 @@ def register() -> None:
         _remove_builtin_method(quantization)
     quantization.register_quantization_config(METHOD_NAME)(_lazy_config_class())
     _patch_engine_args()
+    _patch_kv_cache_dtype()
     _patch_legacy_modelopt()
     _patch_batch_invariance()
     _patch_cpu_routing()
@@ -120,10 +125,13 @@ def _patch_engine_args() -> None:
     def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.quantization == METHOD_NAME:
             Options.resolve(self.additional_config)
+        token = _additional_config.set(self.additional_config)
         try:
             config: Any = create_engine_config(self, *args, **kwargs)
         except ValidationError as error:
             raise _checkpoint_error(error) or error from None
+        finally:
+            _additional_config.reset(token)
         if getattr(config.model_config, "quantization", None) == METHOD_NAME:
             options = Options.resolve(config.additional_config)
             config.additional_config[METHOD_NAME] = options.non_default()
@@ -144,6 +152,30 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _patch_kv_cache_dtype() -> None:
+    """Settle on a KV cache that the device can hold before vLLM derives anything from its type.
+
+    vLLM resolves ``--kv-cache-dtype auto`` to what a ModelOpt checkpoint declares before it asks a
+    quantization config for anything, and its attention finds out too late that it cannot.
+    """
+    from vllm.engine import arg_utils
+
+    arguments: Any = arg_utils
+    resolve = arguments.resolve_kv_cache_dtype_string
+
+    @functools.wraps(resolve)
+    def resolve_for_the_device(kv_cache_dtype: str, model_config: Any) -> str:
+        resolved = resolve(kv_cache_dtype, model_config)
+        if getattr(model_config, "quantization", None) != METHOD_NAME:
+            return resolved
+        from vllm_nvfp4.layers import kv_cache
+
+        option = Options.resolve(_additional_config.get()).kv_cache
+        return kv_cache.settle_dtype(kv_cache_dtype, resolved, option, model_config)
+
+    arguments.resolve_kv_cache_dtype_string = resolve_for_the_device
 
 
 def _patch_engine_death() -> None:

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_nvfp4.checkpoints.write import write_nvfp4
-from vllm_nvfp4.cli import doctor, main
+from vllm_nvfp4.cli import doctor, main, serve
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import host as serving_host
 from vllm_nvfp4.serving.host import Host, add_defaults, given_flags
@@ -280,6 +281,49 @@ def test_doctor_needs_avx2_only_for_the_cpu_build(monkeypatch, tmp_path: Path):
         check = next(doctor.check_cpu(cpuinfo))
         assert check.status == status
         assert "Old One" in check.found
+
+
+@pytest.mark.cpu_path
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (["--kv_cache_dtype=fp8_e5m2"], "--kv-cache-dtype fp8_e5m2"),
+        (["--additional-config.nvfp4.kv_cache", "fp8"], "option kv_cache=fp8"),
+    ],
+)
+def test_serve_refuses_a_cache_that_the_cpu_cannot_hold_at_once(
+    flags, given, tmp_path: Path, capsys, monkeypatch
+):
+    started: list[object] = []
+    monkeypatch.setattr(serve, "replace_this_process", started.append)
+    args = [str(extract_fixture("modelopt/nvfp4-kv8-llama", tmp_path)), *flags]
+    status = main.main(["serve", *args])
+    errors = capsys.readouterr().err
+    if torch.cpu._is_avx512_supported():
+        assert (status, errors, started) == (0, "", [args])
+    else:
+        assert (status, started) == (1, [])
+        assert errors.startswith(f"vllm-nvfp4 serve: {given}: this CPU has neither AVX-512 nor AMX")
+        assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.cpu_path
+@pytest.mark.parametrize("option", ["auto", "keep", "fp8"])
+def test_doctor_says_which_kv_cache_there_is(option: str):
+    result = run_command("doctor", "--json", VLLM_NVFP4_KV_CACHE=option)
+    report = json.loads(result.stdout)
+    failed = [check for check in report["checks"] if check["status"] == "fail"]
+    if torch.cpu._is_avx512_supported():
+        by_checkpoint = "FP8 where the checkpoint asks for it, else 16 bits"
+        assert report["paths"]["KV cache"] == (by_checkpoint if option == "keep" else "FP8")
+    elif option == "fp8":
+        [check] = failed
+        assert (check["name"], check["todo"]) == ("KV cache", "unset VLLM_NVFP4_KV_CACHE")
+        assert "neither AVX-512 nor AMX" in check["found"]
+    else:
+        assert report["paths"]["KV cache"].startswith("16 bits: this CPU has neither AVX-512")
+    assert report["can_serve"] is (failed == [])
 
 
 def test_serve_refuses_a_damaged_folder_at_once(tmp_path: Path, capsys):

@@ -27,7 +27,11 @@ from vllm_nvfp4.testing.features import FEATURES, table
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each is checked where its test says.
-HERE = [f.name for f in FEATURES if f.test == "layers/test_features.py::test_the_same_answers"]
+HERE = [
+    pytest.param(f.name, marks=[pytest.mark.cpu_path] if "KV cache" in f.name else [])
+    for f in FEATURES
+    if f.test == "layers/test_features.py::test_the_same_answers"
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ import torch
 from safetensors.torch import load_file
 from serving_cases import (
     KEEP_KV,
+    NO_FP8,
     NUM_TOKENS,
     PROMPT,
     compare,
     layer_of,
     quantise_like_online,
     rounded,
+    warnings_of,
 )
 
 from vllm_nvfp4.testing.checkpoints import (
@@ -26,6 +28,7 @@ from vllm_nvfp4.testing.engine import (
     ask_engine,
     ask_reference,
     engine,
+    has_fp8_kv_cache,
     plain_model,
     reference_model,
 )
@@ -42,6 +45,7 @@ def test_every_dialect_gives_the_tokens_of_its_dequantised_weights(name, tmp_pat
     compare(folder, atol=1e-4)
 
 
+@pytest.mark.cpu_path
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_bf16_is_as_exact_as_bf16_of_the_dequantised_weights(family, tmp_path):
     name = "compressed_tensors/nvfp4a16-qwen3" if family == "qwen3" else f"modelopt/w4a16-{family}"
@@ -68,6 +72,7 @@ def test_shards_of_a_fused_layer_keep_their_own_global_scale(name, tmp_path):
     compare(give_shards_their_own_scale(extract_fixture(name, tmp_path)), atol=1e-4)
 
 
+@pytest.mark.cpu_path
 @pytest.mark.parametrize("name", ["modelopt/nvfp4-kv8-llama", "compressed_tensors/nvfp4-kv8-llama"])
 def test_kv_cache_scales_of_the_checkpoint_reach_the_attention(name, tmp_path):
     folder = extract_fixture(name, tmp_path)
@@ -76,20 +81,44 @@ def test_kv_cache_scales_of_the_checkpoint_reach_the_attention(name, tmp_path):
         next(t.item() for n, t in stored.items() if ".layers.0." in n and n.endswith(f".{leaf}"))
         for leaf in ("k_scale", "v_scale")
     )
-    with engine(folder, dtype="bfloat16") as llm:
+    is_fp8 = has_fp8_kv_cache()
+    with warnings_of("layers.kv_cache") as lines, engine(folder, dtype="bfloat16") as llm:
         attention = layer_of(llm, "model.layers.0.self_attn.attn")
-        assert attention.kv_cache_dtype.startswith("fp8")
-        # vLLM keeps the loaded scale in the model's type before it widens it again.
-        assert attention._k_scale.item() == pytest.approx(k_scale, rel=2**-8)
-        assert attention._v_scale.item() == pytest.approx(v_scale, rel=2**-8)
-        assert len(ask_engine(llm, PROMPT, 2).tokens) == 2
+        answer = ask_engine(llm, PROMPT, 2)
+        if not is_fp8:
+            assert attention.kv_cache_dtype == "auto"
+            assert (attention._k_scale.item(), attention._v_scale.item()) == (1, 1)
+            asked = "nvfp4: KV cache in bfloat16, not in FP8 as the checkpoint asks"
+            assert lines == [f"{asked}: {NO_FP8}"]
+        else:
+            assert lines == []
+            assert attention.kv_cache_dtype.startswith("fp8")
+            # vLLM keeps the loaded scale in the model's type before it widens it again.
+            assert attention._k_scale.item() == pytest.approx(k_scale, rel=2**-8)
+            assert attention._v_scale.item() == pytest.approx(v_scale, rel=2**-8)
+    if not is_fp8:
+        # As if the checkpoint had asked for nothing.
+        with engine(folder, dtype="bfloat16", kv_cache_dtype="bfloat16") as llm:
+            plain = ask_engine(llm, PROMPT, 2)
+        assert torch.equal(answer.logprobs, plain.logprobs)
 
 
+@pytest.mark.cpu_path
 def test_fp8_kv_cache_is_the_default_and_the_flag_wins(tmp_path):
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
-    for options, expected in (({}, "fp8"), ({"kv_cache_dtype": "bfloat16"}, "bfloat16")):
+    is_fp8 = has_fp8_kv_cache()
+    default = "fp8" if is_fp8 else "auto"
+    for options, expected in (({}, default), ({"kv_cache_dtype": "bfloat16"}, "bfloat16")):
         with engine(folder, dtype="bfloat16", **options) as llm:
             assert layer_of(llm, "model.layers.0.self_attn.attn").kv_cache_dtype == expected
+    asked = [
+        *({"kv_cache_dtype": dtype} for dtype in ("fp8", "fp8_e4m3", "fp8_e5m2")),
+        {"additional_config": {"nvfp4": {"kv_cache": "fp8"}}},
+    ]
+    for options in () if is_fp8 else asked:
+        error = f"^(--kv-cache-dtype fp8|option kv_cache=fp8).*: {NO_FP8}. Leave it out"
+        with pytest.raises(ValueError, match=error), engine(folder, **options):
+            pass
 
 
 @pytest.mark.parametrize(

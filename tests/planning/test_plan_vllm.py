@@ -121,6 +121,7 @@ def held_by_inspect(folder) -> int:
 _FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "mixtral", "latent", "latent-q")
 
 
+@pytest.mark.cpu_path
 @pytest.mark.parametrize(
     ("family", "fmt"),
     [*((f, "nvfp4") for f in _FAMILIES), ("llama", "mxfp4"), ("qwen3_moe", "mxfp4")],
@@ -162,6 +163,7 @@ def test_options_change_the_weights_as_planned(
     assert held_by(model) == planned.total
 
 
+@pytest.mark.cpu_path
 @pytest.mark.parametrize(
     "name",
     [*fixture_names(), "moe_modelopt/nvfp4-qwen3", "moe_compressed_tensors/nvfp4a16-qwen3"],

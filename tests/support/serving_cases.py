@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests through a real vLLM engine share."""
 
+import contextlib
+import logging
 from pathlib import Path
 
 import torch
@@ -48,6 +50,31 @@ def gpt_oss_answer(folder):
         attn_implementation="eager",
     )
     return ask_reference(model.float().eval(), PROMPT, NUM_TOKENS)
+
+
+# Why a CPU with AVX2 alone has no FP8 KV cache.
+NO_FP8 = "this CPU has neither AVX-512 nor AMX, one of which an FP8 KV cache needs"
+
+
+@contextlib.contextmanager
+def warnings_of(module):
+    """A list that fills with the warnings that a module of the package logs in this process.
+
+    By a filter, since vLLM takes handlers away when it sets up its log.
+    """
+    lines = []
+
+    def note(record):
+        if record.levelno >= logging.WARNING:
+            lines.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger(f"vllm.vllm_nvfp4.{module}")
+    logger.addFilter(note)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(note)
 
 
 def rounded(weight, fmt):

@@ -172,10 +172,21 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         yield Check("torch.compile", WARN, reason, todo)
 
 
+def check_kv_cache() -> Iterator[Check]:
+    """Whether the environment asks for what no engine here can hold."""
+    if Options.resolve().kv_cache != "fp8" or not cpu_metadata.is_cpu_build():
+        return
+    from vllm_nvfp4.compat import kv_cache
+
+    if obstacle := kv_cache.cpu_obstacle("fp8", 128):
+        todo = "unset VLLM_NVFP4_KV_CACHE"
+        yield Check("KV cache", FAIL, f"option kv_cache=fp8: {obstacle}", todo)
+
+
 def layer_paths() -> dict[str, str]:
     """Kind of layer -> what runs it on this machine, in the words of the modules that decide."""
     cpu_metadata.apply()
-    from vllm_nvfp4.compat import versions
+    from vllm_nvfp4.compat import kv_cache, versions
     from vllm_nvfp4.kernels import ops
     from vllm_nvfp4.layers.linear import ACTIVATION_BITS
 
@@ -183,14 +194,16 @@ def layer_paths() -> dict[str, str]:
     arch = versions.device_arch()
     device = "cpu" if arch is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
-    obstacle = versions.fp8_kv_cache_obstacle(128)
+    obstacle = kv_cache.obstacle("fp8", 128)
+    caches = dict.fromkeys(("auto", "fp8"), "FP8")
+    caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
         "NVFP4 and MXFP4 linear": ops.describe_path(device, arch, False, bits),
         "FP8 linear": ops.describe_path(device, arch, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
-        "KV cache": f"16 bits: {obstacle}" if obstacle else "FP8",
+        "KV cache": f"16 bits: {obstacle}" if obstacle else caches[options.kv_cache],
     }
 
 
@@ -202,6 +215,7 @@ def collect() -> tuple[list[Check], dict[str, str]]:
         check_gpu,
         check_cpu,
         check_plugin,
+        check_kv_cache,
     )
     checks: list[Check] = []
     for section in sections:

@@ -264,7 +264,8 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
     # Piped output is for grep and files: never cut a line to the width of a terminal.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
-    kv_cache = f"{inventory.kv_cache} KV cache" if inventory.kv_cache else "no KV cache scheme"
+    asked = inventory.kv_cache
+    kv_cache = f"asks for an {asked} KV cache" if asked else "no KV cache scheme"
     console.print(
         f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}",
         highlight=False,

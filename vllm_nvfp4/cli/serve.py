@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from vllm_nvfp4.bench.variants import plugin_options
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.compat import cpu_metadata, kv_cache
 from vllm_nvfp4.serving.host import command_line
 
 _USAGE = """usage: vllm-nvfp4 serve MODEL [any flag of `vllm serve`]
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(_USAGE, end="")
     else:
         check_files(args.vllm_args)
+        check_kv_cache(args.vllm_args)
         replace_this_process(args.vllm_args)
     return 0 if args.vllm_args else 2
 
@@ -51,13 +55,40 @@ def check_files(vllm_args: Sequence[str]) -> None:
 
     Only where the model is named first and this project's method is to serve it.
     """
+    if (folder := _own_folder(vllm_args)) is not None:
+        validate(folder, *read_config(folder))
+
+
+def _own_folder(vllm_args: Sequence[str]) -> Path | None:
     folder = Path(vllm_args[0])
     other_method = any(
         arg.startswith(("-q", "--quantization")) and "nvfp4" not in f"{arg} {after}"
         for arg, after in zip(vllm_args, [*vllm_args[1:], ""], strict=True)
     )
-    if folder.is_dir() and not other_method:
-        validate(folder, *read_config(folder))
+    return folder if folder.is_dir() and not other_method else None
+
+
+def check_kv_cache(vllm_args: Sequence[str]) -> None:
+    """Raise the ValueError of a KV cache that this CPU cannot hold, where it is asked for by name.
+
+    vLLM would raise it some seconds later, below a traceback. Only where the model is named first
+    and this project's method is to serve it.
+    """
+    folder = _own_folder(vllm_args)
+    if folder is None or not cpu_metadata.is_cpu_build():
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--kv-cache-dtype", "--kv_cache_dtype", default="auto")
+    dtype = parser.parse_known_args(list(vllm_args))[0].kv_cache_dtype
+    where = f"--kv-cache-dtype {dtype}"
+    if dtype == "auto" and plugin_options(vllm_args).kv_cache == "fp8":
+        dtype, where = "fp8", "option kv_cache=fp8"
+    if dtype == "auto":
+        return
+    config, _ = read_config(folder)
+    size = kv_cache.head_size(SimpleNamespace(**(config.get("text_config") or config)))
+    if obstacle := kv_cache.cpu_obstacle(dtype, size):
+        raise kv_cache.refusal(where, obstacle)
 
 
 def replace_this_process(vllm_args: Sequence[str]) -> NoReturn:

@@ -201,46 +201,6 @@ def device_arch() -> int | None:
     return None if capability is None else capability[0] * 10 + capability[1]
 
 
-def fp8_kv_cache_obstacle(head_size: int | None) -> str | None:
-    """Why the device's attention backends cannot hold an FP8 KV cache, or None if they can.
-
-    CUDA: FlashInfer and Triton read FP8 from compute capability 8.9 on. CPU: vLLM's CPU backend
-    needs AVX-512 or AMX and a head size that is a multiple of 32.
-    """
-    import torch
-
-    capability = device_capability()
-    if capability is not None:
-        if capability < (8, 9):
-            return f"compute capability {capability[0]}.{capability[1]} is below 8.9"
-        return None
-    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
-        return "this CPU has neither AVX-512 nor AMX"
-    if head_size is None or head_size % 32:
-        return f"vLLM's CPU backend needs a head size that is a multiple of 32, found {head_size}"
-    return None
-
-
-@functools.cache
-def fp8_kv_write_truncates() -> bool:
-    """Whether vLLM's CPU backend cuts K and V off to E4M3 where it should round, as 0.32 does.
-
-    It is asked: 1.12 lies between 1 and 1.125, nearer to the latter.
-    """
-    import torch
-    from vllm import _custom_ops
-
-    block, head_size = 128, 64
-    token = torch.full((1, 1, head_size), 1.12, dtype=torch.bfloat16)
-    cache = torch.zeros(1, 1, 2 * block, head_size, dtype=torch.uint8)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    slots = torch.zeros(1, dtype=torch.int64)
-    _custom_ops.cpu_attn_reshape_and_cache(
-        token, token, key_cache, value_cache, slots, "vec", kv_cache_dtype="fp8"
-    )
-    return cache.view(torch.float8_e4m3fn).float().amax().item() == 1.0
-
-
 def inductor_pass_class() -> Any:
     """The base class of passes over a graph that vLLM compiles."""
     from vllm.compilation.passes.inductor_pass import InductorPass

@@ -182,7 +182,7 @@ class StoredFp8EmbeddingMethod(_StoredVocabularyMethod, NvFp4Fp8LinearMethod):
         return super().apply(weight_owner(layer), x, bias)
 
 
-class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod, QuantizeMethodBase):
+class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod):
     """A 16-bit [vocabulary, hidden size] weight that becomes FP8 or NVFP4 once it is loaded."""
 
     uses_meta_device = True

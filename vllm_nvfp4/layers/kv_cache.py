@@ -11,6 +11,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
+from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.compat import kv_cache as able
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.numerics.quantize import to_e4m3
 
@@ -30,7 +32,7 @@ class NvFp4KVCacheMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
         is_e4m3 = layer.kv_cache_dtype in ("fp8", "fp8_e4m3")
-        if is_e4m3 and versions.device_capability() is None and versions.fp8_kv_write_truncates():
+        if is_e4m3 and versions.device_capability() is None and able.fp8_write_truncates():
             _round_before_writing(layer.impl)
 
 
@@ -57,29 +59,64 @@ def nearest_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
     return (to_e4m3(x.float() / scale).float() * (scale * _PAST)).to(x.dtype)
 
 
-def head_size() -> int | None:
-    """Elements per attention head as vLLM counts them, or None where it does not say.
+def default_scheme(option: str, size: int | None, is_declared: bool) -> dict[str, Any] | None:
+    """The KV cache scheme that stands in for ``--kv-cache-dtype auto``.
 
-    It is asked for its advice alone, so that no configuration that it cannot read ends the engine.
+    option:      ``kv_cache``
+    size:        of an attention head
+    is_declared: whether the checkpoint asks for an FP8 KV cache
+
+    None where the cache is not FP8; :func:`settle_dtype` has then said why.
     """
-    vllm_config = get_current_vllm_config_or_none()
-    try:
-        return None if vllm_config is None else int(vllm_config.model_config.get_head_size())
-    except Exception as error:  # configurations raise errors of their own classes
-        logger.warning_once("nvfp4: the size of an attention head is unknown: %s", error)
+    if option == "keep" and not is_declared:
         return None
+    if option != "fp8" and able.obstacle("fp8", size) is not None:
+        return None
+    logger.info_once("nvfp4: KV cache in FP8 unless --kv-cache-dtype says otherwise")
+    return dict(FP8_SCHEME)
 
 
-def default_scheme(option: str, size: int | None) -> dict[str, Any] | None:
-    """The KV cache scheme that stands in for ``--kv-cache-dtype auto``, and one log line why."""
-    if option == "keep":
-        return None
-    obstacle = versions.fp8_kv_cache_obstacle(size)
-    if option == "fp8" or obstacle is None:
-        logger.info_once("nvfp4: KV cache in FP8 unless --kv-cache-dtype says otherwise")
-        return dict(FP8_SCHEME)
-    logger.warning_once("nvfp4: KV cache stays in 16 bits: %s", obstacle)
-    return None
+def settle_dtype(asked: str, resolved: str, option: str, model_config: Any) -> str:
+    """The type of the KV cache that an engine is configured with, one that the device can hold.
+
+    asked:        ``--kv-cache-dtype``
+    resolved:     what vLLM makes of it, which knows what ModelOpt's checkpoints declare
+    option:       ``kv_cache``
+    model_config: vLLM's
+
+    A type that was asked for is returned as it is, or on a CPU that cannot hold it refused with
+    ValueError: on a GPU vLLM may find a backend yet. What a checkpoint declares, or the option
+    ``auto`` would choose, gives way to the model's own type ("auto") with one line in the log.
+    """
+    if model_config.is_attention_free:
+        return resolved
+    if asked == "auto" and option == "fp8" and not resolved.startswith("fp8"):
+        resolved = "auto"  # the attention layers make FP8 of it, see default_scheme
+    is_declared = resolved not in ("auto", asked) or declares_fp8(model_config.hf_config)
+    wanted = "fp8" if resolved == "auto" and (is_declared or option != "keep") else resolved
+    size = able.head_size(model_config.hf_text_config)
+    obstacle = able.obstacle(wanted, size, model_config.use_mla)
+    if obstacle is None:
+        return resolved
+    if asked != "auto" or option == "fp8":
+        if versions.device_capability() is None:
+            where = f"--kv-cache-dtype {asked}" if asked != "auto" else "option kv_cache=fp8"
+            raise able.refusal(where, obstacle)
+        return resolved
+    logger.warning(
+        "nvfp4: KV cache in %s, not in %s%s: %s",
+        str(model_config.dtype).removeprefix("torch."),
+        wanted.partition("_")[0].upper(),
+        " as the checkpoint asks" if is_declared else "",
+        obstacle,
+    )
+    return "auto"
+
+
+def declares_fp8(hf_config: Any) -> bool:
+    """Whether the checkpoint asks for an FP8 KV cache, with scales or without."""
+    quant_config = getattr(hf_config, "quantization_config", None)
+    return detect(quant_config).kv_cache.dtype is not None
 
 
 def kv_cache_method(config: QuantizationConfig, has_scales: bool) -> BaseKVCacheMethod | None:

@@ -53,7 +53,7 @@ def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMetho
     return NvFp4LinearMethod(options, spec, prefix)
 
 
-class PlacedMethod:
+class PlacedMethod(LinearMethodBase):
     """The frame of vLLM's ``create_weights``: blocks fit, and the parameters are registered."""
 
     def __init__(self, options: Options, spec: LayerSpec, prefix: str) -> None:
@@ -85,7 +85,7 @@ class PlacedMethod:
         raise NotImplementedError
 
 
-class CheckpointLinearMethod(PlacedMethod, LinearMethodBase):
+class CheckpointLinearMethod(PlacedMethod):
     """What both stored kinds share: parameters from the spec, and their way into kernel order."""
 
     def add_parameters(
@@ -163,7 +163,7 @@ class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class NvFp4OnlineLinearMethod(PlacedMethod, LinearMethodBase):
+class NvFp4OnlineLinearMethod(PlacedMethod):
     """A 16-bit layer that becomes NVFP4 or MXFP4 as soon as its last shard is loaded.
 
     The weight lives on the meta device until then, so the peak is the quantised model and the

@@ -51,6 +51,29 @@ def engine(folder: Path | str, **options: Any) -> Iterator[Any]:
         yield llm
 
 
+def has_fp8_kv_cache() -> bool:
+    """Whether vLLM's attention holds an FP8 KV cache on this machine, for head sizes that suit it.
+
+    vLLM itself is asked, on a CPU its kernel, and nothing of this project that decides by it.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return current_platform.has_device_capability(89)
+    from vllm import _custom_ops
+
+    token = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    keys, values = torch.zeros(1, 1, 256, 64, dtype=torch.uint8).chunk(2, dim=2)
+    slots = torch.zeros(1, dtype=torch.int64)
+    try:
+        _custom_ops.cpu_attn_reshape_and_cache(
+            token, token, keys, values, slots, "vec", kv_cache_dtype="fp8"
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
 def ask_engine(llm: Any, prompt: list[int], num_tokens: int, lora_request: Any = None) -> Answer:
     """Greedy continuation and all log-probabilities, from vLLM, with an adapter if one is given."""
     from vllm import SamplingParams

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 
 from vllm_nvfp4.testing.checkpoints import write_adapter
-from vllm_nvfp4.testing.engine import Answer, ask_engine, ask_reference, engine, plain_model
+from vllm_nvfp4.testing.engine import (
+    Answer,
+    ask_engine,
+    ask_reference,
+    engine,
+    has_fp8_kv_cache,
+    plain_model,
+)
 
 PROMPT = [3, 17, 200, 45, 99, 120, 7, 64, 250, 31, 12, 180]
 LONG = [3 + (i * i + 7 * i) % 280 for i in range(100)]
@@ -235,6 +242,9 @@ def _sleep(setup: Setup) -> None:
 
 def _fp8_kv_cache(setup: Setup) -> None:
     """BF16 activations: as far from float32 as 16-bit weights with the same cache are."""
+    if not has_fp8_kv_cache():
+        _no_fp8_kv_cache(setup)
+        return
     reference = plain_model(setup.dequantised, torch.float32)
     exact = ask_reference(reference, LONG, 1).logprobs[: len(LONG) - 1]
     errors = []
@@ -244,6 +254,20 @@ def _fp8_kv_cache(setup: Setup) -> None:
             found = ask_engine(llm, LONG, 1).logprobs[: len(LONG) - 1]
         errors.append((found - exact).square().mean().sqrt().item())
     need(errors[0] < 1.5 * errors[1], f"errs by {errors[0]:.3g}, 16-bit weights by {errors[1]:.3g}")
+
+
+def _no_fp8_kv_cache(setup: Setup) -> None:
+    """The default is then the plain run, and an FP8 cache is refused on a CPU."""
+    with engine(setup.folder, **setup.options(additional_config={})) as llm:
+        check_both(setup, llm)
+    if not torch.cuda.is_available():
+        try:
+            with engine(setup.folder, **setup.options(kv_cache_dtype="fp8")):
+                pass
+        except ValueError as error:
+            need(str(error).startswith("--kv-cache-dtype fp8: "), f"the error is: {error}")
+        else:
+            need(False, "an FP8 KV cache was not refused")
 
 
 def _embeddings(setup: Setup) -> None:

@@ -82,7 +82,7 @@ FEATURES = (
         "FP8 KV cache, on and off",
         "--kv-cache-dtype",
         _SAME,
-        "as exact as 16-bit weights with the same cache",
+        "as exact as 16-bit weights with the same cache; needs AVX-512 or AMX",
     ),
     Feature("Embeddings", "--runner pooling", _SAME, "equal to 1e-5"),
 )

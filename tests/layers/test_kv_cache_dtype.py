@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which KV cache an engine is configured with, and what is said of it, on devices of each kind."""
+
+import pytest
+import torch
+from serving_cases import NO_FP8, warnings_of
+
+from vllm_nvfp4.compat import versions
+from vllm_nvfp4.testing.checkpoints import extract_fixture
+
+pytestmark = pytest.mark.vllm
+
+ERROR = "error"
+# (option kv_cache, --kv-cache-dtype) -> the type with a device that can hold FP8, and of those that
+# cannot on a CPU and on a GPU, where vLLM may find a backend for what was asked for by name.
+ASKED = {
+    ("auto", "auto"): ("fp8", "auto", "auto"),
+    ("keep", "auto"): ("fp8", "auto", "auto"),
+    ("fp8", "auto"): ("fp8", ERROR, "fp8"),
+    ("keep", "fp8"): ("fp8", ERROR, "fp8"),
+    ("auto", "fp8_e4m3"): ("fp8", ERROR, "fp8"),
+    ("auto", "fp8_e5m2"): ("fp8_e5m2", ERROR, "fp8_e5m2"),
+    ("fp8", "bfloat16"): ("bfloat16", "bfloat16", "bfloat16"),
+}
+DEVICES = {
+    "CPU with AVX-512": (0, None, ""),
+    "CPU with AVX2": (1, None, NO_FP8),
+    "8.9": (0, (8, 9), ""),
+    "8.6": (2, (8, 6), "compute capability 8.6 is below 8.9"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "is_declared"),
+    [
+        ("modelopt/nvfp4-kv8-llama", True),
+        ("compressed_tensors/nvfp4-kv8-llama", True),
+        ("modelopt/w4a16-llama", False),
+    ],
+)
+def test_the_type_is_one_that_the_device_can_hold(device, name, is_declared, tmp_path, monkeypatch):
+    column, capability, obstacle = DEVICES[device]
+    folder = extract_fixture(name, tmp_path)
+    monkeypatch.setattr(versions, "device_capability", lambda: capability)
+    for question in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: obstacle != NO_FP8)
+    for (option, flag), outcomes in ASKED.items():
+        expected = outcomes[column]
+        is_kept = (option, flag) == ("keep", "auto") and not is_declared
+        with warnings_of("layers.kv_cache") as lines:
+            if expected == ERROR:
+                given = f"--kv-cache-dtype {flag}" if flag != "auto" else "option kv_cache=fp8"
+                with pytest.raises(ValueError) as error:
+                    configured(folder, option, flag)
+                assert str(error.value).startswith(f"{given}: {obstacle}. Leave it out")
+                assert lines == []
+                continue
+            assert configured(folder, option, flag) == ("auto" if is_kept else expected)
+        gives_way = flag == "auto" and expected == "auto" and not is_kept
+        asked = " as the checkpoint asks" if is_declared else ""
+        line = f"nvfp4: KV cache in bfloat16, not in FP8{asked}: {obstacle}"
+        assert lines == ([line] if gives_way else [])
+
+
+def configured(folder, option, flag):
+    """The type that an engine's attention layers would have, "fp8" also under its longer name."""
+    import vllm_nvfp4
+
+    vllm_nvfp4.register()
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(folder), max_model_len=64, enforce_eager=True, quantization="nvfp4",
+        kv_cache_dtype=flag, additional_config={"nvfp4": {"kv_cache": option}},
+    ).create_engine_config()  # fmt: skip
+    dtype = config.cache_config.cache_dtype
+    if dtype == "auto":  # vLLM's attention layers then ask the quantization config
+        with set_current_vllm_config(config):
+            dtype = "auto" if config.quant_config.kv_cache_scheme is None else "fp8"
+    return dtype.removesuffix("_e4m3")
+
+
+def test_a_type_that_no_cpu_can_hold_gives_way_too(tmp_path):
+    from vllm_nvfp4.testing.checkpoints import edit_json
+
+    folder = extract_fixture("modelopt/nvfp4-kv8-llama", tmp_path)
+
+    def declare(config):
+        config["quantization_config"].pop("kv_cache_scheme", None)
+        config["quantization_config"]["kv_cache_quant_algo"] = "NVFP4"
+
+    edit_json(folder / "config.json", declare)
+    with warnings_of("layers.kv_cache") as lines:
+        assert configured(folder, "keep", "auto") == "auto"
+    why = "vLLM's CPU backend has no KV cache of type nvfp4"
+    assert lines == [f"nvfp4: KV cache in bfloat16, not in NVFP4 as the checkpoint asks: {why}"]
