@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_nvfp4.checkpoints.census import Census
+from vllm_nvfp4.checkpoints.census import PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.hub import take_census_of
 from vllm_nvfp4.checkpoints.online import OnlineDialect, online_spec
@@ -124,9 +124,12 @@ class NvFp4Config(QuantizationConfig):
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
         """vLLM's own, without the tensors that are of no use to the layer they are stored with."""
+        self._tell_unasked()
         mapper = super().get_checkpoint_weight_mapper()
         if self.census is not None and (stray := self.census.stray):
             mapper |= versions.mapper_without(stray)
+        if self.census is not None and self.census.has_projection_first:
+            mapper |= versions.mapper_of(PROJECTION_FIRST, r"\1experts.\3.\2\4")
         return mapper
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -189,8 +192,18 @@ class NvFp4Config(QuantizationConfig):
         """As :meth:`layer_spec`, of the token embedding."""
         if self.census is None:
             return embedding_spec(self.dialect, prefix)
-        stored = self.census.find(prefix)
-        return UNQUANTIZED if stored is None else _readable(stored.spec, prefix)
+        if self.census.find(prefix) is None:
+            return UNQUANTIZED
+        return _readable(self.census.layer_spec(prefix, {}), prefix)
+
+    def _tell_unasked(self) -> None:
+        """One line for what is quantised in the files and not in the model, which is built by now:
+        draft layers without speculation, and layers of other pipeline ranks."""
+        if self.census is not None and (left := self.census.unasked()):
+            logger.info_once(
+                "nvfp4: in the files, and asked for by no layer of the model here: %s",
+                ", ".join(f"{name} ({count})" for name, count in sorted(left.items())),
+            )
 
     def _tell(self, prefix: str, spec: LayerSpec, said: Collection[LayerSpec]) -> None:
         """One line where files and configuration say different things about layers of a kind."""

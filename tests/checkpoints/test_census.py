@@ -189,6 +189,25 @@ def test_experts_that_differ_are_refused():
         census(stored).experts_spec("m.experts", stored)
 
 
+def test_experts_by_projection_are_found_by_expert():
+    stored = {f"m.experts.{p}.{e}": "nvfp4" for p in ("up_proj", "w2") for e in range(EXPERTS)}
+    found = census(stored)
+    assert found.has_projection_first
+    names = [f"m.experts.{e}.up_proj" for e in range(EXPERTS)]
+    assert kind_of(found.experts_spec("m.experts", names)) == KINDS["nvfp4"]
+    assert not census({"m.experts.0.up_proj": "nvfp4"}).has_projection_first
+
+
+def test_what_no_layer_asked_for_is_named_once_for_a_stack():
+    stored = {f"mtp.layers.{i}.up_proj": "fp8" for i in range(3)} | {"mtp.norm": "bf16"}
+    stored |= experts("model.layers.1.mlp.experts", "nvfp4") | {f"{LAYER}.o_proj": "nvfp4"}
+    found = census(stored)
+    found.layer_spec(f"{LAYER}.o_proj", QKV)
+    names = [n for n in stored if ".experts." in n]
+    found.experts_spec("model.layers.1.mlp.experts", names)
+    assert found.unasked() == {"mtp.layers.*.up_proj": 3}
+
+
 def test_experts_in_one_tensor_are_as_the_tensor_is():
     extra = {"m.experts.gate_up_proj": header("BF16", EXPERTS, K, N)}
     names = [f"m.experts.{e}.up_proj" for e in range(EXPERTS)]

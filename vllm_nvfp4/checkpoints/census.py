@@ -24,13 +24,15 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerSpec,
     Role,
     describe,
+    fold,
     fused_layer_spec,
     merged,
     one_spec,
     shard_names,
 )
 
-_EXPERT = re.compile(r"\.\d+\.[^.]+$")
+# An expert's tensor, or its module, under the name of its projection.
+PROJECTION_FIRST = re.compile(r"(^|\.)experts\.([A-Za-z_]\w*)\.(\d+)(\.|$)")
 
 Tensors = Mapping[str, TensorHeader]
 
@@ -84,8 +86,13 @@ class Census:
             name: StoredModule(name, tensors, *classify(name, tensors, dialect))
             for name, tensors in group_by_module(headers).items()
         }
-        self._by_name: dict[str, StoredModule] = dict(self.modules)
-        self._names: dict[str, str] = {name: name for name in self.modules}  # file's -> model's
+        self._asked: set[str] = set()
+        # The file's names -> the model's, as far as they are known.
+        self._names: dict[str, str] = {name: expert_first(name) for name in self.modules}
+        self._by_name: dict[str, StoredModule] = {
+            **{self._names[name]: module for name, module in self.modules.items()},
+            **self.modules,
+        }
         self._by_leaf: dict[tuple[str, tuple[str, ...]], list[tuple[str, StoredModule]]] | None = (
             None
         )
@@ -129,6 +136,20 @@ class Census:
         alike = all(m.stored == found[0].stored for m in found)
         return found[0] if alike else None
 
+    def _ask(self, name: str) -> StoredModule | None:
+        if (module := self.find(name)) is not None:
+            self._asked.add(module.name)
+        return module
+
+    def unasked(self) -> dict[str, int]:
+        """Quantised modules that no layer asked for: name with its numbers folded -> how many."""
+        counts: Counter[str] = Counter()
+        for name, module in self.modules.items():
+            is_quantized = module.stored is None or module.stored.is_quantized
+            if is_quantized and name not in self._asked:
+                counts[fold(name)] += 1
+        return dict(counts)
+
     def layer_spec(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> LayerSpec:
         """How a layer of the model is stored, fused or not.
 
@@ -137,9 +158,9 @@ class Census:
         different forms come out as WIDENED: they are one weight in memory.
         A layer that is not in the files by any name is as the configuration says.
         """
-        if (whole := self.find(name)) is not None:
+        if (whole := self._ask(name)) is not None:
             return whole.spec
-        shards = [m for n in shard_names(name, packed_modules) if (m := self.find(n)) is not None]
+        shards = [m for n in shard_names(name, packed_modules) if (m := self._ask(n)) is not None]
         if not shards:
             return fused_layer_spec(self.dialect, name, packed_modules)
         return one_spec({module.name: module.spec for module in shards})
@@ -155,7 +176,7 @@ class Census:
         prefix: the model's name for all of them; names: for each linear layer of each expert
         Raises CheckpointError where they differ among each other.
         """
-        modules = {name: m for name in names if (m := self.find(name)) is not None}
+        modules = {name: m for name in names if (m := self._ask(name)) is not None}
         if modules:
             specs = [module.spec for module in modules.values()]
             if spec := merged(specs):
@@ -169,7 +190,7 @@ class Census:
                 f"{describe(specs[0])}, as {first}: the experts of a layer are one layer",
                 "Quantise again with one format for all experts of a layer, or ignore them all.",
             )
-        if (stack := self.find(prefix)) is not None and any(
+        if (stack := self._ask(prefix)) is not None and any(
             len(header.shape) > 2 for header in stack.tensors.values()
         ):
             return stack.spec
@@ -181,6 +202,11 @@ class Census:
             if name.startswith(parent) and any(len(h.shape) > 2 for h in module.tensors.values())
         ]
         return merged([module.spec for module in stacks]) or UNQUANTIZED
+
+    @property
+    def has_projection_first(self) -> bool:
+        """Whether experts are stored as experts.up_proj.3 instead of experts.3.up_proj."""
+        return any(expert_first(name) != name for name in self.modules)
 
     @property
     def has_kv_scales(self) -> bool:
@@ -225,6 +251,11 @@ def unknown_form(module: StoredModule) -> CheckpointError:
         "a weight in 16 bits, NVFP4, MXFP4, FP8 or MXFP8, with its scales",
         "Quantise the model again with this layer in one of these, or left as it is.",
     )
+
+
+def expert_first(name: str) -> str:
+    """experts.up_proj.3 -> experts.3.up_proj, which is what models ask for."""
+    return PROJECTION_FIRST.sub(r"\1experts.\3.\2\4", name)
 
 
 def _key(name: str) -> tuple[str, tuple[str, ...]]:

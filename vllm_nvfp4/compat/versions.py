@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import re
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -57,6 +58,13 @@ def mapper_without(names: Collection[str]) -> Any:
 
     patterns: Any = {_AnyOf(names): None}
     return WeightsMapper(orig_to_new_regex=patterns)
+
+
+def mapper_of(pattern: re.Pattern[str], replacement: str) -> Any:
+    """vLLM's WeightsMapper that renames by one pattern."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper(orig_to_new_regex={pattern: replacement})
 
 
 def attention_classes() -> tuple[type, ...]:
