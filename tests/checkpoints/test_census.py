@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 import pytest
-from published import EXPERTS, PUBLISHED, STORED, K, N, headers_of, modelopt
+from published import EXPERTS, PUBLISHED, STORED, K, N, experts, headers_of, modelopt
 from vision_classes import model_class
 from vllm.model_executor.models.utils import WeightsMapper
 
