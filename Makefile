@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo | test | test-avx2 | test-0.28 | trust | supply | lint | format | clean. Each sets up what it needs in .venv first.
+# BACKEND=cpu or cuda and VLLM=0.32 choose another than the machine's and the newest.
 # To run with an environment of your own instead: make test PYTHON=/path/to/python
 .PHONY: demo test test-avx2 test-0.28 trust supply lint format setup clean
 .DEFAULT_GOAL := demo
 
 SYSTEM_PYTHON ?= python3
 BACKEND ?= auto
+VLLM ?=
 ifdef PYTHON
 setup:
 else
 PYTHON := .venv/bin/python
 setup:
-	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND) $(SETUP_FLAGS)
+	@$(SYSTEM_PYTHON) scripts/bootstrap.py --backend $(BACKEND) $(if $(VLLM),--vllm $(VLLM)) $(SETUP_FLAGS)
 endif
 
 demo: setup

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from kernel_bench import KernelBench, add_arguments, reason_of, refuse_unknown, run
 
-from vllm_nvfp4.testing.shapes import BENCH_M, MODELS
+from vllm_nvfp4.testing.shapes import BENCH_M, BENCH_MODELS
 
 DEFAULT_MODELS = "Qwen3-8B,Gemma3-27B,Llama-3.1-70B,Qwen3-30B-A3B"
 DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,cublas-bf16,torch-fp8"
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     args.models = args.models.split(",")
     args.m = sorted({int(m) for m in args.m.split(",")})
     args.backends = args.backends.split(",") + ([STAND_IN] if args.stand_in else [])
-    refuse_unknown(parser, "model", args.models, MODELS)
+    refuse_unknown(parser, "model", args.models, BENCH_MODELS)
     return args
 
 
@@ -74,7 +74,7 @@ def layers_of(models: list[str]) -> list[tuple[str, str, int, int]]:
     seen: set[tuple[int, int]] = set()
     found = []
     for model in models:
-        for layer, (n, k) in MODELS[model].linear_layers().items():
+        for layer, (n, k) in BENCH_MODELS[model].linear_layers().items():
             if (n, k) not in seen:
                 seen.add((n, k))
                 found.append((model, layer, n, k))

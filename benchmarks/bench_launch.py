@@ -57,16 +57,12 @@ def main() -> int:
 def calls(is_stub: bool):
     """(name, call): small products, so that the GPU is never what the host waits for."""
     import vllm_nvfp4.kernels.cuda.linear as cuda
-    from vllm_nvfp4.kernels.cuda import devices
     from vllm_nvfp4.layers.weights import apply_weight, frozen
     from vllm_nvfp4.testing.kernel_cases import random_weight
 
     device = torch.device("cpu") if is_stub else torch.device("cuda", torch.cuda.current_device())
     packed = cuda.pack_weight(random_weight(256, 256, "nvfp4", device))
-    if is_stub:
-        loaded = devices.loaded_device(None, "nvfp4")
-    else:
-        loaded = cuda.prepare(device, "nvfp4", (torch.bfloat16,))
+    loaded = cuda.prepare(device, "nvfp4", (torch.bfloat16,))
     a = torch.randn(1, 256, device=device).bfloat16()
     dense = torch.randn(256, 256, device=device).bfloat16()
     layer = torch.nn.Module()

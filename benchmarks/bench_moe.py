@@ -22,7 +22,7 @@ from typing import Any
 
 from kernel_bench import KernelBench, add_arguments, reason_of, refuse_unknown, run
 
-from vllm_nvfp4.testing.shapes import EXPERT_LAYERS
+from vllm_nvfp4.testing.shapes import BENCH_EXPERTS, EXPERT_LAYERS
 
 DEFAULT_M = "1,2,4,8,16,32,64,128,256,512,1024,4096"
 DEFAULT_BACKENDS = "ours,ours-w4a16,ours-w4a8,marlin,humming,triton-bf16"
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     args.models, args.routings = args.models.split(","), args.routings.split(",")
     args.m = sorted({int(m) for m in args.m.split(",")})
     args.backends = args.backends.split(",")
-    refuse_unknown(parser, "model", args.models, EXPERT_LAYERS)
+    refuse_unknown(parser, "model", args.models, BENCH_EXPERTS)
     refuse_unknown(parser, "routing", args.routings, ROUTINGS)
     return args
 
@@ -91,7 +91,7 @@ class Bench(KernelBench):
 
     def parts(self) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         for model in self.args.models:
-            title = f"{model}: {EXPERT_LAYERS[model]}"
+            title = f"{model}: {BENCH_EXPERTS[model]}"
             yield title, lambda model=model: self.model_rows(model)
 
     def model_rows(self, model: str) -> list[Row]:
@@ -99,7 +99,7 @@ class Bench(KernelBench):
         import torch
         from moe_backends import Layer
 
-        layer = Layer(EXPERT_LAYERS[model], self.args.format, self.device, seed=0)
+        layer = Layer(BENCH_EXPERTS[model], self.args.format, self.device, seed=0)
         rows: list[Row] = []
         for backend in self.backends:
             calls: list[Any] = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from bench_gemm import layers_of
 from common import EXIT_NO_GPU, header, require_gpu
 
-from vllm_nvfp4.testing.shapes import MODELS
+from vllm_nvfp4.testing.shapes import BENCH_MODELS
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 COLUMNS = ("m", "n", "k", "bits", "kernel", "splits", "us", "is_choice", "is_best", "estimated_us")
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="CSV file")
     args = parser.parse_args()
     models = args.models.split(",")
-    if unknown := [m for m in models if m not in MODELS]:
-        parser.error(f"unknown model {unknown[0]}; known: {', '.join(MODELS)}")
+    if unknown := [m for m in models if m not in BENCH_MODELS]:
+        parser.error(f"unknown model {unknown[0]}; known: {', '.join(BENCH_MODELS)}")
     if not require_gpu("bench_tiles"):
         return EXIT_NO_GPU
     deadline = time.monotonic() + args.budget if args.budget else math.inf

@@ -75,12 +75,14 @@ def write_rows(
     return found
 
 
-def copy_bandwidth_gbps(num_bytes: int = 1 << 30) -> float:
-    """Bytes read and written per second by a device-to-device copy, GB/s."""
+def copy_bandwidth_gbps() -> float:
+    """Bytes read and written per second by a device-to-device copy of 1 GiB, or a 64th of the
+    memory, GB/s."""
     import torch
 
     from vllm_nvfp4.testing.timer import time_events
 
+    num_bytes = min(1 << 30, torch.cuda.get_device_properties(0).total_memory // 64)
     source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * num_bytes / time_events(lambda: target.copy_(source)) / 1e3

@@ -14,6 +14,7 @@ import torch
 from vllm_nvfp4.kernels.cuda import devices, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.configs import imma_stand_in
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -118,13 +119,14 @@ def _torch_fp8(weight: BlockScaledWeight, dtype: torch.dtype) -> Call:
     row_scale = dense.abs().amax(1, keepdim=True) / 448
     w = (dense / row_scale).to(torch.float8_e4m3fn)
     del dense
-    quantised: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    last: list[torch.Tensor] = []
 
     def call(a: torch.Tensor) -> torch.Tensor:
-        if a.data_ptr() not in quantised:
-            a_scale = a.float().abs().amax(1, keepdim=True) / 448
-            quantised[a.data_ptr()] = ((a.float() / a_scale).to(torch.float8_e4m3fn), a_scale)
-        q, a_scale = quantised[a.data_ptr()]
+        # Of the same activations as before, which this keeps alive: an address alone may come to
+        # belong to others.
+        if not last or last[0] is not a:
+            last[:] = [a, *quantize_fp8_per_row(a)]
+        _, q, a_scale = last
         return torch._scaled_mm(q, w.t(), a_scale, row_scale.t(), out_dtype=a.dtype)
 
     return call

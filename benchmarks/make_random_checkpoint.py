@@ -19,10 +19,9 @@ from pathlib import Path
 
 from common import ROOT  # puts the checkout on sys.path  # noqa: F401
 
-from vllm_nvfp4.testing.shapes import MODELS, ModelShape
+from vllm_nvfp4.testing.shapes import MODELS, TINY, ModelShape
 
 # Small enough for a CPU; the head size is one that every attention backend takes.
-TINY = ModelShape("tiny", 128, 256, 2, 4, 2, 64, 512)
 FAMILIES = {
     "Qwen3-8B": ("Qwen3ForCausalLM", "qwen3"),
     "Qwen3-32B": ("Qwen3ForCausalLM", "qwen3"),

@@ -10,6 +10,11 @@ the wheel's cubins (NVRTC), and disassembles it. Needs no GPU and no CUDA toolki
 Columns: slots/mma and slots/w are instructions issued in the main loop, per MMA and (times 32
 lanes) per weight of the tile; then, for each GPU, the share of issue slots that a loop bound by its
 MMAs takes, and how many times faster than DRAM delivers them packed weights are processed.
+
+"in flight" are KiB of weights on their way to an SM at the main loop's emptiest instruction and at
+its fullest; the line below the head says what DRAM needs for its full rate. "tail" is how often
+the thread block that adds 8 splits waits for memory, one time after another: fences, atomic
+operations, rounds of loads.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
 from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS, MoeConfig
 from vllm_nvfp4.kernels.cuda.nvrtc import compile_cubin
-from vllm_nvfp4.testing import sass
+from vllm_nvfp4.testing import sass, sass_memory
 
 ARCH = 89
 GPU_NAMES = ("RTX 4090", "L40S", "L4")
+# Where W4A16 may run too: only what memory asks of it is read from this code.
+OTHER_GPU_NAMES = ("H100 80GB HBM3", "H200")
 
 
-def gpus() -> list[Gpu]:
-    found = [find_gpu(name) for name in GPU_NAMES]
+def gpus(names: Sequence[str] = GPU_NAMES) -> list[Gpu]:
+    found = [find_gpu(name) for name in names]
     return [gpu for gpu in found if gpu is not None]
 
 
@@ -39,8 +46,13 @@ def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
     machine = sass.read_machine_code(compile_cubin(config, ARCH))
     cost = sass.main_loop_cost(config, machine)
     bounds = [sass.bound(config, cost, gpu) for gpu in cards]
-    row = format_row(config.symbol, config, machine, cost, bounds)
-    return row, sass.problems(config, machine, cost, bounds)
+    flight = sass_memory.flight(config, machine, machine.loops[-1])
+    tail = sass_memory.tail(machine, sass_memory.tokens_of_thread(config))
+    row = format_row(config.symbol, config, machine, cost, bounds, flight)
+    row += f"{tail.fences:>5} + {tail.atomics} + {tail.rounds}"
+    found = sass.problems(config, machine, cost, bounds)
+    found += sass_memory.flight_problems(config, flight, bounds, [*cards, *gpus(OTHER_GPU_NAMES)])
+    return row, found + sass_memory.tail_problems(config, tail)
 
 
 def format_row(
@@ -49,23 +61,43 @@ def format_row(
     machine: sass.Machine,
     cost: sass.LoopCost,
     bounds: Sequence[sass.Bound],
+    flight: sass_memory.Flight,
 ) -> str:
     weights = config.block_n * config.block_k / config.num_warps / 32
     row = f"{name:<62}{machine.registers:>5}{config.smem_bytes:>8}"
-    row += f"{machine.stack + machine.local:>6}{cost.slots:>7}{cost.slots / cost.mmas:>11.2f}"
+    row += f"{machine.stack + machine.local:>6}{cost.slots:>7.0f}{cost.slots / cost.mmas:>11.2f}"
     row += f"{cost.slots / weights:>9.2f}"
-    return row + "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
+    row += "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
+    return row + f"{flight.least / 1024:>8.1f}{flight.most / 1024:>6.1f}"
 
 
 def report_moe(config: MoeConfig, cards: Sequence[Gpu]) -> tuple[list[str], list[str]]:
     """A row for each tile of a grouped kernel, and what the kernel misses."""
     machine = sass.read_machine_code(compile_cubin(config, ARCH))
     costs = sass.moe_loop_costs(config, machine)
-    rows = []
-    for tile, cost in zip(config.tiles, costs, strict=True):
+    loops = sass.moe_main_loops(config, machine)
+    # What serves prompts is held to what Ada needs.
+    others = gpus(OTHER_GPU_NAMES) if config.family == "decode" else []
+    rows, found = [], sass.moe_problems(config, machine, costs, cards)
+    for tile, cost, loop in zip(config.tiles, costs, loops, strict=True):
         bounds = [sass.bound(tile, cost, gpu) for gpu in cards]
-        rows.append(format_row(f"{config.symbol} m{tile.block_m}", tile, machine, cost, bounds))
-    return rows, sass.moe_problems(config, machine, costs, cards)
+        flight = sass_memory.flight(tile, machine, loop)
+        name = f"{config.symbol} m{tile.block_m}"
+        rows.append(format_row(name, tile, machine, cost, bounds, flight))
+        missed = sass_memory.flight_problems(tile, flight, bounds, [*cards, *others])
+        found += [f"tile of {tile.block_m}: {problem}" for problem in missed]
+    return rows, found
+
+
+def needs(cards: Sequence[Gpu]) -> str:
+    """What DRAM asks of the kernels, and where that is from."""
+    each = (f"{gpu.name} {sass_memory.needed_in_flight(gpu) / 1024:.1f}" for gpu in cards)
+    latencies = sorted({(gpu.arch, sass_memory.LATENCY[gpu.arch]) for gpu in cards})
+    return (
+        f"needed in flight, KiB: {', '.join(each)} (bandwidth * latency / SMs; latency assumed: "
+        + ", ".join(f"{seconds * 1e6:.2f} us on sm_{arch}" for arch, seconds in latencies)
+        + ")"
+    )
 
 
 def main() -> int:
@@ -77,7 +109,9 @@ def main() -> int:
     header = (
         f"{'kernel (sm_89)':<62}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
     )
-    print(header + f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards))
+    header += f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards)
+    print(header + f"{'in flight':>14}{'tail':>14}")
+    print(needs([*cards, *gpus(OTHER_GPU_NAMES)]))
     missed = 0
     for config in (*GEMM_CONFIGS, *MOE_CONFIGS):
         if not re.search(options.kernels, config.symbol):

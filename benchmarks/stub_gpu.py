@@ -8,6 +8,7 @@ allocator takes over its CPU one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import subprocess
 import tempfile
@@ -18,10 +19,9 @@ from common import ROOT
 
 from vllm_nvfp4.gpus import find_gpu
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.kernels.cuda import cubins, devices, dispatch, nvrtc
+from vllm_nvfp4.kernels.cuda import cubins, devices, nvrtc
 from vllm_nvfp4.kernels.cuda import linear as cuda
-from vllm_nvfp4.kernels.cuda.configs import ALL_CONFIGS
-from vllm_nvfp4.kernels.cuda.devices import Device
+from vllm_nvfp4.kernels.cuda.devices import SEMAPHORE_BYTES, Device
 from vllm_nvfp4.kernels.cuda.driver import Driver
 
 _STREAM, _CONTEXT = 0x57, 0xC0
@@ -36,11 +36,12 @@ def install() -> None:
     gpu = find_gpu("RTX 4090")
     if gpu is None:
         raise RuntimeError("gpus.py has no RTX 4090")
-    semaphores = torch.zeros(64, dispatch.MAX_SPLIT_TILES, dtype=torch.int32)
-    device = Device(gpu, Driver(library), semaphores)
+    driver = Driver(library)
     cubins.prepare = lambda wanted, arch: {c.symbol: b"\x7fELF" for c in wanted}
-    device.load(list(ALL_CONFIGS))
-    devices._devices[None] = device  # type: ignore[index]  # the index of a CPU tensor's device
+    # Opened, with nothing loaded: the program calls prepare, as it does on a GPU.
+    opened = Device(gpu, driver, driver.zeros(SEMAPHORE_BYTES))
+    devices._devices[None] = opened  # type: ignore[index]  # the index of a CPU tensor's device
+    torch.cuda.device = lambda index: contextlib.nullcontext()  # type: ignore[assignment,misc]
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
     cuda.current_stream = lambda index: _STREAM
     ops.backend = lambda device_type: cuda  # type: ignore[assignment]

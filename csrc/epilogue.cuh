@@ -114,9 +114,12 @@ class Output {
     return num_rows_ > 0 && first_token_ + token < p_.m;
   }
 
-  __device__ __forceinline__ void store(int token, float4 sum) const {
+  __device__ __forceinline__ float a_scale(int token) const {
+    return p_.a_scale != nullptr ? p_.a_scale[first_token_ + token] : 1.0f;
+  }
+
+  __device__ __forceinline__ void store(int token, float4 sum, float a_scale) const {
     const int64_t m = first_token_ + token;
-    const float a_scale = p_.a_scale != nullptr ? p_.a_scale[m] : 1.0f;
     const uint32_t low =
         round_pair<Config::kDtype>(finish(sum.x, a_scale, 0), finish(sum.y, a_scale, 1));
     const uint32_t high =
@@ -155,43 +158,66 @@ __device__ __forceinline__ float* partial(const GemmParams& p, int split, int ti
 }
 
 // Whether this thread block is the last of its tile's splits to arrive. The last one puts the
-// semaphore back to zero for the next launch.
+// semaphore back to zero for the next launch, which the end of this one orders behind it: a release
+// would only make the block wait for a second fence.
 __device__ __forceinline__ bool arrive_last(const GemmParams& p, int tile_index) {
   __syncthreads();  // every thread's partial sums before the one release below
   bool is_last = false;
   if (threadIdx.x == 0) {
     int* semaphore = p.semaphores + tile_index;
     is_last = ptx::atom_acq_rel_gpu_add(semaphore, 1) == p.num_splits - 1;
-    if (is_last) ptx::st_release_gpu(semaphore, 0);
+    if (is_last) ptx::st_relaxed_gpu(semaphore, 0);
   }
   return __syncthreads_or(is_last);
 }
 
-// All splits' sums of a tile, in the order of the splits and not of arrival, to y.
+// All splits' sums of a tile, in the order of the splits and not of arrival, to y. The loads of a
+// round, one of each split where they are few, are all under way before the first is waited for.
 template <class Config>
 __device__ __forceinline__ void add_splits(const GemmParams& p, int tile_index, int row,
                                            const Output<Config>& output) {
   using Q = Quad<Config>;
-  // Some tokens at once: one at a time would wait for L2 once per token and split.
-  constexpr int kAtOnce = Q::kTokens < 4 ? Q::kTokens : 4;
+  constexpr int kLoads = 16;  // 64 registers; the accumulators' are free by now
+  constexpr int kTokens = Q::kTokens < 4 ? Q::kTokens : 4;
+  constexpr int kSplits = kLoads / kTokens;
+  const int64_t next_split = int64_t{gridDim.x} * Config::BLOCK_M * Config::BLOCK_N;
 #pragma unroll 1
-  for (int first = 0; first < Q::kTokens; first += kAtOnce) {
-    float4 sum[kAtOnce];
+  for (int first = 0; first < Q::kTokens; first += kTokens) {
+    const float* from = partial<Config>(p, 0, tile_index, Q::token(first), row);
+    int num_splits[kTokens];  // 0 for a token that is not there
+    float a_scale[kTokens];
+    float4 sum[kTokens];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 2
-    for (int s = 0; s < p.num_splits; ++s) {
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = Q::token(first + i);
+      num_splits[i] = output.wants(token) ? p.num_splits : 0;
+      a_scale[i] = output.wants(token) ? output.a_scale(token) : 0.0f;
+      sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+#pragma unroll 1
+    for (int s = 0; s < p.num_splits; s += kSplits) {
+      // What is not loaded is +0, which changes no sum: none is -0, for each began as +0.
+      uint4 parts[kSplits][kTokens] = {};
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int token = Q::token(first + i);
-        if (!output.wants(token)) continue;
-        const float* from = partial<Config>(p, s, tile_index, token, row);
-        sum[i] = add(sum[i], as_floats(ptx::ld_global_v4(from)));
+      for (int j = 0; j < kSplits; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i) {
+          if (s + j < num_splits[i]) {
+            parts[j][i] = ptx::ld_global_v4(from + i * Q::kTokenStep * Config::BLOCK_N);
+          }
+        }
+        from += next_split;
+      }
+#pragma unroll
+      for (int j = 0; j < kSplits; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i) sum[i] = add(sum[i], as_floats(parts[j][i]));
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (output.wants(Q::token(first + i))) output.store(Q::token(first + i), sum[i]);
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = Q::token(first + i);
+      if (output.wants(token)) output.store(token, sum[i], a_scale[i]);
     }
   }
 }
@@ -213,7 +239,7 @@ __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p,
     if (!output.wants(token)) continue;
     const float4 sum = load_tile<Config>(smem, token, row);
     if (p.num_splits == 1) {
-      output.store(token, sum);
+      output.store(token, sum, output.a_scale(token));
     } else {
       ptx::st_global_v4(partial<Config>(p, split, work.tile_index, token, row), as_bits(sum));
     }

@@ -179,17 +179,17 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
   }
 }
 
-// The same from registers, where every tile's place is taken by the next step's.
+// The same from registers, where every tile makes room for one of a later step.
 template <class Config>
 __device__ __forceinline__ void compute_step(uint32_t stage,
-                                             pipeline::WeightStream<Config>& weights,
+                                             pipeline::WeightStream<Config>& weights, int phase,
                                              epilogue::Accumulators<Config>& c) {
   const fragments::WarpPlace<Config> place;
 #pragma unroll
   for (int i = 0; i < pipeline::WeightStream<Config>::kDepth; ++i) {
-    multiply_tile<Config>(c, weights.codes[i], weights.scales[i], warp_activations<Config>(stage),
-                          i * Config::kWarpsK + place.k);
-    weights.load_next(i);
+    multiply_tile<Config>(c, weights.codes[phase][i], weights.scales[phase][i],
+                          warp_activations<Config>(stage), i * Config::kWarpsK + place.k);
+    weights.load_next(phase, i);
   }
   weights.advance();
 }
@@ -199,12 +199,15 @@ template <class Config, class Work>
 __device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
                                          epilogue::Accumulators<Config>& accumulators) {
   if constexpr (Config::kStreamsWeights) {
-    pipeline::WeightStream<Config> weights(p, work);
-    pipeline::run<Config, Stage<Config>>(
-        smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, weights, accumulators); });
+    using Weights = pipeline::WeightStream<Config>;
+    Weights weights(p, work);
+    pipeline::run<Config, Stage<Config>, Weights::kSteps>(
+        smem, p, work, [&](uint32_t stage, int phase) {
+          compute_step<Config>(stage, weights, phase, accumulators);
+        });
   } else {
-    pipeline::run<Config, Stage<Config>>(
-        smem, p, work, [&](uint32_t stage) { compute_step<Config>(stage, accumulators); });
+    pipeline::run<Config, Stage<Config>, 1>(
+        smem, p, work, [&](uint32_t stage, int) { compute_step<Config>(stage, accumulators); });
   }
 }
 

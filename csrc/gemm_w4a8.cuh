@@ -52,7 +52,8 @@ __device__ __forceinline__ void unpack_halves(float (&sum)[4], const uint32_t (&
   sum[3] = row_g8.y;
 }
 
-// f16 sums: twice the MMA rate on GeForce cards, for a rounding of each block's sum to 11 bits.
+// f16 sums: twice the MMA rate on GeForce cards, for a rounding of each block's sum to 11 bits (one
+// on sm_89 with K = 16, two on sm_90, where a block is two MMAs of K = 8).
 // With codes times 2^-6 (dequant.cuh) a sum is a multiple of 2^-16 and at most 32 * 6 * 448 / 64 =
 // 1,344: neither end of f16's range is near.
 template <>
@@ -355,7 +356,7 @@ __device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, con
                                          epilogue::Accumulators<Config>& accumulators) {
   static_assert(Config::kPartial != Partial::kFolded || Config::kFormat == Format::kNvfp4,
                 "the range of an E8M0 scale does not fit an e4m3 weight");
-  pipeline::run<Config, Stage<Config>>(smem, p, work, [&](uint32_t stage) {
+  pipeline::run<Config, Stage<Config>, 1>(smem, p, work, [&](uint32_t stage, int) {
     if constexpr (Config::kPartial == Partial::kFolded) {
       compute_step_folded<Config>(stage, accumulators);
     } else {

@@ -13,7 +13,7 @@ enum Function { kLinear, kSilu, kGelu, kGeluTanh, kRelu2 };
 // The schedule: a header whose first word counts the entries, then for each entry the expert, the
 // first of its choices, their number, and the tile's size in tokens.
 constexpr int kScheduleHeader = 4, kScheduleEntry = 4;
-constexpr int kSmallestTile = 8, kLargestTile = 64;
+constexpr int kSmallestTile = 8;
 
 }  // namespace moe
 
@@ -45,8 +45,9 @@ struct RouteParams {
   int* schedule;          // kScheduleHeader + kScheduleEntry * entries
   int* sorted;            // [choices]
   int num_choices;
-  int num_experts;  // on this rank
-  int num_ids;      // all ranks' experts
+  int num_experts;   // on this rank
+  int num_ids;       // all ranks' experts
+  int largest_tile;  // of the kernel that takes the schedule, in tokens
 };
 
 // y[m] = sum_j weight[m, j] * x[m, j] over the choices served here, in the order of j.

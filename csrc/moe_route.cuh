@@ -12,13 +12,13 @@
 namespace moe_route {
 
 // How many tiles hold `count` tokens: whole ones of the largest size, then one that fits the rest.
-__device__ __forceinline__ int num_tiles(int count) {
-  return (count + moe::kLargestTile - 1) / moe::kLargestTile;
+__device__ __forceinline__ int num_tiles(const RouteParams& p, int count) {
+  return (count + p.largest_tile - 1) / p.largest_tile;
 }
 
 __device__ __forceinline__ int fitting_tile(int count) {
   int tile = moe::kSmallestTile;
-  while (tile < count && tile < moe::kLargestTile) tile *= 2;
+  while (tile < count) tile *= 2;
   return tile;
 }
 
@@ -36,14 +36,14 @@ struct Place {
 };
 
 // counts: one for each expert, in shared memory, complete. Every warp adds them up for itself.
-__device__ __forceinline__ Place place_of(const int* counts, int expert, int num_experts) {
+__device__ __forceinline__ Place place_of(const RouteParams& p, const int* counts, int expert) {
   int choices = 0, tiles = 0, all_tiles = 0;
-  for (int e = static_cast<int>(threadIdx.x) % 32; e < num_experts; e += 32) {
+  for (int e = static_cast<int>(threadIdx.x) % 32; e < p.num_experts; e += 32) {
     const int count = counts[e];
-    all_tiles += num_tiles(count);
+    all_tiles += num_tiles(p, count);
     if (e < expert) {
       choices += count;
-      tiles += num_tiles(count);
+      tiles += num_tiles(p, count);
     }
   }
   return {sum_over_warp(choices), counts[expert], sum_over_warp(tiles), sum_over_warp(all_tiles)};
@@ -52,10 +52,10 @@ __device__ __forceinline__ Place place_of(const int* counts, int expert, int num
 __device__ __forceinline__ void write_entries(const RouteParams& p, int expert,
                                               const Place& place) {
   int* entries = p.schedule + moe::kScheduleHeader + place.first_tile * moe::kScheduleEntry;
-  for (int i = static_cast<int>(threadIdx.x); i < num_tiles(place.count);
+  for (int i = static_cast<int>(threadIdx.x); i < num_tiles(p, place.count);
        i += static_cast<int>(blockDim.x)) {
-    const int done = i * moe::kLargestTile;
-    const int count = min(place.count - done, moe::kLargestTile);
+    const int done = i * p.largest_tile;
+    const int count = min(place.count - done, p.largest_tile);
     ptx::st_global_v4(entries + i * moe::kScheduleEntry,
                       make_uint4(expert, place.first_choice + done, count, fitting_tile(count)));
   }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void run(const RouteParams& p) {
     if (e >= 0) atomicAdd(counts + e, 1);
   }
   __syncthreads();
-  const Place place = place_of(counts, expert, p.num_experts);
+  const Place place = place_of(p, counts, expert);
   if (expert == 0 && threadIdx.x == 0) ptx::st_global_u32(p.schedule, place.all_tiles);
   write_entries(p, expert, place);
   write_choices<kThreads>(p, expert, warp_counts, place);

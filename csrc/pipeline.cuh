@@ -152,7 +152,9 @@ class Loader {
   }
   template <class Work>
   __device__ __forceinline__ static TokenCopier tokens(const GemmParams& p, const Work& work) {
-    const int64_t row_bytes = int64_t{p.a_stride} * Stage::kElementBytes;
+    // A single token's stride may be anything. The copies of absent rows read nothing, but their
+    // source has to be aligned all the same.
+    const int64_t row_bytes = p.m == 1 ? 0 : int64_t{p.a_stride} * Stage::kElementBytes;
     return TokenCopier(
         static_cast<const uint8_t*>(p.a) + work.base_token() * row_bytes +
             int64_t{work.first_step} * Stage::kRowBytes,
@@ -180,8 +182,9 @@ class Loader {
   }
 };
 
-// Calls compute(shared address of a stage) for each K step, in order.
-template <class Config, class Stage, class Work, class Compute>
+// Calls compute(shared address of a stage, phase) for each K step, in order: phase counts 0 ..
+// kPhases - 1 and again. The loop is unrolled over the phases, so that each is a constant in it.
+template <class Config, class Stage, int kPhases, class Work, class Compute>
 __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Work& work,
                                     Compute&& compute) {
   constexpr int kStages = Config::kStages;
@@ -195,17 +198,22 @@ __device__ __forceinline__ void run(uint32_t smem, const GemmParams& p, const Wo
     ptx::cp_async_commit();
   }
   uint32_t read = 0, write = kRingBytes - Stage::kBytes;
+  int steps_left = work.end_step - work.first_step;
 #pragma unroll 1
-  for (int step = work.first_step; step < work.end_step; ++step) {
-    ptx::cp_async_wait<kStages - 2>();
-    // Everybody's part of this stage has landed, and everybody is done with the stage before,
-    // which is the one filled next.
-    __syncthreads();
-    if (steps_to_load-- > 0) loader.load_next(smem + write);
-    ptx::cp_async_commit();
-    compute(smem + read);
-    read = read + Stage::kBytes == kRingBytes ? 0 : read + Stage::kBytes;
-    write = write + Stage::kBytes == kRingBytes ? 0 : write + Stage::kBytes;
+  while (steps_left > 0) {
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase) {
+      ptx::cp_async_wait<kStages - 2>();
+      // Everybody's part of this stage has landed, and everybody is done with the stage before,
+      // which is the one filled next.
+      __syncthreads();
+      if (steps_to_load-- > 0) loader.load_next(smem + write);
+      ptx::cp_async_commit();
+      compute(smem + read, phase);
+      read = read + Stage::kBytes == kRingBytes ? 0 : read + Stage::kBytes;
+      write = write + Stage::kBytes == kRingBytes ? 0 : write + Stage::kBytes;
+      if (--steps_left <= 0) break;
+    }
   }
   // The epilogue reuses this memory.
   ptx::cp_async_wait<0>();

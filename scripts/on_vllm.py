@@ -21,7 +21,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-import bootstrap
+import installer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "vllm-nvfp4.stamp"
@@ -55,7 +55,7 @@ def unpack(release: str) -> Path:
     pins = ROOT / "requirements" / f"vllm-{release}.txt"
     if not pins.is_file():
         known = sorted(p.stem.partition("-")[2] for p in pins.parent.glob("vllm-*.txt"))
-        raise bootstrap.SetupError(f"vLLM {release}: no {pins}; known: {', '.join(known)}")
+        raise installer.SetupError(f"vLLM {release}: no {pins}; known: {', '.join(known)}")
     folder = ROOT / ".cache" / f"vllm-{release}"
     digest = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()
     stamp = folder / STAMP
@@ -74,7 +74,7 @@ def unpack(release: str) -> Path:
         pip = subprocess.run(command, env=environment, capture_output=True, text=True)
         if pip.returncode:
             output = [x for x in (pip.stdout + pip.stderr).splitlines() if "is ignored" not in x]
-            raise bootstrap.SetupError(bootstrap.explain_pip_failure("\n".join(output)))
+            raise installer.SetupError(installer.explain_failure("\n".join(output)))
         write_alias(target, f"{release}+cpu")
         (target / STAMP).write_text(digest)
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,6 +101,22 @@ def unlike_asked(folder: Path) -> dict[str, str]:
     return found
 
 
+def unlike_its_torch(differing: dict[str, str]) -> str:
+    """Why its compiled extension would not load, "" where it does: that needs the release of torch
+    that it was built for, in its +cpu build or PyPI's, and an environment made for the CPU."""
+    from packaging.version import Version
+
+    from vllm_nvfp4.compat.cpu_metadata import is_cpu_build
+
+    for asked, version in differing.items():
+        name, _, needed = asked.partition("==")
+        if name == "torch" and (
+            version == "none" or Version(needed).public != Version(version).public
+        ):
+            return f"{asked}, found {version}"
+    return "" if is_cpu_build() else "an environment for the CPU, found one for CUDA"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("release", help="as in requirements/vllm-<release>.txt")
@@ -108,15 +124,12 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     try:
         folder = unpack(args.release)
-    except bootstrap.SetupError as error:
+    except installer.SetupError as error:
         print(f"on_vllm: {error}", file=sys.stderr)
         return 1
     differing = unlike_asked(folder)
-    torch = [(asked, version) for asked, version in differing.items() if asked.startswith("torch=")]
-    if torch:
-        # Its compiled extension loads beside that build of torch alone.
-        asked, version = torch[0]
-        print(f"on_vllm: not run: vLLM {args.release} needs {asked}, found {version}; the CPU")
+    if obstacle := unlike_its_torch(differing):
+        print(f"on_vllm: not run: vLLM {args.release} needs {obstacle}; the CPU")
         print("environment has it: make test-0.28 BACKEND=cpu")
         return 0
     beside = ", ".join(f"{asked} ({version} here)" for asked, version in differing.items())

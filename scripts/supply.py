@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 TOOLS = ROOT / ".cache" / "supply"
-LOCKS = ("cpu", "cuda")
+LOCKS = sorted(path.stem[len("lock-") :] for path in (ROOT / "requirements").glob("lock-*.txt"))
 # What a wheel is built from.
 SOURCES = ("vllm_nvfp4", "csrc", "pyproject.toml", "setup.py", "LICENSE", "README.md")
 
@@ -155,7 +155,7 @@ def audit() -> str:
             f"{len(looked_up)} packages looked up; known vulnerabilities: {', '.join(found) or 0}; "
             f"not known to the advisory service: {len(skipped)} ({names})"
         )
-    return f"no known vulnerability in {len(looked_up)} packages of both locks"
+    return f"no known vulnerability in {len(looked_up)} packages of all locks"
 
 
 STEPS: dict[str, Callable[[], str]] = {

@@ -221,16 +221,26 @@ def find_gpu(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if _key(gpu.name) == wanted), None)
 
 
+# What a card is taken for whose driver does not say: integrated GPUs report no memory clock and no
+# bus. The cards above have 5 (L4) to 14 (A100) GB/s of DRAM for each SM, integrated ones 6 (GB10)
+# to 14 (Thor).
+_DRAM_GBPS_PER_SM = 7.0
+_CLOCK_GHZ = 1.5
+
+
 def estimate_gpu(
     name: str, arch: int, num_sms: int, clock_ghz: float, dram_gbps: float, memory_gb: float
 ) -> Gpu:
     """A row for a card that is not in the table: rate = SMs * clock * FLOP per clock of its kind.
 
     arch: compute capability times ten; an architecture without a known rate takes the nearest
-    older one. L2 and TDP are 0: unknown.
+    older one
+    clock_ghz, dram_gbps: 0 where the driver does not say; they are then guessed from the SM count
+    L2 and TDP are 0: unknown.
     """
     rates = RATES_GEFORCE if "geforce" in name.lower() else RATES_PROFESSIONAL
     known = max((a for a in rates if a <= arch), default=min(rates))
+    clock_ghz, dram_gbps = clock_ghz or _CLOCK_GHZ, dram_gbps or num_sms * _DRAM_GBPS_PER_SM
     bf16, fp8_f32, fp8_f16, int8 = (r * num_sms * clock_ghz / 1e3 for r in rates[known])
     return Gpu(
         short_name(name), arch, num_sms, clock_ghz, dram_gbps, 0, memory_gb,

@@ -60,6 +60,7 @@ struct __nv_bfloat16_raw {
 namespace vnvfp4_host {
 inline double add_round_to_odd(double a, double b) {
   const double sum = a + b;
+  if (!isfinite(sum)) return sum;  // the error of an infinite sum is no number
   const double part = sum - a;
   const double error = (a - (sum - part)) + (b - part);  // two-sum: exact
   if (error == 0 || (bit_cast<uint64_t>(sum) & 1)) return sum;

@@ -121,7 +121,8 @@ inline std::common_type_t<T, U> max(T a, U b) {
 
 // --- floating point ------------------------------------------------------------------------------
 // The device's approximate functions are replaced by the accurate ones: a kernel's tolerance must
-// leave room for 2 ulp there.
+// leave room for theirs, in units in the last place (CUDA C++ Programming Guide, mathematical
+// functions): 2 of __fdividef and rsqrtf, 2 + 1.173 |x| of __expf, which is 105 at |x| = 88.
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -205,6 +205,9 @@ inline int ld_relaxed_gpu(const int* at) {
 inline void st_release_gpu(int* at, int value) {
   detail::atomic_i32(vnvfp4_host::AtomicOp::kStore, vnvfp4_host::MemoryOrder::kRelease, at, value);
 }
+inline void st_relaxed_gpu(int* at, int value) {
+  detail::atomic_i32(vnvfp4_host::AtomicOp::kStore, vnvfp4_host::MemoryOrder::kRelaxed, at, value);
+}
 inline void red_release_gpu_add(int* at, int value) {
   detail::atomic_i32(vnvfp4_host::AtomicOp::kAdd, vnvfp4_host::MemoryOrder::kRelease, at, value);
 }

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark scripts, as far as a machine without a GPU can tell: what they refuse, what they
-compute from measurements, the checkpoint they serve, and how gpu_check.sh reports its steps."""
+compute from measurements, and the checkpoint they serve."""
 
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,6 @@ from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape
 from vllm_nvfp4.testing.shapes import EXPERT_LAYERS, MODELS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STEPS = (
-    "env", "install", "kernels", "sanitizer", "gemm", "moe", "launch", "tiles", "checkpoint",
-    "serving", "features",
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -263,124 +258,6 @@ def test_weights_keep_activations_of_order_one(load):
     assert 0.8 < y.std() < 1.25
 
 
-# --- gpu_check.sh --------------------------------------------------------------------------------
-
-# Stands in for the interpreter: says there is a GPU (or not), and ends each script with the status
-# that the test wants.
-FAKE_PYTHON = """#!/bin/bash
-case "$1" in
-  -) echo "$FAKE_GPU" ;;
-  -c) [ "$2" = "import vllm" ] ;;
-  *) name=$(basename "$1" .py); [ "$1" = -m ] && name=$2
-     echo "$name ran"; var=STATUS_$name; exit ${!var:-0} ;;
-esac
-"""
-
-
-@pytest.fixture
-def gpu_check(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text(FAKE_PYTHON)
-    fake.chmod(0o755)
-
-    def run(*arguments, gpu="89 geforce-rtx-4090", **statuses):
-        environment = os.environ | {"PYTHON": str(fake), "FAKE_GPU": gpu}
-        environment |= {f"STATUS_{name}": str(status) for name, status in statuses.items()}
-        for name in ("out", "work"):
-            if f"--{name}" not in arguments:
-                arguments += (f"--{name}", str(tmp_path / name))
-        done = subprocess.run(
-            ["bash", str(BENCHMARKS / "gpu_check.sh"), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
-
-
-def table(stdout):
-    """{step: state} of the summary."""
-    lines = stdout[stdout.index("step  ") :].splitlines()[1:]
-    rows = [line for line in lines if " s  " in line]
-    return {row[:23].strip(): row[23:34].strip() for row in rows}
-
-
-def test_dry_run_prints_a_command_for_every_step_and_runs_none(gpu_check, tmp_path):
-    status, stdout, _ = gpu_check("--dry-run", "--bundle", "/bundle", gpu="")
-    assert status == 0
-    for step in STEPS:
-        assert f"[{step}" in stdout
-    assert "timeout" in stdout
-    assert "[bundle]" in stdout
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_a_gpu_steps_are_not_run(gpu_check):
-    status, stdout, _ = gpu_check("--steps", "kernels,gemm,launch", gpu="")
-    assert status == 3
-    assert table(stdout) == dict.fromkeys(("kernels", "gemm", "launch"), "not run")
-    assert stdout.count("no CUDA GPU") == 6  # once as it happens, once in the table
-
-
-def test_a_failed_step_does_not_stop_the_rest(gpu_check, tmp_path):
-    status, stdout, _ = gpu_check(
-        "--steps", "env,kernels,gemm,launch,checkpoint",
-        check_kernels=1, bench_gemm=124, bench_launch=3,
-    )  # fmt: skip
-    assert status == 1
-    assert table(stdout) == {
-        "env": "passed",
-        "kernels": "failed",
-        "gemm": "timed out",
-        "launch": "not run",
-        "checkpoint": "passed",
-    }
-    assert "2 passed, 2 failed, 1 not run" in stdout
-    assert (tmp_path / "out" / "summary.txt").read_text().count("\n") == 8
-    assert (tmp_path / "out" / "kernels.log").read_text() == "check_kernels ran\n"
-
-
-def test_all_passed(gpu_check):
-    status, stdout, _ = gpu_check("--quick", "--steps", "env,install,kernels,gemm,launch")
-    assert status == 0
-    assert set(table(stdout).values()) == {"passed"}
-
-
-def test_hopper_gets_the_stand_in_and_ada_does_not(gpu_check):
-    for gpu, has_stand_in in (("90 h200", True), ("89 geforce-rtx-4090", False)):
-        _, stdout, _ = gpu_check("--dry-run", "--steps", "gemm", gpu=gpu)
-        assert ("--stand-in" in stdout) == has_stand_in
-
-
-def test_serving_passes_flags_to_both_servers(gpu_check, tmp_path):
-    checkpoint = tmp_path / "work" / "Qwen3-8B-random"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors.index.json").touch()
-    _, stdout, _ = gpu_check(
-        "--dry-run", "--steps", "serving", "--engine-arg", "attention_backend=TRITON_ATTN"
-    )
-    assert "vllm_nvfp4.cli.main bench" in stdout
-    assert "-- --attention_backend=TRITON_ATTN" in stdout
-
-
-def test_serving_says_what_it_lacks(gpu_check):
-    status, stdout, _ = gpu_check("--steps", "serving")
-    assert status == 3
-    assert "the step checkpoint writes it" in stdout
-
-
-@pytest.mark.parametrize(("status", "state"), [(0, "passed"), (1, "failed"), (3, "not run")])
-def test_features_run_where_vllm_is(gpu_check, status, state):
-    _, stdout, _ = gpu_check("--quick", "--steps", "features", check_features=status)
-    assert table(stdout) == {"features": state}
-    assert "check_features.py --only Prefix\\ caching --only Sleep\\ and\\ wake" in stdout
-    _, stdout, _ = gpu_check("--steps", "features", gpu="")
-    assert table(stdout) == {"features": "not run"}
-
-
 def test_a_machine_runs_the_features_it_can(load):
     check_features = load("check_features")
     for num_gpus, missing in (
@@ -390,18 +267,3 @@ def test_a_machine_runs_the_features_it_can(load):
     ):
         features = check_features.FEATURES
         assert {f.name for f in features if check_features.obstacle(f, num_gpus)} == missing
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--fast"], "unknown option --fast"),
-        (["--steps", "env,speed"], "unknown step 'speed'; known: env,install"),
-        (["--bundle", "/nowhere"], "no unpack.sh"),
-        (["--model"], "--model needs a value"),
-    ],
-)
-def test_gpu_check_refuses(gpu_check, arguments, message):
-    status, _, stderr = gpu_check("--out", "o", "--work", "w", *arguments)
-    assert status == 2
-    assert message in stderr

@@ -250,6 +250,10 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("PATH", str(tmp_path))
     [check] = doctor.check_gpu()
     assert (check.status, check.found) == ("fail", "nvidia-smi is not there")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        [check] = doctor.check_gpu()
+    assert check.todo.startswith("install NVIDIA's driver, 580 or newer; to serve on the CPU")
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\n"
@@ -257,7 +261,8 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "echo 'NVIDIA GeForce RTX 2080, 7.5, 8192 MiB, 580.65'\n"
     )
     tool.chmod(0o755)
-    new, old = doctor.check_gpu()
+    new, old, library = doctor.check_gpu()
+    assert library.name == "libcuda"
     assert new.status == "ok"
     assert "8.9" in new.found
     assert old.status == "fail"
@@ -271,6 +276,23 @@ def test_doctor_compares_driver_and_cuda(monkeypatch, driver: str, status: str):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     [check] = doctor._check_driver(driver)
     assert check.status == status
+
+
+@pytest.mark.parametrize(("version", "status"), [(13000, "ok"), (12090, "fail")])
+def test_doctor_asks_the_library_that_programs_load(tmp_path: Path, version: int, status: str):
+    source, library = tmp_path / "cuda.c", tmp_path / "libcuda.so.1"
+    source.write_text(f"int cuDriverGetVersion(int *v) {{ *v = {version}; return 0; }}")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    check = doctor._check_libcuda(str(library))
+    assert check.status == status
+    assert ("CUDA 12.9; needed CUDA 13.0" in check.found) == (status == "fail")
+    assert ("580" in check.todo) == (status == "fail")
+
+
+def test_doctor_without_the_library():
+    check = doctor._check_libcuda("libcuda_nowhere.so.1")
+    assert check.status == "fail"
+    assert "--gpus all" in check.todo
 
 
 def test_doctor_needs_avx2_only_for_the_cpu_build(monkeypatch, tmp_path: Path):

@@ -112,8 +112,8 @@ def test_what_another_vllm_lacks_is_named(file, old, new, message, sources, tmp_
     [
         ("0.25.1", "vLLM 0.25.1 is older than the oldest supported 0.26"),
         ("0.26.0", None),
-        ("0.32.3", None),
-        ("0.33.0", "vLLM 0.33.0 is newer than the newest tested 0.32"),
+        ("0.33.3", None),
+        ("0.34.0", "vLLM 0.34.0 is newer than the newest tested 0.33"),
     ],
 )
 def test_versions_outside_the_tested_ones(version, expected, monkeypatch):

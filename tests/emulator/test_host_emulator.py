@@ -122,6 +122,10 @@ def test_half_arithmetic_rounds_once() -> None:
     count = 4096
     generator = torch.Generator().manual_seed(9)
     patterns = torch.randint(0, 2**16, (count, 3), generator=generator).to(torch.int16)
+    for row, (infinity, one) in enumerate([(0x7C00, 0x3C00), (0x7F80, 0x3F80)]):
+        for negative in (0, 0x8000):  # F16's, then BF16's
+            word = torch.tensor([infinity | negative, one, one])
+            patterns[2 * row + negative // 0x8000] = word.to(torch.int16)
     out = run_probe(
         "probe_half_arithmetic", patterns, count * 6, n=count, block=128, grid=count // 128
     )
@@ -133,6 +137,9 @@ def test_half_arithmetic_rounds_once() -> None:
             assert_same_floats(got[:, column].view(dtype), exact.to(dtype))
         fused = got[:, columns[2]].view(dtype).double()
         exact = a * b + c
+        is_special = ~exact.isfinite()
+        assert exact.isinf().any()
+        assert_same_floats(fused[is_special], exact[is_special])
         ok = fused.isfinite() & exact.isfinite()
         ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).smallest_normal)
         assert ((fused - exact).abs()[ok] <= ulp[ok] / 2 * (1 + 1e-9)).all()

@@ -97,6 +97,7 @@ FAULTS = {
     "kGlobalOutOfBounds": r"out of bounds: writes 4 bytes .* nearest is 'y' \(8192 bytes\)",
     "kSharedOutOfBounds": r"out of bounds: a write of 4 bytes at shared offset 15360",
     "kMisalignedCopy": r"misaligned: cp.async of 16 bytes from 0x",
+    "kMisalignedEmptyCopy": r"misaligned: cp.async of 16 bytes from 0x",
     "kReadsUninitialised": r"uninitialised: a read of 4 bytes at shared offset 64",
     "kWritesInput": r"writes 2 bytes at byte \d+ of 'a', which is an input",
     "kNonCoherentLoad": r"non-coherent: ld.global.nc of 4 bytes at byte \d+ of 'y'",

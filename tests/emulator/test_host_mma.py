@@ -231,6 +231,18 @@ def test_ada_half_accumulator_truncates(name: str) -> None:
     assert (error.abs() <= exact * 2.0**-21).all()
 
 
+@pytest.mark.parametrize("accumulator", ["ada", "exact"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_f32_sums_overflow_to_infinity(sign: int, accumulator: str) -> None:
+    a, b = torch.zeros(16, 16), torch.ones(16, 8)
+    a[0, :2] = sign * 2.0**127  # 2^128 together
+    a[1, 0], a[1, 1] = sign * 2.0**127, sign * 2.0**126
+    machine = HostMachine(half_accumulator=accumulator)
+    y = run_mma("mma_m16n8k16_bf16_f32", a.to(BF16), b.to(BF16), torch.zeros(16, 8), machine)
+    assert torch.equal(y[0], torch.full((8,), sign * float("inf")))
+    assert torch.equal(y[1], torch.full((8,), sign * 1.5 * 2.0**127))
+
+
 def test_mma_passes_nan_and_infinity_on() -> None:
     a, b = torch.ones(16, 16), torch.ones(16, 8)
     a[2, 3] = float("nan")

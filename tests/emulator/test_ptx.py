@@ -22,6 +22,23 @@ def test_the_emulator_defines_exactly_the_functions_of_ptx_cuh() -> None:
     assert device == host
 
 
+def test_the_guide_lists_every_function_of_ptx_cuh() -> None:
+    """By its name, or by the end of it in the row of one that begins alike: ..._v4, `_v2`."""
+    guide = (csrc_dir() / "host/README.md").read_text()
+    rows = [line for line in guide.splitlines() if line.startswith("| `")]
+
+    def is_listed(name: str) -> bool:
+        stem, _, end = name.removesuffix("_trans").rpartition("_")
+        return any(
+            re.search(rf"\b{name}\b", row) or (f"{stem}_" in row and re.search(rf"_{end}\b", row))
+            for row in rows
+        )
+
+    device = functions((csrc_dir() / "ptx.cuh").read_text())
+    assert [name for name in sorted(device) if not is_listed(name)] == []
+    assert not is_listed("cvt_f16x2_to_e5m2x2")
+
+
 def test_asm_stands_in_ptx_cuh_alone() -> None:
     for path in csrc_dir().glob("*.cuh"):
         has_asm = re.search(r"\basm\b\s*(volatile)?\s*\(", path.read_text())

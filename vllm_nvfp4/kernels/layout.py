@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from vllm_nvfp4.numerics.codes import pack_codes, unpack_codes
 from vllm_nvfp4.numerics.formats import BlockFormat
+from vllm_nvfp4.numerics.quantize import row_chunks
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 TILE_N = 16
@@ -72,26 +73,38 @@ def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
     _check(weight)
     rows, cols, block = weight.num_rows, weight.num_cols, weight.fmt.block_size
     tiles_n, tiles_k = math.ceil(rows / TILE_N), math.ceil(cols / TILE_K)
-    more_rows, more_cols = tiles_n * TILE_N - rows, tiles_k * TILE_K - cols
+    codes = weight.codes.new_empty(tiles_n, tiles_k, TILE_N * TILE_K // 2)
+    scale = weight.codes.new_empty(tiles_n, tiles_k, TILE_N * TILE_K // block)
+    bits = weight.block_scale.view(torch.uint8)
+    # In pieces, so that besides the two forms of a weight little of it lies in memory.
+    for rows_here in row_chunks(tiles_n * TILE_N, cols, TILE_N):
+        tiles = slice(rows_here.start // TILE_N, rows_here.stop // TILE_N)
+        codes[tiles] = _codes_of(weight.codes[rows_here], tiles.stop - tiles.start, tiles_k)
+        scale[tiles] = _scales_of(
+            bits[rows_here], tiles.stop - tiles.start, tiles_k, TILE_K // block
+        )
+    return PackedWeight(
+        codes, scale, weight.global_scale.float().contiguous(), rows, cols, weight.fmt
+    )
 
-    codes = pad(unpack_codes(weight.codes), (0, more_cols, 0, more_rows))
+
+def _codes_of(codes: torch.Tensor, tiles_n: int, tiles_k: int) -> torch.Tensor:
+    codes = unpack_codes(codes)
+    more = tiles_k * TILE_K - codes.shape[1], tiles_n * TILE_N - len(codes)
+    codes = pad(codes, (0, more[0], 0, more[1]))
     # [n tile, row half, g, k tile, j, t, i] -> [n tile, k tile, g, t, j, i] for each row half
     codes = codes.view(tiles_n, 2, 8, tiles_k, 4, 4, 4)
     codes = codes[:, 0] << 4 | codes[:, 1]
-    codes = codes.permute(0, 2, 1, 4, 3, 5).reshape(tiles_n, tiles_k, TILE_N * TILE_K // 2)
+    return codes.permute(0, 2, 1, 4, 3, 5).reshape(tiles_n, tiles_k, TILE_N * TILE_K // 2)
 
-    scale = pad(weight.block_scale.view(torch.uint8), (0, more_cols // block, 0, more_rows))
+
+def _scales_of(scale: torch.Tensor, tiles_n: int, tiles_k: int, per_tile: int) -> torch.Tensor:
+    """per_tile: blocks of a row in a tile"""
+    more = tiles_k * per_tile - scale.shape[1], tiles_n * TILE_N - len(scale)
+    scale = pad(scale, (0, more[0], 0, more[1]))
     # [n tile, row half, g, k tile, p, block of the pair] -> [n tile, k tile, g, p, row half, block]
-    scale = scale.view(tiles_n, 2, 8, tiles_k, TILE_K // block // 2, 2)
-    scale = scale.permute(0, 3, 2, 4, 1, 5).reshape(tiles_n, tiles_k, TILE_N * TILE_K // block)
-    return PackedWeight(
-        codes.contiguous(),
-        scale.contiguous(),
-        weight.global_scale.float().contiguous(),
-        rows,
-        cols,
-        weight.fmt,
-    )
+    scale = scale.view(tiles_n, 2, 8, tiles_k, per_tile // 2, 2)
+    return scale.permute(0, 3, 2, 4, 1, 5).reshape(tiles_n, tiles_k, TILE_N * per_tile)
 
 
 def unpack_weight(packed: PackedWeight) -> BlockScaledWeight:

@@ -67,18 +67,29 @@ def configure(options: Options) -> None:
     devices.use_variant(options.a8_variant)
 
 
-def warm_up(device: torch.device, fmt: str | None, activation_bits: int) -> None:
-    """Compile the CPU kernels of a format (None: FP8) for torch's default type, at load time.
+def warm_up(device: torch.device, fmt: str, activation_bits: int) -> None:
+    """Compile the CPU kernels of a format for torch's default type, at load time.
 
     CUDA kernels are loaded by ``pack_weight``.
     """
-    if device.type != "cpu":
-        return
+    if device.type == "cpu":
+        dtype = torch.get_default_dtype()
+        backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
+
+
+def warm_up_fp8(weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Compile what :func:`fp8_linear` needs for a layer and torch's default type, at load time."""
     dtype = torch.get_default_dtype()
-    if fmt is None:
+    if weight.device.type == "cpu":
         backend("cpu").warm_up_fp8(dtype)
     else:
-        backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
+        backend("cuda").warm_up_fp8(weight, row_scale, bias, dtype)
+
+
+def warm_up_gather(packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Compile what :func:`gather_rows` needs for an embedding, at load time."""
+    if packed.codes.device.type == "cuda":
+        backend("cuda").warm_up_gather(packed, dtype)
 
 
 def check_activation(device: torch.device, activation: str) -> None:

@@ -19,6 +19,7 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerSpec,
     Role,
 )
+from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers.filling import check_filled
 from vllm_nvfp4.layers.linear import (
     CheckpointLinearMethod,
@@ -37,11 +38,12 @@ from vllm_nvfp4.layers.weights import (
     apply_weight,
     attach_fp8_weight,
     attach_weight,
+    packed_weight,
     prepare_kernels,
     quantize_online,
 )
 from vllm_nvfp4.numerics.formats import NVFP4
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.quantize import quantize_fp8_weight
 from vllm_nvfp4.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -136,7 +138,7 @@ class _VocabularyMethod:
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Make lm_head use the embedding's one copy."""
-        for name, _ in list(layer.named_parameters(recurse=False)):
+        for name in list(layer._parameters):
             if name != "bias":
                 delattr(layer, name)
         # In a list, so that torch does not take the embedding for a child of lm_head.
@@ -170,6 +172,10 @@ class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
 
 class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
     """lm_head or embedding in NVFP4 or MXFP4, from a checkpoint."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return super().apply(weight_owner(layer), x, bias)
@@ -215,10 +221,10 @@ class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod):
             )
             attach_weight(layer, quantized)
             prepare_kernels(layer, self.options.activation)
+            ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
         else:
             check_dense(weight.data, f"{self.prefix}.weight")
-            codes, scale = quantize_fp8_per_row(weight.data)
-            attach_fp8_weight(layer, codes, scale.squeeze(-1))
+            attach_fp8_weight(layer, *quantize_fp8_weight(weight.data))
         logger.info_once(
             "nvfp4: %s: 16-bit %s, quantised to %s while loading",
             self.prefix,

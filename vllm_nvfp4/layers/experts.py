@@ -29,8 +29,17 @@ from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import moe_ops, ops
 from vllm_nvfp4.layers.experts_kernel import NvFp4Experts
 from vllm_nvfp4.layers.parameters import ExpertCut, make_expert_parameter
-from vllm_nvfp4.layers.weights import ACTIVATION_BITS, attach_experts, frozen, quantize_online
+from vllm_nvfp4.layers.weights import (
+    ACTIVATION_BITS,
+    EXPERT_NAMES,
+    attach_experts,
+    frozen,
+    keep_offloaded,
+    quantize_online,
+    refuse_offload,
+)
 from vllm_nvfp4.numerics.activation import ExpertActivation
+from vllm_nvfp4.numerics.quantize import largest_magnitude
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.options import Options
 
@@ -129,11 +138,13 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
     def take_tensors(self, layer: Any, stem: str) -> dict[Role, torch.Tensor]:
         """Take the loaded tensors [E, ...] of one product off the layer; empty if taken before."""
         tensors = {}
+        layer.nvfp4_stored = getattr(layer, "nvfp4_stored", {})
         for name, parameter in list(layer.named_parameters(recurse=False)):
             role = getattr(parameter, "nvfp4_role", None)
             if role and name.startswith(f"{stem}_"):
                 self.check_filled(layer, stem, name.removeprefix(f"{stem}_"), parameter)
                 tensors[role] = parameter.data
+                layer.nvfp4_stored[stem, role] = name
                 delattr(layer, name)
         return tensors
 
@@ -164,6 +175,8 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
                 if bias is not None:
                     setattr(layer, f"{stem}_bias", frozen(bias))
                 attach_experts(layer, stem, num_experts, weights)
+        became = {(s, role): f"{s}_{n}" for s in ("w13", "w2") for role, n in EXPERT_NAMES.items()}
+        keep_offloaded(layer, layer.nvfp4_stored, became)
         device = layer.w13_weight.device
         ops.check_activation(device, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
@@ -264,6 +277,7 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
     uses_meta_device = True
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_offload(self.prefix)
         with torch.device("meta"):
             super().create_weights(layer, *args, **kwargs)
         versions.initialize_online_processing(layer)
@@ -286,8 +300,8 @@ class NvFp4OnlineMoEMethod(NvFp4MoEMethod):
         if fmt is None:
             raise ValueError(f"{self.prefix}: 16-bit experts without a format to quantise them to")
         rows = self.shard_rows(stem, weights[0])
-        amax = torch.stack([w.unflatten(0, (len(rows), -1)).abs().amax((1, 2)) for w in weights])
-        amax = amax.float()
+        parts = [part for weight in weights for part in weight.split(rows)]
+        amax = torch.stack([largest_magnitude(part) for part in parts]).view(-1, len(rows))
         if self.moe.tp_size > 1:
             versions.maximum_over_expert_ranks(amax, self.moe.tp_size)
         for e, weight in enumerate(weights):

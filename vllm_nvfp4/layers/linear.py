@@ -27,12 +27,15 @@ from vllm_nvfp4.layers.parameters import make_parameter
 from vllm_nvfp4.layers.plain import WidenedLinearMethod
 from vllm_nvfp4.layers.weights import (
     ACTIVATION_BITS,
+    LINEAR_NAMES,
     apply_weight,
     attach_fp8_weight,
     attach_weight,
     frozen,
+    keep_offloaded,
     prepare_kernels,
     quantize_online,
+    refuse_offload,
     unpack_weight,
 )
 from vllm_nvfp4.numerics.formats import BlockFormat
@@ -105,12 +108,15 @@ class CheckpointLinearMethod(PlacedMethod):
         Raises CheckpointError where one was not filled.
         """
         check_filled(layer, self.prefix)
-        tensors = {}
+        tensors, names = {}, {}
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if role := getattr(parameter, "nvfp4_role", None):
-                tensors[role] = parameter.data
+                tensors[role], names[role] = parameter.data, name
                 delattr(layer, name)
-        return tensors or None
+        if not tensors:
+            return None
+        layer.nvfp4_stored = names
+        return tensors
 
 
 @register_weight_loader_v2_supported_method
@@ -126,6 +132,7 @@ class NvFp4LinearMethod(CheckpointLinearMethod):
             layer.pre_scale = frozen(_agreed(pre_scale, self.prefix, "pre_quant_scale"))
         if (hadamard := tensors.get(Role.HADAMARD)) is not None:
             layer.hadamard = frozen(_agreed(hadamard, self.prefix, "forward_hadamard_matrix"))
+        keep_offloaded(layer, layer.nvfp4_stored, LINEAR_NAMES)
         prepare_kernels(layer, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
         log_path(self.spec, layer.weight_packed.device, bits)
@@ -150,6 +157,7 @@ class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
             return
         weight, row_scale = fp8_to_rows(self.spec, tensors, layer.logical_widths, self.prefix)
         attach_fp8_weight(layer, weight, row_scale)
+        keep_offloaded(layer, layer.nvfp4_stored, LINEAR_NAMES)
         wanted = ACTIVATION_BITS[self.options.activation]
         if self.spec.activation_bits == 16:
             wanted = 16
@@ -175,6 +183,7 @@ class NvFp4OnlineLinearMethod(PlacedMethod):
     def add_parameters(
         self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
+        refuse_offload(self.prefix)
         add_meta_weight(layer, shape, dtype, attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:

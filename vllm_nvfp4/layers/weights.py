@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
 from vllm_nvfp4.checkpoints.convert import check_dense
+from vllm_nvfp4.checkpoints.spec import CheckpointError, Role
+from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, BlockFormat
-from vllm_nvfp4.numerics.quantize import nvfp4_scale_from_amax, quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import (
+    largest_magnitude,
+    nvfp4_scale_from_amax,
+    quantize_mxfp4,
+    quantize_nvfp4_shards,
+)
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
@@ -43,15 +50,8 @@ def quantize_online(
         return quantize_mxfp4(weight)
     shards = weight.split(shard_rows)
     if amax is None:
-        amax = _maximum_over_ranks(torch.stack([shard.abs().amax().float() for shard in shards]))
-    scales = nvfp4_scale_from_amax(amax)
-    parts = [quantize_nvfp4(s, method, g) for s, g in zip(shards, scales, strict=True)]
-    return BlockScaledWeight(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.block_scale for p in parts]),
-        torch.cat([p.global_scale for p in parts]),
-        parts[0].fmt,
-    )
+        amax = _maximum_over_ranks(torch.stack([largest_magnitude(shard) for shard in shards]))
+    return quantize_nvfp4_shards(shards, method, nvfp4_scale_from_amax(amax))
 
 
 def _maximum_over_ranks(amax: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def attach_fp8_weight(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> 
     """Register an FP8 weight [N, K] and its row scale [N] on the layer."""
     layer.weight = frozen(weight)
     layer.row_scale = frozen(scale)
-    ops.warm_up(weight.device, None, 0)
+    ops.warm_up_fp8(layer.weight, layer.row_scale, getattr(layer, "bias", None))
 
 
 def apply_weight(
@@ -164,6 +164,74 @@ def unpack_weight(layer: Any) -> BlockScaledWeight:
     """The inverse of :func:`attach_weight`."""
     packed = packed_weight(layer)
     return ops.backend(packed.codes.device.type).unpack_weight(packed)
+
+
+# What becomes of a stored tensor of a linear layer.
+LINEAR_NAMES = {
+    Role.CODES: "weight_packed",
+    Role.BLOCK_SCALE: "weight_block_scale",
+    Role.GLOBAL_SCALE: "weight_global_scale",
+    Role.GLOBAL_DIVISOR: "weight_global_scale",
+    Role.PRE_SCALE: "pre_scale",
+    Role.HADAMARD: "hadamard",
+    Role.WEIGHT: "weight",
+    Role.WEIGHT_SCALE: "row_scale",
+    Role.ROW_SCALE: "row_scale",
+}
+
+
+# And of one of experts, after "w13_" or "w2_".
+EXPERT_NAMES = {
+    Role.CODES: EXPERT_TENSORS[0],
+    Role.BLOCK_SCALE: EXPERT_TENSORS[1],
+    Role.GLOBAL_SCALE: EXPERT_TENSORS[2],
+    Role.GLOBAL_DIVISOR: EXPERT_TENSORS[2],
+    Role.BIAS: "bias",
+}
+
+
+def keep_offloaded(layer: Any, stored: Mapping[Any, str], became: Mapping[Any, str]) -> None:
+    """Let vLLM put a layer's parameters back to where it had offloaded their origins.
+
+    All of its offloaders know a parameter by its name alone, and take one with a new name for one
+    that belongs on the GPU. So each stands under the name of the stored tensor too, as one and the
+    same parameter; what is saved of the layer names it once.
+
+    stored: by role, names of the parameters that the checkpoint's tensors were loaded into
+    became: by role, names of what was made of them
+    """
+    if not versions.offloads_parameters():
+        return
+    parameters, aliases = layer._parameters, set()
+    for role, old in stored.items():
+        new = became.get(role, old)
+        if new not in parameters or old in parameters:
+            continue
+        # torch's walks give a parameter under the first of its names, here the old one.
+        parameter = parameters.pop(new)
+        parameters[old] = parameters[new] = parameter
+        aliases.add(old)
+    if not hasattr(layer, "nvfp4_aliases"):
+        layer._register_state_dict_hook(_without_aliases)
+    layer.nvfp4_aliases = aliases
+
+
+def _without_aliases(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in layer.nvfp4_aliases:
+        state.pop(f"{prefix}{name}", None)
+
+
+def refuse_offload(layer: str) -> None:
+    """Raise CheckpointError where vLLM offloads parameters: those of a layer that is quantised
+    while it loads have no memory yet when it does so."""
+    if versions.offloads_parameters():
+        raise CheckpointError(
+            layer,
+            "--cpu-offload-gb",
+            "a 16-bit layer that is to be quantised while it loads",
+            "a checkpoint in NVFP4, or all weights on the GPU",
+            "Quantise it first (vllm-nvfp4 quantize), or leave the flag out.",
+        )
 
 
 def frozen(tensor: torch.Tensor) -> Parameter:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
@@ -23,17 +25,28 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, rounded once on every device: CUDA computes tensor / number as x * (1 / number)."""
+    return x / x.new_full((), by)
+
+
 def nvfp4_global_scale(weight: torch.Tensor) -> torch.Tensor:
     """global_scale = amax(|w|) / (6 * 448), so that the largest block scale is 448. A scalar, f32.
 
     An all-zero weight gets 1. Source: NVIDIA ModelOpt's ``weight_scale_2``.
     """
-    return nvfp4_scale_from_amax(weight.abs().amax().float())
+    return nvfp4_scale_from_amax(largest_magnitude(weight))
+
+
+def largest_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """amax(|x|) without a copy of x. x: floating point; a scalar, float32."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high).float()
 
 
 def nvfp4_scale_from_amax(amax: torch.Tensor) -> torch.Tensor:
     """amax / (6 * 448), and 1 where amax is 0; amax: any shape, float32."""
-    return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
+    return torch.where(amax > 0, _divide(amax, E2M1_MAX * E4M3_MAX), torch.ones_like(amax))
 
 
 def block_scale_rtn(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -64,8 +77,8 @@ def block_scale_candidates(rtn: torch.Tensor) -> torch.Tensor:
     return bits.clamp_(1, _E4M3_MAX_BITS).to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-# Rows are swept in pieces of this many elements: the intermediates stay in the cache, and torch
-# does not split an operation that small over threads, which costs more than the operation.
+# On a CPU rows are swept in pieces of this many elements: the intermediates stay in the cache, and
+# torch does not split an operation that small over threads, which costs more than the operation.
 _SWEEP_ELEMENTS = 1 << 14
 
 
@@ -90,6 +103,18 @@ def _sweep(blocks: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     return best_scale.to(torch.float8_e4m3fn)
 
 
+# A weight is quantised in pieces of this many elements (of one row at the least): what is needed
+# besides the weight and the result is then the same for every layer, below 24 bytes for each.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def row_chunks(num_rows: int, num_cols: int, multiple: int = 1) -> Iterator[slice]:
+    """The rows of a matrix in pieces of about ``CHUNK_ELEMENTS``, each a multiple of rows."""
+    step = max(CHUNK_ELEMENTS // (num_cols * multiple), 1) * multiple
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
+
+
 def quantize_nvfp4(
     weight: torch.Tensor, method: str = "rtn", global_scale: torch.Tensor | None = None
 ) -> BlockScaledWeight:
@@ -100,16 +125,39 @@ def quantize_nvfp4(
                   four-over-six included)
     global_scale: scalar f32; default :func:`nvfp4_global_scale`
     """
-    blocks = _blocks(weight, NVFP4)
+    _check_blocks(weight, NVFP4)
     if global_scale is None:
         global_scale = nvfp4_global_scale(weight)
-    choose = {"rtn": block_scale_rtn, "mse": _block_scale_mse}[method]
-    block_scale = choose(blocks, global_scale)
-    step = block_scale.float()[..., None] * global_scale
-    codes = encode_e2m1(blocks / step).flatten(1)
-    return BlockScaledWeight(
-        pack_codes(codes), block_scale, global_scale.float().expand(len(codes)).contiguous(), NVFP4
+    return quantize_nvfp4_shards([weight], method, global_scale.reshape(1))
+
+
+def quantize_nvfp4_shards(
+    shards: Sequence[torch.Tensor], method: str, global_scales: torch.Tensor
+) -> BlockScaledWeight:
+    """:func:`quantize_nvfp4` of each shard of a fused layer, as one weight.
+
+    shards: [N_i, K] each; global_scales: [shards] f32
+    """
+    num_rows, num_cols = sum(map(len, shards)), shards[0].shape[1]
+    device = shards[0].device
+    codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(
+        num_rows, num_cols // NVFP4.block_size, dtype=torch.float8_e4m3fn, device=device
     )
+    rows_of_scales = torch.empty(num_rows, dtype=torch.float32, device=device)
+    choose = {"rtn": block_scale_rtn, "mse": _block_scale_mse}[method]
+    first = 0
+    for shard, global_scale in zip(shards, global_scales, strict=True):
+        for rows in row_chunks(*shard.shape):
+            here = slice(first + rows.start, first + rows.stop)
+            blocks = _blocks(shard[rows], NVFP4)
+            block_scale = choose(blocks, global_scale)
+            scales[here] = block_scale
+            step = block_scale.float()[..., None] * global_scale
+            codes[here] = pack_codes(encode_e2m1(blocks / step).flatten(1))
+        rows_of_scales[first : first + len(shard)] = global_scale
+        first += len(shard)
+    return BlockScaledWeight(codes, scales, rows_of_scales, NVFP4)
 
 
 def quantize_mxfp4(weight: torch.Tensor) -> BlockScaledWeight:
@@ -118,19 +166,32 @@ def quantize_mxfp4(weight: torch.Tensor) -> BlockScaledWeight:
     Source: OCP Microscaling Formats v1.0, section 6.3 (emax of E2M1 is 2). An all-zero block gets
     2^-127.
     """
-    blocks = _blocks(weight, MXFP4)
-    # frexp: amax = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2) = exponent - 1.
-    _, exponent = torch.frexp(blocks.abs().amax(-1))
-    biased = torch.where(blocks.abs().amax(-1) > 0, exponent - 1 - 2 + E8M0_BIAS, 0).clamp(0, 254)
-    block_scale = biased.to(torch.uint8)
-    step = decode_block_scale(block_scale, MXFP4)[..., None]
-    codes = encode_e2m1(blocks / step).flatten(1)
-    return BlockScaledWeight(
-        pack_codes(codes),
-        block_scale,
-        torch.ones(len(codes), dtype=torch.float32, device=weight.device),
-        MXFP4,
-    )
+    _check_blocks(weight, MXFP4)
+    num_rows, num_cols = weight.shape
+    size, device = MXFP4.block_size, weight.device
+    codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(num_rows, num_cols // size, dtype=torch.uint8, device=device)
+    for rows in row_chunks(num_rows, num_cols):
+        blocks = _blocks(weight[rows], MXFP4)
+        amax = blocks.abs().amax(-1)
+        # frexp: amax = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2) = exponent - 1.
+        _, exponent = torch.frexp(amax)
+        biased = torch.where(amax > 0, exponent - 1 - 2 + E8M0_BIAS, 0).clamp(0, 254)
+        scales[rows] = biased.to(torch.uint8)
+        step = decode_block_scale(scales[rows], MXFP4)[..., None]
+        codes[rows] = pack_codes(encode_e2m1(blocks / step).flatten(1))
+    ones = torch.ones(num_rows, dtype=torch.float32, device=device)
+    return BlockScaledWeight(codes, scales, ones, MXFP4)
+
+
+def quantize_fp8_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize_fp8_per_row` of a weight [N, K], in pieces. Returns [N, K] and [N]."""
+    q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        q[rows], found = quantize_fp8_per_row(weight[rows])
+        scale[rows] = found.squeeze(-1)
+    return q, scale
 
 
 def quantize_fp8_per_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,14 +201,17 @@ def quantize_fp8_per_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = torch.where(amax > 0, _divide(amax, E4M3_MAX), torch.ones_like(amax))
     return to_e4m3(x / scale), scale
 
 
-def _blocks(weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+def _check_blocks(weight: torch.Tensor, fmt: BlockFormat) -> None:
     if weight.dim() != 2 or weight.shape[1] % fmt.block_size:
         raise ValueError(
             f"{fmt.name}: a weight of shape {list(weight.shape)} cannot be cut into blocks of "
             f"{fmt.block_size}; it needs two dimensions and K a multiple of {fmt.block_size}"
         )
+
+
+def _blocks(weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
     return weight.float().view(weight.shape[0], -1, fmt.block_size)

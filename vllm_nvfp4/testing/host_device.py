@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_leaves
 from vllm_nvfp4.gpus import find_gpu
 from vllm_nvfp4.kernels import layout, moe_ops, ops
 from vllm_nvfp4.kernels.cuda import moe as cuda_moe
-from vllm_nvfp4.kernels.cuda.moe_configs import ALL_MOE_CONFIGS, MOE_CONFIGS
 from vllm_nvfp4.layers import experts as moe
 from vllm_nvfp4.layers import weights
-from vllm_nvfp4.testing import host_gemm, host_moe
+from vllm_nvfp4.testing.host_driver import emulate
 
 
 class EmulatedDevice(TorchDispatchMode):
@@ -41,24 +40,8 @@ class EmulatedDevice(TorchDispatchMode):
     def launch(self, config, grid, stream, layout: struct.Struct, params) -> None:
         self.launches.append((config.symbol, grid))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.tensors}
-        buffers = {
-            f"at {begin:x}": torch.tensor([], dtype=torch.uint8).set_(storage)
-            for begin, storage in storages.items()
-            if any(begin <= word < begin + storage.nbytes() for word in params)
-        }
-        is_moe = config in ALL_MOE_CONFIGS
-        fmt_name = getattr(config, "fmt_name", "")
-        module = host_moe.shipped(config.stem, fmt_name) if is_moe else host_gemm.shipped(config)
-        module.launch(
-            config.symbol,
-            layout.pack(*params),
-            # As many blocks as there are tiles at the most: three of them show what many would.
-            grid=(min(grid[0], 3), 1, 1) if config in MOE_CONFIGS else grid,
-            block=(config.threads, 1, 1),
-            smem_bytes=config.smem_bytes,
-            buffers=buffers,
-            outputs=set(buffers),
-        )
+        pieces = [torch.tensor([], dtype=torch.uint8).set_(s) for s in storages.values()]
+        emulate(config.symbol, grid, layout.pack(*params), pieces)
 
 
 @contextmanager

@@ -34,15 +34,22 @@ def build_host(
     stems = sorted({config.stem for config in kernels})
     source = "".join(f'#include "{stem}.cuh"\n' for stem in stems)
     if edits:
-        source = _flatten(source, csrc_dir(), set())
+        source = flattened_source(stems, edits)
+    source += "".join(config.definition for config in kernels)
+    return build(source, {config.symbol: config.symbol for config in kernels})
+
+
+def flattened_source(stems: Sequence[str], edits: Sequence[tuple[str, str]]) -> str:
+    """The text of .cuh files with all that they include, edited; see :func:`build_host`."""
+    source = "".join(f'#include "{stem}.cuh"\n' for stem in stems)
+    source = _flatten(source, csrc_dir(), set())
     for text, replacement in edits:
         if source.count(text) != 1:
             raise ValueError(
                 f"the text to edit occurs {source.count(text)} times, not once: {text}"
             )
         source = source.replace(text, replacement)
-    source += "".join(config.definition for config in kernels)
-    return build(source, {config.symbol: config.symbol for config in kernels})
+    return source
 
 
 def _flatten(source: str, folder: Path, seen: set[str]) -> str:
@@ -69,11 +76,13 @@ def run_gemm(
     bias: torch.Tensor | None = None,
     splits: int = 1,
     machine: HostMachine | None = None,
+    partials: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[M, N] of one launch with the K loop cut into ``splits`` parts.
 
-    a:       [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8); contiguous
-    a_scale: [M] float32 (w4a8)
+    a:        [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8); contiguous
+    a_scale:  [M] float32 (w4a8)
+    partials: [splits, tiles, block_m, block_n] float32, to see the sums that the splits leave
     Raises HostKernelError where the kernel misbehaves, SemaphoreError where it leaves a semaphore
     other than zero.
     """
@@ -81,7 +90,8 @@ def run_gemm(
     tiles = configs.num_tiles(config, m, n)
     # NaN everywhere: what a kernel should have written and did not shows in the comparison.
     y = torch.full((m, n), torch.nan, dtype=DTYPES[config.dtype])
-    partials = torch.full((splits * tiles * config.block_m * config.block_n,), torch.nan)
+    if partials is None:
+        partials = torch.full((splits, tiles, config.block_m, config.block_n), torch.nan)
     buffers = {
         "a": a,
         "codes": packed.codes,

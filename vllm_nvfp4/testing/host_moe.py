@@ -48,11 +48,14 @@ class Routing:
 
 
 def run_route(
-    module: HostModule, routing: Routing, machine: HostMachine | None = None
+    module: HostModule,
+    routing: Routing,
+    machine: HostMachine | None = None,
+    largest_tile: int = moe_configs.TILE_SIZES[-1],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(schedule, sorted choices) of one launch, as int32; what it did not write is -7."""
     num_choices = routing.ids.numel()
-    size = moe_configs.schedule_bytes(num_choices, routing.num_experts) // 4
+    size = moe_configs.schedule_bytes(num_choices, routing.num_experts, largest_tile) // 4
     schedule = torch.full((size,), -7, dtype=torch.int32)
     order = torch.full((num_choices,), -7, dtype=torch.int32)
     buffers = {**routing.buffers(), "schedule": schedule, "sorted": order}
@@ -61,6 +64,7 @@ def run_route(
         num_choices=num_choices,
         num_experts=routing.num_experts,
         num_ids=routing.num_ids,
+        largest_tile=largest_tile,
     )
     module.launch(
         ROUTE_CONFIG.symbol,

@@ -149,14 +149,23 @@ def extreme_weight(fmt_name: str, k: int, device: torch.device) -> BlockScaledWe
     return BlockScaledWeight(codes, scale, torch.ones(len(bits), device=device), fmt)
 
 
+def prepared(config: GemmConfig, device: torch.device) -> Device:
+    """The device with one kernel loaded, and what quantises its activations: ``prepare`` loads
+    the variant of the 8-bit kernel that is in force alone."""
+    loaded = cuda.prepare(device, config.fmt_name, (TORCH_DTYPES[config.dtype],))
+    with torch.cuda.device(device):
+        loaded.load([config])
+    return loaded
+
+
 def run_config(
-    device: Device,
     config: GemmConfig,
     a: torch.Tensor,
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The product by one given kernel, whatever dispatch would choose."""
+    """The product by one given kernel, whatever dispatch would choose; loads it."""
+    device = prepared(config, a.device)
     m, n, k = a.shape[0], packed.num_rows, packed.num_cols
     choice = dispatch.launch_geometry(device.gpu, config, m, n, k)
     y = a.new_full((m, n), torch.nan)  # an element that is never written stays NaN
@@ -165,15 +174,22 @@ def run_config(
 
 
 def check_case(case: KernelCase, device: torch.device) -> Comparison:
-    """Run a case twice and compare with the float64 product; the second run must be bit-equal."""
-    loaded = cuda.prepare(device, case.config.fmt_name, (TORCH_DTYPES[case.config.dtype],))
+    """Run a case twice and compare with the float64 product; the second run must be bit-equal, and
+    every semaphore zero after it."""
     a, weight, bias = make_operands(case, device)
     packed = cuda.pack_weight(weight)
-    y = run_config(loaded, case.config, a, packed, bias)
-    again = run_config(loaded, case.config, a, packed, bias)
+    y = run_config(case.config, a, packed, bias)
+    again = run_config(case.config, a, packed, bias)
     bits = dispatch.activation_bits_of(case.config)
     outcome = compare_linear(y, a, weight, bias, bits, case.config.variant)
     if not torch.equal(y.view(torch.int16), again.view(torch.int16)):
-        report = f"two runs differ in {int((y != again).sum())} elements\n{outcome.report}"
-        return Comparison(outcome.relative_error, outcome.worst, outcome.num_wrong + 1, report)
+        outcome = _worse(outcome, f"two runs differ in {int((y != again).sum())} elements")
+    if used := prepared(case.config, device).used_semaphores():
+        outcome = _worse(outcome, f"{used} bytes of the semaphores are not zero after a launch")
     return outcome
+
+
+def _worse(outcome: Comparison, reason: str) -> Comparison:
+    return Comparison(
+        outcome.relative_error, outcome.worst, outcome.num_wrong + 1, f"{reason}\n{outcome.report}"
+    )

@@ -81,15 +81,17 @@ def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) 
     return torch.where((ids >= 0) & (ids < num_experts), ids, -1)
 
 
-def expected_schedule(local: torch.Tensor, num_experts: int) -> tuple[list[list[int]], list[int]]:
+def expected_schedule(
+    local: torch.Tensor, num_experts: int, largest_tile: int = 64
+) -> tuple[list[list[int]], list[int]]:
     """(entries of expert, first choice, count, tile; sorted choices) as csrc/moe_route.cuh says."""
     entries: list[list[int]] = []
     order: list[int] = []
     flat = local.flatten().tolist()
     for expert in range(num_experts):
         mine = [i for i, e in enumerate(flat) if e == expert]
-        for first in range(0, len(mine), 64):
-            count = min(64, len(mine) - first)
+        for first in range(0, len(mine), largest_tile):
+            count = min(largest_tile, len(mine) - first)
             tile = next(t for t in (8, 16, 32, 64) if t >= count)
             entries.append([expert, len(order) + first, count, tile])
         order += mine

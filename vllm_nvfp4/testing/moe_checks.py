@@ -124,8 +124,10 @@ def run_layer(
     weights, ids, expert_map = layer.routing
     num_experts, num_choices = len(layer.w13.weights), ids.shape[1]
     local = route(ids, expert_map, num_experts)
-    routed = cuda_moe.route(device, stream, weights, ids, expert_map, num_experts)
-    outcomes.append(_check_schedule(routed, local, num_experts))
+    routed = cuda_moe.route(
+        device, stream, weights, ids, expert_map, num_experts, config.largest_tile
+    )  # fmt: skip
+    outcomes.append(_check_schedule(routed, local, num_experts, config.largest_tile))
     launch = Launch(device, stream, config, routed)
     first = (layer.a, layer.w13.stack, layer.w13.bias, num_choices)
     h = launch.product(*first, _ACTIVATION.for_kernel())
@@ -138,8 +140,10 @@ def run_layer(
     return y
 
 
-def _check_schedule(routed: cuda_moe.Routed, local: torch.Tensor, num_experts: int) -> Comparison:
-    entries, order = expected_schedule(local, num_experts)
+def _check_schedule(
+    routed: cuda_moe.Routed, local: torch.Tensor, num_experts: int, largest_tile: int
+) -> Comparison:
+    entries, order = expected_schedule(local, num_experts, largest_tile)
     words = [word for entry in entries for word in entry]
     found = [*routed.schedule[:1].tolist(), *routed.schedule[4 : 4 + len(words)].tolist()]
     is_right = found == [len(entries), *words] and routed.order[: len(order)].tolist() == order

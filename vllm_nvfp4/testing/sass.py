@@ -37,6 +37,8 @@ _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\d+|@!?U?PT)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
 )
 _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+# A loop that streams weights works on several K steps (csrc/weight_stream.cuh).
+_MOST_STEPS = 4
 _MMA_OPCODES = ("HMMA", "QMMA", "IMMA")
 
 
@@ -68,8 +70,8 @@ class Machine:
     instructions: tuple[Instruction, ...]
 
     @cached_property
-    def loops(self) -> list[tuple[int, int]]:
-        """(first, last) address of every loop that holds an MMA, the innermost first."""
+    def backward_branches(self) -> list[tuple[int, int]]:
+        """(target, branch): the addresses between which code is repeated."""
         found = set()
         for i in self.instructions:
             if not i.opcode.startswith("BRA"):
@@ -77,7 +79,13 @@ class Machine:
             target = re.search(r"0x([0-9a-f]+)", i.operands)
             if target and int(target[1], 16) < i.address:
                 found.add((int(target[1], 16), i.address))
-        with_mma = [loop for loop in found if any(i.is_mma for i in self.inside(loop))]
+        return sorted(found)
+
+    @cached_property
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) address of every loop that holds an MMA, the innermost first."""
+        branches = self.backward_branches
+        with_mma = [loop for loop in branches if any(i.is_mma for i in self.inside(loop))]
         return sorted(with_mma, key=lambda loop: loop[1] - loop[0])
 
     def inside(self, loop: tuple[int, int]) -> list[Instruction]:
@@ -99,11 +107,16 @@ def read_machine_code(cubin: bytes) -> Machine:
         usage = _cuobjdump("-res-usage", path)
         text = _cuobjdump("-sass", path)
     found = _RESOURCES.search(usage)
-    lines = (_LINE.match(line) for line in text.splitlines())
-    code = tuple(Instruction(int(m[1], 16), m[3], m[4]) for m in lines if m)
+    code = read_listing(text)
     if not found or not code:
         raise RuntimeError(f"cuobjdump found no kernel in a cubin of {len(cubin)} bytes")
     return Machine(found[1], int(found[2]), int(found[3]), int(found[5]), code)
+
+
+def read_listing(text: str) -> tuple[Instruction, ...]:
+    """The instructions of a disassembly, in their order."""
+    lines = (_LINE.match(line) for line in text.splitlines())
+    return tuple(Instruction(int(m[1], 16), m[3], m[4]) for m in lines if m)
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -135,12 +148,13 @@ def _find_cuobjdump() -> str:
 class LoopCost:
     """What one warp issues in one K step of the main loop.
 
-    slots: instructions, the MMAs among them, inner loops unrolled
+    slots: instructions, the MMAs among them, inner loops unrolled; of a loop of several steps the
+           mean
     mmas:  MMAs
     mma_k: their K
     """
 
-    slots: int
+    slots: float
     mmas: int
     mma_k: int
 
@@ -157,8 +171,8 @@ def mmas_of_step(config: GemmConfig) -> int:
     return (warp_m // 8) * (warp_n // 16) * (config.block_k // config.warps_k // mma_k_of(config))
 
 
-def moe_loop_costs(config: MoeConfig, machine: Machine) -> list[LoopCost]:
-    """One K step of each tile of a grouped kernel, in the order of its tiles.
+def moe_main_loops(config: MoeConfig, machine: Machine) -> list[tuple[int, int]]:
+    """The main loop of each tile of a grouped kernel, in the order of its tiles.
 
     A tile's loop is known by its MMAs and its loads of weights from global memory. Raises
     RuntimeError where the loops are not those that the tiles need.
@@ -168,18 +182,38 @@ def moe_loop_costs(config: MoeConfig, machine: Machine) -> list[LoopCost]:
     for loop in steps:
         inside = machine.inside(loop)
         num_loads = sum(i.opcode.startswith("LDG.") for i in inside)
-        found[sum(i.is_mma for i in inside), num_loads] = len(inside)
-    costs = []
+        found[sum(i.is_mma for i in inside), num_loads] = loop
+    loops = []
     for tile in config.tiles:
         tiles_of_warp = tile.block_k // 64 // tile.warps_k * (tile.block_n // tile.warps_n // 16)
-        signature = mmas_of_step(tile), 2 * tiles_of_warp if tile.streams_weights else 0
-        if signature not in found:
+        mmas, loads = mmas_of_step(tile), 2 * tiles_of_warp if tile.streams_weights else 0
+        most = _MOST_STEPS if tile.streams_weights else 1
+        fitting = [
+            found[key] for n in range(1, most + 1) if (key := (n * mmas, n * loads)) in found
+        ]
+        if len(fitting) != 1:
             raise RuntimeError(
-                f"{config.symbol}: no loop with {signature[0]} MMAs and {signature[1]} loads for "
-                f"the tile of {tile.block_m}; found {sorted(found)}"
+                f"{config.symbol}: {len(fitting)} loops whose steps have {mmas} MMAs and {loads} "
+                f"loads, as the tile of {tile.block_m} needs; found {sorted(found)}"
             )
-        costs.append(LoopCost(found[signature], signature[0], mma_k_of(tile)))
-    return costs
+        loops += fitting
+    return loops
+
+
+def moe_loop_costs(config: MoeConfig, machine: Machine) -> list[LoopCost]:
+    """One K step of each tile of a grouped kernel, in the order of its tiles."""
+    loops = moe_main_loops(config, machine)
+    return [
+        _mean_step(tile, machine.inside(loop))
+        for tile, loop in zip(config.tiles, loops, strict=True)
+    ]
+
+
+def _mean_step(config: GemmConfig, loop: Sequence[Instruction]) -> LoopCost:
+    """One K step of a loop that holds a whole number of them."""
+    needed = mmas_of_step(config)
+    steps = sum(i.is_mma for i in loop) // needed
+    return LoopCost(len(loop) / steps, needed, mma_k_of(config))
 
 
 def moe_problems(
@@ -204,20 +238,25 @@ def main_loop_cost(config: GemmConfig, machine: Machine) -> LoopCost:
 
     Raises RuntimeError where the code does not hold the number of MMAs that the tile needs.
     """
-    mma_k, needed = mma_k_of(config), mmas_of_step(config)
+    needed = mmas_of_step(config)
     if not machine.loops:
         raise RuntimeError(f"{config.symbol}: no loop holds an MMA")
     outer = machine.inside(machine.loops[-1])
     inner = machine.inside(machine.loops[0])
     mmas = sum(i.is_mma for i in inner)
-    if len(machine.loops) > 2 or needed % mmas or (len(machine.loops) == 1 and needed != mmas):
+    if len(machine.loops) == 1:
+        most = _MOST_STEPS if config.streams_weights else 1
+        is_right = mmas % needed == 0 and mmas // needed <= most
+    else:
+        is_right = len(machine.loops) == 2 and needed % mmas == 0
+    if not is_right:
         raise RuntimeError(
             f"{config.symbol}: {len(machine.loops)} loops with MMAs, {mmas} in the innermost; a K "
             f"step needs {needed}"
         )
     if len(machine.loops) == 1:
-        return LoopCost(len(outer), mmas, mma_k)
-    return LoopCost(len(outer) + (needed // mmas - 1) * len(inner), needed, mma_k)
+        return _mean_step(config, outer)
+    return LoopCost(len(outer) + (needed // mmas - 1) * len(inner), needed, mma_k_of(config))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ MODELS = {
     )
 }  # fmt: skip
 
+# A model that a test, or the emulated GPU, can run through.
+TINY = ModelShape("tiny", 128, 256, 2, 4, 2, 64, 512)
+BENCH_MODELS = MODELS | {TINY.name: TINY}
+
 # Token counts of the GEMM benchmark: decode batches, then prefill chunks.
 BENCH_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
@@ -84,3 +88,5 @@ EXPERT_LAYERS = {
     "gpt-oss-20b": MoeShape(32, 4, 2880, 2880),
     "DeepSeek-V2-Lite": MoeShape(64, 6, 2048, 1408),
 }
+TINY_EXPERTS = MoeShape(4, 2, 128, 64)
+BENCH_EXPERTS = EXPERT_LAYERS | {TINY.name: TINY_EXPERTS}

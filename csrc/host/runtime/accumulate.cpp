@@ -51,7 +51,9 @@ float decode_accumulator(uint32_t bits, bool is_half) {
   return is_half ? half_bits_to_float(static_cast<uint16_t>(bits)) : bit_cast<float>(bits);
 }
 
-float round_toward_zero(double value) {
+// Toward zero, but from the range's end on it overflows.
+float cut_to_float(double value) {
+  if (fabs(value) >= 0x1p128) return copysignf(INFINITY, static_cast<float>(value));
   const float nearest = static_cast<float>(value);
   return fabs(static_cast<double>(nearest)) > fabs(value) ? nextafterf(nearest, 0.0f) : nearest;
 }
@@ -218,8 +220,8 @@ void multiply_ada_half(Tile& tile, Element element, bool has_half_output) {
           sum += static_cast<int64_t>(static_cast<double>(values.a[m][i]) * values.b[i][n] * scale);
         }
         const double exact = ldexp(static_cast<double>(sum), largest - kFractionBits);
-        c_bits = has_half_output ? double_to_half_bits(exact)
-                                 : bit_cast<uint32_t>(round_toward_zero(exact));
+        c_bits =
+            has_half_output ? double_to_half_bits(exact) : bit_cast<uint32_t>(cut_to_float(exact));
       }
     }
   }

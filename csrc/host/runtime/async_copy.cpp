@@ -18,10 +18,11 @@ void copy_async(uint32_t destination, const void* source, int size, int source_s
   if (offset % static_cast<uint32_t>(size)) {
     fail(pc, "misaligned: cp.async of %d bytes to shared offset %u", size, offset);
   }
+  // Even where nothing is read: PTX leaves a misaligned source undefined whatever the src-size.
+  if (reinterpret_cast<uintptr_t>(source) % static_cast<uintptr_t>(size)) {
+    fail(pc, "misaligned: cp.async of %d bytes from %p", size, source);
+  }
   if (source_size) {
-    if (reinterpret_cast<uintptr_t>(source) % static_cast<uintptr_t>(size)) {
-      fail(pc, "misaligned: cp.async of %d bytes from %p", size, source);
-    }
     uint32_t unused;
     if (find_shared(*thread.block, source, &unused)) {
       fail(pc, "cp.async reads from %p, which is shared memory: its source is global", source);

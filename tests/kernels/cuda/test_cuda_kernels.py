@@ -9,7 +9,7 @@ from vllm_nvfp4.kernels.cuda import dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_nvfp4
-from vllm_nvfp4.testing import kernel_cases
+from vllm_nvfp4.testing import first_checks, kernel_cases
 from vllm_nvfp4.testing.kernel_cases import DATA, KernelCase, check_case, kernel_cases_of
 from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, compare_linear
 
@@ -39,6 +39,35 @@ def layer(request):
 def activations(m, k, dtype, seed=1):
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(m, k, generator=generator, device=DEVICE).to(dtype)
+
+
+# --- first: what the rest rests on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in GEMM_CONFIGS if c.stem == "gemm_w4a8"], ids=lambda c: c.symbol
+)
+def test_fp8_subnormals_enter_the_mma_with_their_value(config):
+    if config.min_arch > arch():
+        return
+    outcome = first_checks.check_subnormals(config, DEVICE)
+    assert outcome.is_match, outcome.report
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_quantiser_is_bit_exact(dtype):
+    if 8 not in supported_bits():
+        return
+    outcome = first_checks.check_quantizer(dtype, DEVICE)
+    assert outcome.is_match, outcome.report
+
+
+def test_what_torch_computes_while_weights_load_has_the_cpus_bits():
+    outcomes = first_checks.check_numerics(DEVICE)
+    assert not [name for name, outcome in outcomes.items() if not outcome.is_match]
+
+
+# --- every kernel --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", GEMM_CONFIGS, ids=lambda c: c.symbol)
@@ -73,28 +102,12 @@ def test_every_block_scale_is_finite_and_right(config):
     if config.min_arch > arch():
         return
     dtype = kernel_cases.TORCH_DTYPES[config.dtype]
-    device = cuda.prepare(DEVICE, config.fmt_name, (dtype,))
     weight = kernel_cases.extreme_weight(config.fmt_name, 64, DEVICE)
     a = torch.eye(64, device=DEVICE)[:24].to(dtype)  # picks single weights out
-    y = kernel_cases.run_config(device, config, a, cuda.pack_weight(weight))
+    y = kernel_cases.run_config(config, a, cuda.pack_weight(weight))
     bits = dispatch.activation_bits_of(config)
     outcome = compare_linear(y, a, weight, None, bits, config.variant)
     assert outcome.is_match, outcome.report
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_quantiser_is_bit_exact(dtype):
-    if 8 not in supported_bits():
-        return
-    cuda.prepare(DEVICE, "nvfp4", (dtype,))
-    for k in (16, 48, 2080, 12288):
-        a = kernel_cases.heavy_tailed((67, k), torch.Generator(DEVICE).manual_seed(k)).to(dtype)
-        a[5] = 0
-        a[6, 1:] = 0
-        q, scale = cuda.quantize(a)
-        expected, expected_scale = quantize_fp8_per_row(a)
-        assert torch.equal(scale, expected_scale[:, 0])
-        assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("m", [0, 1, 5, 300])

@@ -58,6 +58,7 @@ def stub(library):
     stub.stub_set_context.argtypes = [ctypes.c_size_t]
     stub.stub_set_context(CONTEXT)
     stub.stub_fail_launches(0)
+    stub.stub_set_version(13000)
     return stub
 
 
@@ -70,7 +71,7 @@ def stub_driver(stub, library):
 def device(stub_driver, monkeypatch):
     """An RTX 4090 with everything loaded, its semaphores in host memory."""
     monkeypatch.setattr(cubins, "prepare", lambda cs, arch: {c.symbol: ELF for c in cs})
-    semaphores = torch.zeros(64, dispatch.MAX_SPLIT_TILES, dtype=torch.int32)
+    semaphores = stub_driver.zeros(devices.SEMAPHORE_BYTES)
     device = Device(find_gpu("RTX 4090"), stub_driver, semaphores)
     device.load(list(configs.ALL_CONFIGS))
     return device
@@ -91,6 +92,25 @@ def argument(launch, params):
 def test_a_machine_without_a_driver():
     with pytest.raises(DriverError, match=r"no NVIDIA driver: libcuda_nowhere.*--gpus all"):
         Driver("libcuda_nowhere.so.1")
+
+
+def test_a_driver_too_old_for_the_machine_code_says_so_before_anything_is_loaded(stub, library):
+    stub.stub_set_version(12090)
+    with pytest.raises(DriverError, match=r"found one for CUDA 12\.9; needed CUDA 13\.0.*580"):
+        Driver(str(library))
+
+
+def test_memory_of_the_drivers_own_holds_zeros(stub_driver):
+    address = stub_driver.zeros(1000)
+    assert stub_driver.read(address, 1000) == bytes(1000)
+    ctypes.memset(address + 999, 1, 1)
+    assert stub_driver.read(address, 1000)[999] == 1
+
+
+def test_semaphores_that_a_launch_left_are_seen(device):
+    assert device.used_semaphores() == 0
+    ctypes.c_int32.from_address(device.semaphores(STREAM) + 8).value = 1
+    assert device.used_semaphores() == 1
 
 
 def test_attributes_and_figures_of_a_device(stub_driver):
@@ -292,8 +312,7 @@ def test_streams_have_semaphores_of_their_own(device):
 
 def test_a_launch_never_loads(stub_driver, monkeypatch):
     monkeypatch.setattr(cubins, "prepare", lambda cs, arch: {c.symbol: ELF for c in cs})
-    semaphores = torch.zeros(64, 16, dtype=torch.int32)
-    device = Device(find_gpu("RTX 4090"), stub_driver, semaphores)
+    device = Device(find_gpu("RTX 4090"), stub_driver, 0)
     device.load(devices.wanted_kernels(89, "nvfp4", (torch.bfloat16,)))
     packed = pack_weight(quantize_nvfp4(torch.randn(16, 64)))
     launch_linear(device, torch.randn(1, 64).bfloat16(), packed)

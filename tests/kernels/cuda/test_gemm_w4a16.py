@@ -7,6 +7,7 @@ import pytest
 import torch
 from gemm_cases import (
     DISTRIBUTIONS,
+    check_the_order_of_the_splits,
     configs_of,
     make_activations,
     make_weight,
@@ -85,6 +86,18 @@ def test_rows_of_a_wider_matrix(block_m: int) -> None:
     assert found.is_match, found.report
 
 
+@pytest.mark.parametrize("block_m", [8, 32])
+def test_a_single_token_of_any_stride(block_m: int) -> None:
+    """PyTorch calls [1, K] contiguous whatever its stride: that must not reach a copy's source."""
+    config = next(c for c in CONFIGS if c.block_m == block_m)
+    k = 3 * config.fmt.block_size
+    a = make_activations(config, 1, k).as_strided((1, k), (k + 1, 1))
+    assert a.is_contiguous()
+    weight = make_weight(config, 40, k)
+    y = run_gemm(shipped(config), config, a, pack_weight(weight))
+    assert compare_linear(y, a, weight).is_match
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt_name", FORMATS)
 def test_every_code_times_every_block_scale(fmt_name: str, dtype: str) -> None:
@@ -132,13 +145,21 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("splits", [5, 9, 16])
+@pytest.mark.parametrize("block_m", [8, 16, 32])
+def test_splits_are_added_in_their_order(block_m: int, splits: int) -> None:
+    """Whether a round of the tail's loads takes all of them or not."""
+    config = next(c for c in CONFIGS if c.block_m == block_m and c.dtype == "bf16")
+    check_the_order_of_the_splits(config, splits, undo=2.0**7)
+
+
 # (what, text, replacement): each has to be noticed, by the emulator or by the numbers.
 FAULTS = [
     ("wait one stage too late", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
     (
         "no barrier in the K loop",
-        "    __syncthreads();\n    if (steps_to_load-- > 0) loader",
-        "    if (steps_to_load-- > 0) loader",
+        "      __syncthreads();\n      if (steps_to_load-- > 0) loader",
+        "      if (steps_to_load-- > 0) loader",
     ),
     (
         "no barrier before the epilogue",
@@ -155,11 +176,19 @@ FAULTS = [
         "  __syncthreads();  // every thread's partial",
         "  // every thread's partial",
     ),
-    ("semaphore left as it is", "if (is_last) ptx::st_release_gpu(semaphore, 0);", ""),
+    ("semaphore left as it is", "if (is_last) ptx::st_relaxed_gpu(semaphore, 0);", ""),
+    ("semaphore left at 1", "st_relaxed_gpu(semaphore, 0)", "st_relaxed_gpu(semaphore, 1)"),
+    ("the first split left out", "i) sum[i] = add(sum[i],", "i) if (s + j) sum[i] = add(sum[i],"),
+    ("the first split's sums for all", "        from += next_split;\n", ""),
     ("tokens read past the last one", "return i < num_tokens; }", "return true; }"),
     ("weights read past the last row", "return min(i, num_row_tiles - 1);", "return i;"),
     ("weights read past the last tile", "if (i * Config::kWarpsK >= tiles_left_) return;", ""),
-    ("weights of the step before", "    weights.load_next(i);\n", ""),
+    ("weights of two steps before", "    weights.load_next(phase, i);\n", ""),
+    (
+        "weights loaded over those of the next step",
+        "    weights.load_next(phase, i);\n",
+        "    weights.load_next(phase ^ 1, i);\n",
+    ),
     ("columns read past the last one", "= column < columns_left;", "= true;"),
     ("lane map of the groups", "return lane() / 4; }", "return lane() % 8; }"),
     ("fragment registers swapped", "a[2] = e2m1_pair<kDtype>(q);", "a[1] = e2m1_pair<kDtype>(q);"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gemm_cases import (
     DISTRIBUTIONS,
+    check_the_order_of_the_splits,
     configs_of,
     make_activations,
     make_weight,
@@ -27,6 +28,7 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, shipped
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
 from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance, relative_error
+from vllm_nvfp4.testing.subnormals import subnormal_case
 
 CONFIGS = configs_of("gemm_w4a8")
 MAX_LOSS = 1e-4  # relative: what "exact" promises beside the rounding of the output
@@ -186,6 +188,40 @@ def test_the_same_input_gives_the_same_bits(config: GemmConfig) -> None:
     ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("variant", ["exact", "f16_partials"])
+@pytest.mark.parametrize("fmt_name", FORMATS)
+def test_fp8_subnormals_keep_their_value(fmt_name: str, variant: str) -> None:
+    config = smallest("gemm_w4a8", fmt_name, "bf16", variant)
+    case = subnormal_case(FORMATS[fmt_name])
+    packed = pack_weight(case.weight)
+    for accumulator in ("ada", "exact"):
+        machine = HostMachine(accumulator=accumulator)
+        y = run_gemm(shipped(config), config, case.a, packed, a_scale=case.a_scale, machine=machine)
+        assert case.problems(y) == []
+
+
+def test_a_gpu_without_fp8_subnormals_is_named() -> None:
+    """The codes' lowest bit dropped, which is all that 0.5 has; activations likewise."""
+    config = smallest("gemm_w4a8", "nvfp4", "bf16")
+    case = subnormal_case(FORMATS["nvfp4"])
+    packed = pack_weight(case.weight)
+    module = build_host([config], edits=[("kMagnitudes = 0x1C1C1C1C", "kMagnitudes = 0x18181818")])
+    y = run_gemm(module, config, case.a, packed, a_scale=case.a_scale)
+    assert "loses the code 0.5" in " ".join(case.problems(y))
+    normal = case.a.float()
+    normal[normal < 2.0**-6] = 0
+    a = normal.to(torch.float8_e4m3fn)
+    y = run_gemm(shipped(config), config, a, packed, a_scale=case.a_scale)
+    assert "those below 2^-6 are lost" in " ".join(case.problems(y))
+    y[-1, 3] = 31
+    assert "a = 2^0, w = 0.5" in case.problems(y)[-1]
+
+
+def test_splits_are_added_in_their_order() -> None:
+    config = smallest("gemm_w4a8", "nvfp4", "bf16")
+    check_the_order_of_the_splits(config, splits=9, undo=2.0**6)
 
 
 def test_the_integer_stand_in_is_not_shipped() -> None:

@@ -67,7 +67,7 @@ def check_product(
         config,
         q if bits == 8 else a,
         experts.stack,
-        *schedule_of(local, len(experts.weights)),
+        *schedule_of(local, len(experts.weights), config.largest_tile),
         choices_per_row=choices_per_row,
         activation=activation.for_kernel() if activation else LINEAR,
         bias=experts.bias,
@@ -97,11 +97,13 @@ def test_the_schedule(num_tokens: int, num_choices: int, num_experts: int) -> No
     check_schedule(Routing(ids, None, num_experts))
 
 
-def check_schedule(routing: Routing) -> None:
+def check_schedule(routing: Routing, largest_tile: int = 64) -> None:
     local = route(routing.ids, routing.expert_map, routing.num_experts)
-    entries, order = expected_schedule(local, routing.num_experts)
+    entries, order = expected_schedule(local, routing.num_experts, largest_tile)
     for seed in range(2):
-        schedule, choices = run_route(shipped(ROUTE_CONFIG.stem), routing, HostMachine(seed=seed))
+        schedule, choices = run_route(
+            shipped(ROUTE_CONFIG.stem), routing, HostMachine(seed=seed), largest_tile
+        )
         assert schedule[0] == len(entries)
         assert schedule[4 : 4 + 4 * len(entries)].view(-1, 4).tolist() == entries
         assert choices[: len(order)].tolist() == order
@@ -111,6 +113,23 @@ def check_schedule(routing: Routing) -> None:
 
 def test_all_tokens_to_one_expert() -> None:
     check_schedule(Routing(torch.full((200, 1), 3, dtype=torch.int32), None, 6))
+
+
+def test_tiles_are_no_larger_than_the_kernel_has() -> None:
+    check_schedule(Routing(torch.full((16, 3), 3, dtype=torch.int32), None, 6), largest_tile=16)
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS[::4], ids=lambda c: c.symbol)
+def test_an_expert_that_tokens_name_twice(config: MoeConfig) -> None:
+    """More choices of one expert than there are tokens: the decode kernels have no tile for them
+    all at once, and none may be dropped."""
+    assert {c.family for c in MOE_CONFIGS[::4]} == {"decode", "prefill"}
+    local = torch.zeros(11, 2, dtype=torch.int32)
+    local[3, 1] = 1
+    a = tokens(11, 128, DTYPES[config.dtype])
+    experts = random_experts(2, 64, 128, config.fmt_name)
+    y = check_product(config, a, experts, local, choices_per_row=2)
+    assert y.isfinite().all()
 
 
 def test_experts_of_other_ranks_and_nobodys() -> None:
@@ -321,7 +340,7 @@ ROUTE_FAULTS = [
         "    written += all;\n    __syncthreads();",
         "    written += all;",
     ),
-    ("tiles of one expert over another's", "tiles += num_tiles(count);\n    }", "}"),
+    ("tiles of one expert over another's", "tiles += num_tiles(p, count);\n    }", "}"),
     ("remote experts counted", "if (e >= 0) atomicAdd", "atomicAdd"),
 ]
 

@@ -19,6 +19,7 @@ enum Fault {
   kGlobalOutOfBounds,
   kSharedOutOfBounds,
   kMisalignedCopy,
+  kMisalignedEmptyCopy,
   kReadsUninitialised,
   kWritesInput,
   kNonCoherentLoad,
@@ -91,6 +92,7 @@ __device__ inline void plant_memory_fault(const SampleParams& p, uint32_t stage)
   if (kFault == kGlobalOutOfBounds) p.y[p.rows * p.cols + threadIdx.x] = 0.0f;
   if (kFault == kSharedOutOfBounds) ptx::st_shared_u32(stage + 2 * kStageBytes, 1);
   if (kFault == kMisalignedCopy) ptx::cp_async_16(stage, p.a + 1);
+  if (kFault == kMisalignedEmptyCopy) ptx::cp_async_16(stage, p.a + 1, false);
   if (kFault == kReadsUninitialised) p.y[threadIdx.x] = ptx::ld_shared_u32(stage + kTileK * 2);
   if (kFault == kWritesInput) const_cast<uint16_t*>(p.a)[threadIdx.x] = 0;
   if (kFault == kNonCoherentLoad) {

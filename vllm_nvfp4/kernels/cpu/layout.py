@@ -21,6 +21,7 @@ import torch
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.codes import pack_codes, unpack_codes
 from vllm_nvfp4.numerics.formats import E8M0_BIAS
+from vllm_nvfp4.numerics.quantize import row_chunks
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 ROWS = 16
@@ -38,12 +39,19 @@ def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
     """
     _check(weight)
     n, k = weight.num_rows, weight.num_cols
-    codes = unpack_codes(weight.codes).view(n, k // 8, 8)[..., COLUMN_OF_NIBBLE]
-    words = _pad_rows(pack_codes(codes))
-    scales = _pad_rows(weight.block_scale.view(torch.uint8))
+    bits, groups = weight.block_scale.view(torch.uint8), -(-n // ROWS)
+    codes = weight.codes.new_empty(groups, k // 8, ROWS, 4)
+    scales = weight.codes.new_empty(groups, bits.shape[1], ROWS)
+    # In pieces, so that besides the two forms of a weight little of it lies in memory.
+    for rows in row_chunks(n, k, ROWS):
+        here = slice(rows.start // ROWS, -(-rows.stop // ROWS))
+        words = unpack_codes(weight.codes[rows]).view(-1, k // 8, 8)[..., COLUMN_OF_NIBBLE]
+        words = _pad_rows(pack_codes(words))
+        codes[here] = words.view(-1, ROWS, k // 8, 4).transpose(1, 2)
+        scales[here] = _pad_rows(bits[rows]).view(-1, ROWS, bits.shape[1]).transpose(1, 2)
     return PackedWeight(
-        codes=words.view(-1, ROWS, k // 8, 4).transpose(1, 2).contiguous(),
-        block_scale=scales.view(-1, ROWS, scales.shape[1]).transpose(1, 2).contiguous(),
+        codes=codes,
+        block_scale=scales,
         global_scale=weight.global_scale.contiguous(),
         num_rows=n,
         num_cols=k,

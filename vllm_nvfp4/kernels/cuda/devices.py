@@ -30,6 +30,8 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 QUANTIZERS = {config.dtype: config for config in QUANTIZE_CONFIGS}
 # Streams that get semaphores of their own; the next one takes the first one's again.
 _SEMAPHORE_SETS = 64
+_SET_BYTES = 4 * dispatch.MAX_SPLIT_TILES
+SEMAPHORE_BYTES = _SEMAPHORE_SETS * _SET_BYTES
 _MAX_CHOICES = 65536
 
 
@@ -37,9 +39,10 @@ class Device:
     """What is loaded on one GPU.
 
     gpu: its figures, with the SM count that this process sees
+    semaphores: address of ``SEMAPHORE_BYTES`` zeros on it, outside of torch's memory
     """
 
-    def __init__(self, gpu: Gpu, driver: Driver, semaphores: torch.Tensor) -> None:
+    def __init__(self, gpu: Gpu, driver: Driver, semaphores: int) -> None:
         self.gpu = gpu
         self._driver = driver
         self._functions: dict[str, Function] = {}
@@ -82,8 +85,10 @@ class Device:
         self._variant = variant
         self._choices.clear()
 
-    def is_loaded(self, config: KernelSource) -> bool:
-        return config.symbol in self._functions
+    @property
+    def launched(self) -> set[str]:
+        """Symbols of the kernels that were launched at least once."""
+        return {config.symbol for config, _ in self._functions_by_id.values()}
 
     def launch(
         self,
@@ -114,9 +119,15 @@ class Device:
         if address is None:
             with self._lock:
                 index = len(self._semaphores_of_stream) % _SEMAPHORE_SETS
-                address = self._semaphores[index].data_ptr()
+                address = self._semaphores + index * _SET_BYTES
                 address = self._semaphores_of_stream.setdefault(stream, address)
         return address
+
+    def used_semaphores(self) -> int:
+        """How many bytes of the semaphores are not zero: 0 where no launch is under way and every
+        one ended as it must. Waits for the GPU; for checks."""
+        content = self._driver.read(self._semaphores, SEMAPHORE_BYTES)
+        return SEMAPHORE_BYTES - content.count(0)
 
 
 _devices: dict[int, Device] = {}
@@ -182,13 +193,12 @@ def wanted_kernels(
 
 
 def _open_device(index: int) -> Device:
-    # The allocation makes the primary context current, which the driver calls need.
-    semaphores = torch.zeros(
-        (_SEMAPHORE_SETS, dispatch.MAX_SPLIT_TILES), dtype=torch.int32, device=f"cuda:{index}"
-    )
-    torch.cuda.synchronize(index)
+    # An allocation makes the primary context current, which the driver's calls need.
+    torch.empty(1, device=f"cuda:{index}")
     properties = torch.cuda.get_device_properties(index)
     found = driver().device_attributes(index)
+    semaphores = driver().zeros(SEMAPHORE_BYTES)
+    torch.cuda.synchronize(index)
     return Device(describe(properties.name, properties.total_memory, found), driver(), semaphores)
 
 

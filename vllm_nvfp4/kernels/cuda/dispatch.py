@@ -34,9 +34,10 @@ INVARIANT_TOKENS = 64
 # The share of the table's tensor rate that mma.sync reaches. Hopper's figures are for wgmma.
 _MMA_SYNC_SHARE = {90: 0.62}
 # FP8 mma.sync is one instruction from sm_89 on, but on sm_90 the compiler emulates it: six
-# conversions and two FP16 MMAs of K=8 for each m16n8k16. 8-bit activations gain nothing there.
+# conversions and two FP16 MMAs of K=8 for each m16n8k16. 8-bit activations gain nothing there, nor
+# on the other architectures whose FP8 is wgmma's or tcgen05's.
 _FIRST_FP8_ARCH = 89
-_EMULATED_FP8_ARCHS = frozenset({90, 100, 103})
+_EMULATED_FP8_ARCHS = frozenset({90, 100, 101, 103, 110})
 
 # Microseconds. A kernel inside a CUDA graph costs about this before its first byte arrives.
 _LAUNCH_US = 1.5

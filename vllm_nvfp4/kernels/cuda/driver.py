@@ -13,6 +13,7 @@ import functools
 import struct
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 # CUfunction_attribute and CUdevice_attribute values used here (cuda.h).
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -26,6 +27,8 @@ _DEVICE_ATTRIBUTES = {
     "arch_minor": 76,
 }
 _INVALID_CONTEXT = 201
+# The kernels' machine code is of CUDA 13, which this driver and newer ones load.
+OLDEST_CUDA, OLDEST_DRIVER = 13000, 580
 
 # CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, number of attributes.
 _LAUNCH_CONFIG = struct.Struct("7I4xQQI4x")
@@ -73,20 +76,43 @@ class _Buffers:
 
 
 class Driver:
-    """A loaded libcuda."""
+    """A loaded libcuda.
 
-    def __init__(self, library: str = "libcuda.so.1") -> None:
-        try:
-            self._lib = ctypes.CDLL(library)
-        except OSError as error:
-            raise DriverError(
-                f"no NVIDIA driver: {library} could not be loaded ({error}). "
-                "Install the driver, or in a container pass the GPU through (--gpus all)"
-            ) from error
+    library: its path, or an object with its functions
+    Raises DriverError where there is none, or one too old for the kernels' machine code.
+    """
+
+    def __init__(self, library: Any = "libcuda.so.1") -> None:
+        self._lib = _open(library)
+        _refuse_old(self._lib)
         self._launch = self._lib.cuLaunchKernelEx
         self._launch.argtypes = [ctypes.c_void_p] * 4
         self._local = threading.local()
         self._check(self._lib.cuInit(0), "cuInit", "")
+
+    def zeros(self, num_bytes: int) -> int:
+        """The address of zeros in memory of the current context, for the life of the process.
+
+        It lies outside of torch's allocators: vLLM takes the memory of a model's tensors away
+        when it sleeps, and gives it back with other content.
+        """
+        address, size = ctypes.c_uint64(), ctypes.c_size_t(num_bytes)
+        self._check(
+            self._lib.cuMemAlloc_v2(ctypes.byref(address), size), "cuMemAlloc", f"{num_bytes} B"
+        )
+        self._check(
+            self._lib.cuMemsetD8_v2(address, ctypes.c_ubyte(0), size), "cuMemsetD8", num_bytes
+        )
+        return address.value
+
+    def read(self, address: int, num_bytes: int) -> bytes:
+        """What lies there, after all that was launched before; for checks."""
+        content = ctypes.create_string_buffer(num_bytes)
+        status = self._lib.cuMemcpyDtoH_v2(
+            content, ctypes.c_uint64(address), ctypes.c_size_t(num_bytes)
+        )
+        self._check(status, "cuMemcpyDtoH", f"{num_bytes} B")
+        return content.raw
 
     def device_attributes(self, device_idx: int) -> dict[str, int]:
         """What the driver says of a device: the keys of ``_DEVICE_ATTRIBUTES``."""
@@ -166,6 +192,45 @@ class Driver:
             self._lib.cuGetErrorName(status, ctypes.byref(text))
             name = text.value.decode() if text.value else "unknown error"
             raise DriverError(f"{call} failed with {name} ({status}): {what}")
+
+
+def _open(library: Any) -> Any:
+    if not isinstance(library, str):
+        return library
+    try:
+        return ctypes.CDLL(library)
+    except OSError as error:
+        raise DriverError(
+            f"no NVIDIA driver: {library} could not be loaded ({error}). "
+            "Install the driver, or in a container pass the GPU through (--gpus all)"
+        ) from error
+
+
+def cuda_version(library: str = "libcuda.so.1") -> str:
+    """The newest CUDA that the driver knows, as "13.0"; CUDA is not initialised.
+
+    Raises DriverError where there is no driver, or one too old for the kernels' machine code.
+    """
+    found = _refuse_old(_open(library))
+    return _spelt(found)
+
+
+def _refuse_old(lib: Any) -> int:
+    version = ctypes.c_int()
+    status = lib.cuDriverGetVersion(ctypes.byref(version))
+    if status:
+        raise DriverError(f"cuDriverGetVersion failed with status {status}")
+    if version.value < OLDEST_CUDA:
+        raise DriverError(
+            f"NVIDIA driver: found one for CUDA {_spelt(version.value)}; needed CUDA "
+            f"{_spelt(OLDEST_CUDA)}, which the kernels are compiled for. Install driver "
+            f"{OLDEST_DRIVER} or newer (in a container: on the host)"
+        )
+    return version.value
+
+
+def _spelt(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 @functools.cache

@@ -6,9 +6,9 @@ launch compiles and loads nothing. Importing this file does not initialise CUDA.
 
 CUDA graphs: a launch allocates its outputs and its split-K scratch with torch, whose allocator
 keeps what a capture allocates for the graph's own pool; the semaphores are persistent, one set per
-stream, allocated by :func:`prepare`. Every launch leaves its semaphores zero. Two graphs that were
-captured on one stream share a set, so they must not be replayed at the same time (torch asks the
-same of graphs that share a memory pool).
+stream, in memory that :func:`prepare` takes from the driver. Every launch leaves its semaphores
+zero. Two graphs that were captured on one stream share a set, so they must not be replayed at the
+same time (torch asks the same of graphs that share a memory pool).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_nvfp4.kernels.cuda.devices import (
     prepare,
 )
 from vllm_nvfp4.kernels.cuda.dispatch import Choice
-from vllm_nvfp4.kernels.cuda.triton import fp8_linear, gather_rows
+from vllm_nvfp4.kernels.cuda.triton import fp8_linear, gather_rows, warm_up_fp8, warm_up_gather
 from vllm_nvfp4.kernels.layout import PackedWeight, unpack_weight
 from vllm_nvfp4.kernels.layout import pack_weight as reorder_weight
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
@@ -50,6 +50,8 @@ __all__ = [
     "run_a8",
     "takes_8_bits",
     "unpack_weight",
+    "warm_up_fp8",
+    "warm_up_gather",
 ]
 
 _ACTIVATIONS = {0: "auto", 16: "16", 8: "8"}

@@ -116,7 +116,8 @@ def moe(
     is_weight_on_input: the weight multiplies a instead; k is 1
     activation_bits: 16, 8, or 0 to let the tokens per expert decide
     biases:  b13 [E, 2 I] and b2 [E, H] of a's dtype, or None
-    y:       [M, H] of a's dtype, contiguous, to write into; None for a new tensor
+    y:       [M, H] of a's dtype, contiguous and at a multiple of 16 bytes, to write into; None
+             for a new tensor
     Returns y. Sums are formed in float32; what the activation makes is rounded to
     a's dtype (and to E4M3 with one scale per row for 8 bits). Raises ValueError for what does not
     fit.
@@ -127,6 +128,11 @@ def moe(
         raise ValueError(
             f"moe: y is {y.dtype} {list(y.shape)} with strides {list(y.stride())}; needs {a.dtype} "
             f"{list(a.shape)}, contiguous"
+        )
+    if y.data_ptr() % 16:
+        raise ValueError(
+            f"moe: y begins {y.data_ptr() % 16} bytes beyond a multiple of 16; its rows are "
+            "written 16 bytes at a time. Give a tensor of its own, or a slice of whole rows"
         )
     if routing[1].numel() == 0:
         return y.zero_()
@@ -170,10 +176,11 @@ def run_rows(
 ) -> torch.Tensor:  # fmt: skip
     """:func:`rows` of one choice or more on a given device and stream, its arguments checked."""
     ids, expert_map = choices
-    routed = route(device, stream, None, ids, expert_map, len(stack.codes))
-    shape = MoeShape(routed.num_ids, ids.shape[1], stack.num_cols, stack.num_rows, False)
+    num_ids = len(stack.codes) if expert_map is None else len(expert_map)
+    shape = MoeShape(num_ids, ids.shape[1], stack.num_cols, stack.num_rows, False)
     bits = "8" if activation_bits == 8 else "16"
     config = choose_moe(device.gpu, len(ids), shape, stack.fmt.name, DTYPE_NAMES[a.dtype], bits)
+    routed = route(device, stream, None, ids, expert_map, len(stack.codes), config.largest_tile)
     launch = Launch(device, stream, config, routed)
     return launch.product(_aligned(a), stack, bias, choices_per_row, KernelActivation(), True)
 
@@ -194,9 +201,10 @@ def run(
         a = (a * weights).to(a.dtype)
     a = _aligned(a)
     factors = None if is_weight_on_input else weights
-    routed = route(device, stream, factors, ids, expert_map, len(w13.codes))
-    shape = MoeShape(routed.num_ids, ids.shape[1], w13.num_cols, w2.num_cols, activation.is_gated)
+    num_ids = len(w13.codes) if expert_map is None else len(expert_map)
+    shape = MoeShape(num_ids, ids.shape[1], w13.num_cols, w2.num_cols, activation.is_gated)
     config = choose_moe(device.gpu, len(a), shape, w13.fmt.name, DTYPE_NAMES[a.dtype], bits)
+    routed = route(device, stream, factors, ids, expert_map, len(w13.codes), config.largest_tile)
     launch = Launch(device, stream, config, routed)
     h = launch.product(a, w13, biases[0], ids.shape[1], activation.for_kernel())
     x = launch.product(h, w2, biases[1], 1, KernelActivation())
@@ -205,11 +213,11 @@ def run(
 
 def route(
     device: Device, stream: int, weights: torch.Tensor | None, ids: torch.Tensor,
-    expert_map: torch.Tensor | None, num_experts: int,
+    expert_map: torch.Tensor | None, num_experts: int, largest_tile: int,
 ) -> Routed:  # fmt: skip
-    """Sort the choices by expert and cut them into tiles, on the GPU."""
+    """Sort the choices by expert and cut them into tiles, of at most so many, on the GPU."""
     ids = ids.to(torch.int32).contiguous()
-    words = moe_configs.schedule_bytes(ids.numel(), num_experts) // 4
+    words = moe_configs.schedule_bytes(ids.numel(), num_experts, largest_tile) // 4
     # One allocation, the schedule first: its entries are loaded 16 bytes at a time.
     both = ids.new_empty(words + ids.numel())
     routed = Routed(
@@ -222,7 +230,7 @@ def route(
     )
     params = (
         *routed.who, routed.schedule.data_ptr(), routed.order.data_ptr(), ids.numel(), num_experts,
-        routed.num_ids,
+        routed.num_ids, largest_tile,
     )  # fmt: skip
     device.launch(ROUTE_CONFIG, (num_experts, 1, 1), stream, _ROUTE_LAYOUT, params)
     return routed

@@ -21,7 +21,8 @@ from vllm_nvfp4.kernels.cuda.configs import (
 
 # Tokens of a tile; each expert takes whole ones of the largest and then one that fits the rest.
 TILE_SIZES = (8, 16, 32, 64)
-# Up to this many tokens no expert has more: a token chooses an expert once.
+# Up to this many tokens no expert has more, as a token chooses an expert once; where one names an
+# expert twice, the schedule cuts what is beyond the largest tile into tiles of their own.
 DECODE_TOKENS = 16
 # The routing kernel counts in shared memory.
 MAX_EXPERTS = 1024
@@ -47,7 +48,7 @@ class RouteParams(ctypes.Structure):
 
     _fields_ = argument_fields(
         "ids expert_map schedule sorted",
-        "num_choices num_experts num_ids",
+        "num_choices num_experts num_ids largest_tile",
     )
 
 
@@ -86,6 +87,11 @@ class MoeConfig(TranslationUnit):
     @property
     def block_n(self) -> int:
         return self.tiles[0].block_n
+
+    @property
+    def largest_tile(self) -> int:
+        """The most tokens that an entry of its schedules may have."""
+        return self.tiles[-1].block_m
 
     @property
     def symbol(self) -> str:
@@ -251,15 +257,15 @@ AnyMoeConfig = MoeConfig | RouteConfig | CombineConfig
 ALL_MOE_CONFIGS: tuple[AnyMoeConfig, ...] = (*MOE_CONFIGS, ROUTE_CONFIG, *COMBINE_CONFIGS)
 
 
-def max_entries(num_choices: int, num_experts: int) -> int:
+def max_entries(num_choices: int, num_experts: int, largest_tile: int = TILE_SIZES[-1]) -> int:
     """The most tiles that a schedule of so many choices can hold: one for each expert that was
     chosen, and as many as the largest size fits into the choices."""
-    return min(num_choices, num_experts) + num_choices // TILE_SIZES[-1]
+    return min(num_choices, num_experts) + num_choices // largest_tile
 
 
-def schedule_bytes(num_choices: int, num_experts: int) -> int:
+def schedule_bytes(num_choices: int, num_experts: int, largest_tile: int = TILE_SIZES[-1]) -> int:
     """Bytes of ``MoeParams.schedule``."""
-    entries = max_entries(num_choices, num_experts)
+    entries = max_entries(num_choices, num_experts, largest_tile)
     return 4 * (_SCHEDULE_HEADER + _SCHEDULE_ENTRY * entries)
 
 

@@ -50,9 +50,12 @@ def _fp8_linear_kernel(
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (cols < n)[None, :])
 
 
+_FP8_TILE_TOKENS = (16, 32, 64, 128)
+
+
 def fp8_tile(m: int) -> dict[str, int]:
     """The tile and launch options of the FP8 product for M tokens."""
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    block_m = next((size for size in _FP8_TILE_TOKENS if m <= size), _FP8_TILE_TOKENS[-1])
     return {
         "BLOCK_M": block_m,
         # Few tokens: narrow tiles, so that a layer of 4,096 rows still fills the GPU.
@@ -77,18 +80,43 @@ def fp8_linear(
             f"fp8_linear: the weight is {weight.dtype} {list(weight.shape)}; needs float8_e4m3fn "
             f"[N, {k}]"
         )
-    y = torch.empty((m, n), dtype=a.dtype, device=a.device)
     if m == 0:
-        return y
-    if a.stride(1) != 1:
-        a = a.contiguous()
+        return torch.empty((m, n), dtype=a.dtype, device=a.device)
+    # Triton compiles again for another alignment of a pointer, and for a stride that is a multiple
+    # of 16 where another was not: every input looks as warm_up_fp8's.
+    if a.stride(1) != 1 or a.data_ptr() % 16 or (a.stride(0) % 16 > 0) != (k % 16 > 0):
+        a = a.clone(memory_format=torch.contiguous_format)
     tile = fp8_tile(INVARIANT_TOKENS if is_batch_invariant() else m)
+    return _launch_fp8(a, weight, row_scale, bias, tile)
+
+
+def _launch_fp8(
+    a: torch.Tensor, weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None,
+    tile: dict[str, int],
+) -> torch.Tensor:  # fmt: skip
+    (m, k), n = a.shape, weight.shape[0]
+    y = torch.empty((m, n), dtype=a.dtype, device=a.device)
     grid = (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"]))
     _fp8_linear_kernel[grid](
         a, weight.view(torch.uint8), row_scale, bias if bias is not None else row_scale, y,
-        m, n, k, a.stride(0), weight.stride(0), y.stride(0), HAS_BIAS=bias is not None, **tile,
+        m, n, k, a.stride(0) if m > 1 else k, weight.stride(0), n, HAS_BIAS=bias is not None,
+        **tile,
     )  # fmt: skip
     return y
+
+
+def warm_up_fp8(
+    weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    """Compile every tile that :func:`fp8_linear` may take for a layer, with and without its bias.
+
+    Arguments as there; dtype: of the activations. One token is multiplied by each.
+    """
+    a = torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device)
+    sizes = [INVARIANT_TOKENS] if is_batch_invariant() else _FP8_TILE_TOKENS
+    for m in sizes:
+        for added in {id(bias): bias, id(None): None}.values():
+            _launch_fp8(a, weight, row_scale, added, fp8_tile(m))
 
 
 @triton.jit
@@ -106,7 +134,7 @@ def _widen_e8m0(byte):
     return tl.where(wide == 0, 0x00400000, wide << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])  # a batch's tokens begin anywhere
 def _gather_rows_kernel(
     ids_ptr, codes_ptr, block_scale_ptr, global_scale_ptr, y_ptr, k, tiles_k,
     SCALE_BLOCK: tl.constexpr, IS_E4M3: tl.constexpr, BLOCK: tl.constexpr,
@@ -145,3 +173,10 @@ def gather_rows(packed: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> 
         SCALE_BLOCK=packed.fmt.block_size, IS_E4M3=packed.fmt.scale_type == "e4m3", BLOCK=block,
     )  # fmt: skip
     return y
+
+
+def warm_up_gather(packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Compile :func:`gather_rows` for tokens of either type."""
+    for kind in (torch.int32, torch.int64):
+        ids = torch.zeros(1, dtype=kind, device=packed.codes.device)
+        gather_rows(packed, ids, dtype)
