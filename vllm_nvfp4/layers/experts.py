@@ -150,7 +150,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def check_filled(self, layer: Any, stem: str, tensor: str, parameter: Any) -> None:
         """Raise CheckpointError for an expert of which the files held no such tensor."""
-        expected = getattr(parameter, "nvfp4_expected", set())
+        expected: set[tuple[int, int]] = getattr(parameter, "nvfp4_expected", set())
         missing = sorted(expected - getattr(parameter, "nvfp4_loaded", set()))
         if missing:
             slot, shard = missing[0]

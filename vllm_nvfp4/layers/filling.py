@@ -101,4 +101,4 @@ class OnlineWeightParameter(ModelWeightParameter):
 
     @weight_loader.deleter
     def weight_loader(self) -> None:
-        self._weight_loader = None
+        self._weight_loader: Any = None
