@@ -59,6 +59,8 @@ class NvFp4Config(QuantizationConfig):
         self.census: Census | None = None  # None: the configuration alone decides
         self.tied_embeddings = False
         self._vocabulary: Vocabulary | None = None
+        # vLLM's is static, and asked of an instance: this one depends on the files.
+        self.get_checkpoint_weight_mapper = self._weight_mapper  # type: ignore[method-assign]
         self._options: Options | None = None
 
     def get_name(self) -> Any:
@@ -122,10 +124,10 @@ class NvFp4Config(QuantizationConfig):
         if self.census is not None:
             self.census.rename(hf_to_vllm_mapper)
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
-        """vLLM's own, without the tensors that are of no use to the layer they are stored with."""
+    def _weight_mapper(self) -> Any:
+        """vLLM's own mapper of the files' names, with what the files here need."""
         self._tell_unasked()
-        mapper = super().get_checkpoint_weight_mapper()
+        mapper = QuantizationConfig.get_checkpoint_weight_mapper()
         if self.census is not None and (stray := self.census.stray):
             mapper |= versions.mapper_without(stray)
         if self.census is not None and self.census.has_projection_first:

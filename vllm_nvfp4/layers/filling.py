@@ -87,18 +87,19 @@ class OnlineWeightParameter(ModelWeightParameter):
 
     nvfp4_layer: Any = None
 
-    @property
-    def weight_loader(self) -> Any:
-        return counted(super().weight_loader)
+    def _find_loader(self) -> Any:
+        if self._weight_loader is None:  # a model deletes it before it puts its own here
+            raise AttributeError("weight_loader")
+        return counted(self._weight_loader)
 
-    @weight_loader.setter
-    def weight_loader(self, loader: Any) -> None:
+    def _put_loader(self, loader: Any) -> None:
         self._weight_loader = loader
         layer = self.nvfp4_layer() if self.nvfp4_layer is not None else None
         is_waiting = getattr(loader, "__name__", "") == versions.ONLINE_LOADER
         if layer is not None and self.is_meta and not is_waiting:
             versions.initialize_online_processing(layer)
 
-    @weight_loader.deleter
-    def weight_loader(self) -> None:
+    def _delete_loader(self) -> None:
         self._weight_loader: Any = None
+
+    weight_loader = property(_find_loader, _put_loader, _delete_loader)
