@@ -173,6 +173,8 @@ def _row(layers: Sequence[LayerRecord], options: Options, inventory: Inventory) 
 def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False) -> str:
     """What runs the layer under these options, in a few words."""
     spec = layer.spec
+    if spec.kind is LayerKind.WIDENED:
+        return "vLLM, widened to 16 bits while loading"
     if spec.kind is LayerKind.FP8:
         return f"FP8 kernel, {'W8A16' if layer.part in (HEAD, EMBEDDING) else 'W8A8'}"
     if spec.kind is LayerKind.MICROSCALED:
@@ -209,7 +211,8 @@ def held_bytes_of(layer: LayerRecord, options: Options, tied_embeddings: bool = 
     if layer.spec.kind in (LayerKind.FP8, LayerKind.MICROSCALED):
         fmt = layer.format
     else:
-        choice = _choice_while_loading(layer, options, tied_embeddings)
+        is_widened = layer.spec.kind is LayerKind.WIDENED
+        choice = "keep" if is_widened else _choice_while_loading(layer, options, tied_embeddings)
         fmt = "bf16" if choice == "keep" else choice
     held = prod(leading) * held_bytes(n, k, fmt) + layer.bias_bytes
     if layer.name.rpartition(".")[2] not in _LATER_PARTS:
