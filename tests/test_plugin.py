@@ -14,6 +14,7 @@ from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, make_legacy
+from vllm_nvfp4.testing.tiny_models import write_model
 
 pytestmark = pytest.mark.vllm
 
@@ -76,6 +77,50 @@ def test_builtin_method_of_the_same_name_gives_way():
         """
     )
     assert "RESULT LazyNvFp4Config False False" in output
+
+
+def test_a_vllm_with_methods_of_these_names_serves_every_checkpoint_by_this_one(tmp_path):
+    """As vLLM's own online quantization would be called: a method, and a shorthand for it."""
+    folders = [
+        extract_fixture("modelopt/w4a16-llama", tmp_path),
+        extract_fixture("compressed_tensors/nvfp4a16-llama", tmp_path),
+        write_model(tmp_path / "bf16", "llama"),
+    ]
+    code = f"""
+        from typing import Literal, get_args
+        from vllm.config import quantization as online
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.layers import quantization as q
+        names = ("nvfp4", "nvfp4_ada")
+        q.QuantizationMethods = Literal[(*get_args(q.QuantizationMethods), *names)]
+        for name in names:
+            q.QUANTIZATION_METHODS.append(name)
+            online._ONLINE_SHORTHANDS[name] = online._ONLINE_SHORTHANDS["nvfp4_per_token"]
+        online.ONLINE_QUANT_SHORTHAND_NAMES += names
+        for name in names:
+            for folder in {[str(folder) for folder in folders]}:
+                args = EngineArgs(folder, quantization=name, max_model_len=64, enforce_eager=True)
+                config = args.create_engine_config()
+                print("RESULT", config.model_config.quantization == name,
+                      type(config.quant_config).__name__, args.quantization_config)
+        """
+    lines = [line for line in run_python(code).splitlines() if line.startswith("RESULT")]
+    assert lines == ["RESULT True NvFp4Config None"] * 6
+
+
+@pytest.mark.parametrize("given", ["nvfp4", "nvfp4_ada"])
+def test_the_method_keeps_the_name_that_it_was_asked_by(registered, given, tmp_path):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+
+    def args(lm_head):
+        options = {"nvfp4": {"lm_head": lm_head}}
+        return engine_args(folder, quantization=given, additional_config=options)
+
+    config = args("fp8").create_engine_config()
+    assert config.model_config.quantization == given
+    assert config.additional_config["nvfp4"] == {"lm_head": "fp8"}
+    with pytest.raises(ValueError, match="lm_head is 'x'"):
+        args("x").create_engine_config()
 
 
 @pytest.fixture(scope="module")

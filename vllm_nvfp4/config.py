@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_nvfp4.checkpoints.census import PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.detect import detect
-from vllm_nvfp4.checkpoints.hub import take_census_of
+from vllm_nvfp4.checkpoints.model_census import take_census_of
 from vllm_nvfp4.checkpoints.online import OnlineDialect, online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
@@ -104,6 +104,8 @@ class NvFp4Config(QuantizationConfig):
             self._options = Options.resolve(given)
             if versions.device_capability() is not None:
                 ops.configure(self._options)
+            else:
+                versions.allow_amx()
         return self._options
 
     @property

@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat import versions
-from vllm_nvfp4.options import METHOD_NAME, Options
+from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
 
 _registered = False
+
+# What vLLM's online quantization made of the names before this plugin was there.
+_replaced_shorthands: dict[str, Any] = {}
 
 # Whether the model configuration being built belongs to an engine that asked for this method.
 _asked = contextvars.ContextVar("vllm_nvfp4_asked", default=False)
@@ -23,7 +26,8 @@ _additional_config: contextvars.ContextVar[Any] = contextvars.ContextVar(
 
 
 def register() -> None:
-    """Register the method ``nvfp4``. vLLM calls this in each of its processes, maybe repeatedly."""
+    """Register the method under its two names, ``nvfp4`` and ``nvfp4_ada``. vLLM calls this in each
+    of its processes, maybe repeatedly."""
     global _registered
     if _registered:
         return
@@ -33,10 +37,11 @@ def register() -> None:
     logger = init_logger(f"vllm.{__name__}")
     if warning := versions.version_warning():
         logger.warning("nvfp4: %s; please report what breaks", warning)
-    if METHOD_NAME in quantization.QUANTIZATION_METHODS:
-        logger.info("nvfp4: vLLM has a method of this name; this plugin serves it instead")
-        _remove_builtin_method(quantization)
-    quantization.register_quantization_config(METHOD_NAME)(_lazy_config_class())
+    for name in METHOD_NAMES:
+        if name in quantization.QUANTIZATION_METHODS:
+            logger.info("%s: vLLM has a method of this name; this plugin serves it instead", name)
+            _remove_builtin_method(quantization, name)
+        quantization.register_quantization_config(name)(_lazy_config_class(name))
     _patch_engine_args()
     _patch_kv_cache_dtype()
     _patch_legacy_modelopt()
@@ -46,10 +51,11 @@ def register() -> None:
     _registered = True
 
 
-def _lazy_config_class() -> type:
+def _lazy_config_class(name: str) -> type:
     """A config class that imports the real one, and with it vLLM's layers, only when it is used.
 
-    vLLM asks the config classes of all methods about every quantised checkpoint.
+    vLLM asks the config classes of all methods about every quantised checkpoint, and a user who
+    gave a name gets the model under that name.
     """
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -73,10 +79,10 @@ def _lazy_config_class() -> type:
         def override_quantization_method(
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> Any:
-            asked = user_quant == METHOD_NAME or (
-                user_quant is None and _claims_without_flag(hf_quant_cfg)
+            asked = user_quant == name or (
+                user_quant is None and name == METHOD_NAME and _claims_without_flag(hf_quant_cfg)
             )
-            return METHOD_NAME if asked else None
+            return name if asked else None
 
     return LazyNvFp4Config
 
@@ -93,17 +99,19 @@ def _claims_without_flag(quant_config: dict[str, Any]) -> bool:
         return False
 
 
-def _remove_builtin_method(quantization: Any) -> None:
-    """Take a built-in ``nvfp4`` out of vLLM's tables.
+def _remove_builtin_method(quantization: Any, name: str) -> None:
+    """Take a built-in method out of vLLM's tables.
 
     vLLM refuses an override whose name is one of its own methods, and answers its shorthands for
     online quantization before it asks for a registered config.
     """
     from vllm.config import quantization as online
 
-    names = tuple(n for n in get_args(quantization.QuantizationMethods) if n != METHOD_NAME)
+    names = tuple(n for n in get_args(quantization.QuantizationMethods) if n != name)
     quantization.QuantizationMethods = Literal[names]
-    getattr(online, "_ONLINE_SHORTHANDS", {}).pop(METHOD_NAME, None)
+    _replaced_shorthands[name] = getattr(online, "_ONLINE_SHORTHANDS", {}).pop(name, None)
+    shorthands = getattr(online, "ONLINE_QUANT_SHORTHAND_NAMES", ())
+    online.ONLINE_QUANT_SHORTHAND_NAMES = tuple(n for n in shorthands if n != name)
 
 
 def _patch_engine_args() -> None:
@@ -123,7 +131,8 @@ def _patch_engine_args() -> None:
 
     @functools.wraps(create_engine_config)
     def create_engine_config_with_options(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.quantization == METHOD_NAME:
+        _forget_shorthand(self)
+        if self.quantization in METHOD_NAMES:
             Options.resolve(self.additional_config)
         token = _additional_config.set(self.additional_config)
         try:
@@ -132,7 +141,7 @@ def _patch_engine_args() -> None:
             raise _checkpoint_error(error) or error from None
         finally:
             _additional_config.reset(token)
-        if getattr(config.model_config, "quantization", None) == METHOD_NAME:
+        if getattr(config.model_config, "quantization", None) in METHOD_NAMES:
             options = Options.resolve(config.additional_config)
             config.additional_config[METHOD_NAME] = options.non_default()
             fusion.install(config, options)
@@ -141,7 +150,8 @@ def _patch_engine_args() -> None:
 
     @functools.wraps(create_model_config)
     def create_model_config_that_asked(self: Any) -> Any:
-        asked = self.quantization == METHOD_NAME or (
+        _forget_shorthand(self)
+        asked = self.quantization in METHOD_NAMES or (
             self.quantization is None and Options.resolve().auto
         )
         token = _asked.set(asked)
@@ -152,6 +162,14 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _forget_shorthand(engine_args: Any) -> None:
+    """Take back what vLLM made of a name that was its own: in a process that has no plugins yet,
+    its arguments are resolved just before it loads them."""
+    shorthand = _replaced_shorthands.get(engine_args.quantization)
+    if shorthand is not None and engine_args.quantization_config == shorthand:
+        engine_args.quantization_config = None
 
 
 def _patch_kv_cache_dtype() -> None:
@@ -168,7 +186,7 @@ def _patch_kv_cache_dtype() -> None:
     @functools.wraps(resolve)
     def resolve_for_the_device(kv_cache_dtype: str, model_config: Any) -> str:
         resolved = resolve(kv_cache_dtype, model_config)
-        if getattr(model_config, "quantization", None) != METHOD_NAME:
+        if getattr(model_config, "quantization", None) not in METHOD_NAMES:
             return resolved
         from vllm_nvfp4.layers import kv_cache
 

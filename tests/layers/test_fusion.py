@@ -139,20 +139,70 @@ def test_fp8_layers_of_16_bits_stay_whole():
     assert "torch.ops.vllm_nvfp4.fp8_linear.default" in code
 
 
+def put_gpu(monkeypatch, name):
+    """A GPU of this name at cuda:0, and weights of 4096 and 4104 rows on it, without memory."""
+    device = Device(find_gpu(name), None, 0)
+    monkeypatch.setattr(cuda, "prepare", lambda *_: device)
+    monkeypatch.setitem(devices._devices, 0, device)
+    monkeypatch.setattr(ops, "_refusals", {})
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        return [
+            torch.empty(rows, 4096, dtype=torch.float8_e4m3fn, device="cuda:0")
+            for rows in (4096, 4104)
+        ]
+
+
 def test_how_fp8_layers_may_take_their_activations(monkeypatch):
     weight = torch.zeros(N, K).to(torch.float8_e4m3fn)
     assert ops.fp8_activation_bits(weight, torch.bfloat16, 8) == 16  # a CPU
     for gpu, bits in (("RTX 4090", 0), ("H200", 0), ("A100-SXM4-80GB", 16)):
-        device = Device(find_gpu(gpu), None, 0)
-        monkeypatch.setattr(cuda, "prepare", lambda *_, found=device: found)
-        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            on_gpu = torch.empty(N, K, dtype=torch.float8_e4m3fn, device="cuda")
-            odd = torch.empty(N + 8, K, dtype=torch.float8_e4m3fn, device="cuda")
+        on_gpu, odd = put_gpu(monkeypatch, gpu)
         assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 0) == bits
         assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 8) == (bits or 8)
         assert ops.fp8_activation_bits(on_gpu, torch.bfloat16, 16) == 16
         assert ops.fp8_activation_bits(on_gpu, torch.float16, 0) == 16
         assert ops.fp8_activation_bits(odd, torch.bfloat16, 0) == 16
+
+
+@pytest.mark.parametrize(
+    ("refused", "wanted", "bits"),
+    [
+        (lambda m, bias: m <= 256, 8, 16),
+        (lambda m, bias: m <= 16, 0, 0),  # the batch sizes of 8 bits are larger
+        (lambda m, bias: m > 256, 0, 16),
+        (lambda m, bias: bias is not None, 8, 16),
+        (lambda m, bias: False, 8, 8),
+    ],
+)
+def test_fp8_layers_that_the_library_refuses_keep_16_bits(refused, wanted, bits, monkeypatch):
+    weight, _ = put_gpu(monkeypatch, "H100 80GB HBM3")
+    sizes, said = [], []
+
+    def product(q, a_scale, weight, row_scale, bias, dtype):
+        sizes.append(len(q))
+        if refused(len(q), bias):
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling\n cublasLtMatmul")
+        return torch.empty(0)
+
+    monkeypatch.setattr(ops, "multiply_fp8_a8", product)
+    monkeypatch.setattr(ops.logger, "warning", lambda line, *values: said.append(line % values))
+    assert ops.fp8_activation_bits(weight, torch.bfloat16, wanted) == bits
+    lines = [line.partition(": torch._scaled_mm refuses ")[0] for line in said]
+    assert lines == (["nvfp4: FP8 layers of [4096, 4096] run in W8A16"] if bits == 16 else [])
+    tried = len(sizes)
+    assert ops.fp8_activation_bits(weight, torch.bfloat16, wanted) == bits
+    assert len(sizes) == tried  # once for each shape
+
+
+def test_a_lack_of_memory_is_no_refusal(monkeypatch):
+    weight, _ = put_gpu(monkeypatch, "H100 80GB HBM3")
+
+    def product(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "multiply_fp8_a8", product)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.fp8_activation_bits(weight, torch.bfloat16, 8)
 
 
 def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
@@ -172,9 +222,9 @@ def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
     ("arch", "is_fp8", "bits", "path"),
     [
         (89, False, 0, "CUDA kernel, W4A16 or W4A8 by the batch size"),
-        (86, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
-        (90, False, 0, "CUDA kernel, W4A16 (no FP8 mma.sync here)"),
-        (90, False, 8, "CUDA kernel, W4A8 (slow: FP8 mma.sync is emulated here)"),
+        (86, False, 0, "CUDA kernel, W4A16 for every batch size (sm_86 has no FP8 mma.sync)"),
+        (90, False, 0, "CUDA kernel, W4A16 for every batch size (sm_90 emulates FP8 mma.sync)"),
+        (90, False, 8, "CUDA kernel, W4A8 (slow: sm_90 emulates FP8 mma.sync)"),
         (89, False, 8, "CUDA kernel, W4A8"),
         (89, True, 0, "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size"),
         (86, True, 16, "Triton kernel, W8A16"),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from packaging.version import Version
+
 from vllm_nvfp4.compat import versions
 
 _16_BITS = ("auto", "float16", "bfloat16")
@@ -66,6 +68,12 @@ def cpu_obstacle(dtype: str, head_size: int | None, is_latent: bool = False) -> 
     if head_size is None or head_size % 32:
         return f"vLLM's CPU backend needs a head size that is a multiple of 32, found {head_size}"
     return None
+
+
+def has_nvfp4(arch: int) -> bool:
+    """Whether vLLM takes ``--kv-cache-dtype nvfp4`` on a GPU of this architecture, by its code:
+    through FlashInfer, from 0.32 on, on 8.x, 9.x and 12.x."""
+    return versions.vllm_version() >= Version("0.32") and arch // 10 in (8, 9, 12)
 
 
 def refusal(where: str, obstacle: str) -> ValueError:

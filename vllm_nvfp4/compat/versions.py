@@ -219,6 +219,20 @@ def device_arch() -> int | None:
     return None if capability is None else capability[0] * 10 + capability[1]
 
 
+def allow_amx() -> None:
+    """Ask Linux for this process's use of AMX tiles, where the CPU has them.
+
+    vLLM's attention for CPUs takes them without asking. oneDNN asks before its first BF16 product,
+    but where every product is one of this plugin's there is none, and the process would end with
+    an illegal instruction.
+    """
+    import torch
+
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if is_supported():
+        torch.cpu._init_amx()
+
+
 def inductor_pass_class() -> Any:
     """The base class of passes over a graph that vLLM compiles."""
     from vllm.compilation.passes.inductor_pass import InductorPass

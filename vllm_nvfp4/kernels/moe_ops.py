@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
@@ -43,10 +44,15 @@ def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> Non
         ops.warm_up(device, fmt, activation_bits)
 
 
-def describe_experts_path(device_type: str, activation_bits: int) -> str:
-    """In a few words, for the log: which kernel runs routed experts on this device."""
-    if device_type == "cpu":
+def describe_experts_path(device_type: str, arch: int | None, activation_bits: int) -> str:
+    """In a few words, for the log: which kernel runs routed experts on this device.
+
+    arch, activation_bits: as in :func:`ops.describe_path`
+    """
+    if device_type == "cpu" or arch is None:
         return f"CPU kernel, W4A{activation_bits or 16}, one expert after another"
+    if not activation_bits and not has_fp8_mma(arch):
+        return f"grouped {ops.describe_path(device_type, arch, False, activation_bits)}"
     if activation_bits:
         return f"grouped CUDA kernel, W4A{activation_bits}"
     return "grouped CUDA kernel, W4A16 or W4A8 by the tokens per expert"

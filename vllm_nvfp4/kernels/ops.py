@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,12 @@ from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
+
+# Under vLLM's logger, so that its handlers print it.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+# Batch sizes at which torch's FP8 product is tried: the library chooses its kernel by them.
+_TRIED_TOKENS = (1, 16, 32, 64, 128, 256, 512)
 
 LIBRARY = torch.library.Library("vllm_nvfp4", "DEF")
 LIBRARY.define(
@@ -113,11 +120,16 @@ def describe_path(device_type: str, arch: int | None, is_fp8: bool, activation_b
             0: "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size",
         }[activation_bits]
     if not activation_bits and not has_fp8_mma(arch):
-        return "CUDA kernel, W4A16 (no FP8 mma.sync here)"
+        return f"CUDA kernel, W4A16 for every batch size ({_no_fp8_mma(arch)})"
     if activation_bits == 8 and not has_fp8_mma(arch):
-        return "CUDA kernel, W4A8 (slow: FP8 mma.sync is emulated here)"
+        return f"CUDA kernel, W4A8 (slow: {_no_fp8_mma(arch)})"
     by_size = "W4A16 or W4A8 by the batch size"
     return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
+
+
+def _no_fp8_mma(arch: int) -> str:
+    """Why 8-bit activations gain nothing on an architecture."""
+    return f"sm_{arch} has no FP8 mma.sync" if arch < 89 else f"sm_{arch} emulates FP8 mma.sync"
 
 
 def linear(
@@ -244,8 +256,8 @@ def multiply_fp8_a8(
 
 
 def fp8_activation_bits(weight: torch.Tensor, dtype: torch.dtype, wanted: int) -> int:
-    """How :func:`fp8_linear` is to take a layer's activations: ``wanted``, or 16 where the device
-    or the shape can do no other.
+    """How :func:`fp8_linear` is to take a layer's activations: ``wanted``, or 16 where the device,
+    the shape or torch's library can do no other. For the time when weights load: it may multiply.
 
     weight: [N, K] float8_e4m3fn, on its device; dtype: of the activations
     wanted: 16, 8 or 0, what the checkpoint and the option ``activation`` ask for
@@ -254,7 +266,41 @@ def fp8_activation_bits(weight: torch.Tensor, dtype: torch.dtype, wanted: int) -
         return 16
     # With scales per token and row, torch's product gives bf16 alone.
     can_do = dtype == torch.bfloat16 and not any(size % 16 for size in weight.shape)
-    return wanted if can_do and backend("cuda").has_fp8(weight.device) else 16
+    if not can_do or not backend("cuda").has_fp8(weight.device):
+        return 16
+    n, k = weight.shape
+    refusal = _refusals.get(key := (weight.device, n, k, wanted))
+    if refusal is None:
+        refusal = _refusals[key] = library_refusal(weight, dtype, wanted)
+        if refusal:
+            logger.warning("nvfp4: FP8 layers of [%d, %d] run in W8A16: %s", n, k, refusal)
+    return 16 if refusal else wanted
+
+
+_refusals: dict[tuple[torch.device, int, int, int], str] = {}
+
+
+def library_refusal(weight: torch.Tensor, dtype: torch.dtype, activation_bits: int) -> str:
+    """What torch's product with 8-bit activations says for this weight, empty where it runs.
+
+    On some GPUs cuBLASLt has no kernel for scales per row and few tokens. Tried with and without
+    a bias, at batch sizes that :func:`fp8_linear` would give it.
+    """
+    n, k = weight.shape
+    row_scale = weight.new_ones(n, dtype=torch.float32)
+    bias = weight.new_zeros(n, dtype=dtype)
+    for m in _TRIED_TOKENS:
+        if not fp8_takes_8_bits(weight.device, m, n, k, activation_bits):
+            continue
+        q, a_scale = weight.new_zeros(m, k), weight.new_ones(m, 1, dtype=torch.float32)
+        try:
+            for maybe_bias in (None, bias):
+                multiply_fp8_a8(q, a_scale, weight, row_scale, maybe_bias, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return f"torch._scaled_mm refuses {m} tokens: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def fp8_takes_8_bits(

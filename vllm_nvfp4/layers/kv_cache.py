@@ -29,6 +29,15 @@ _PAST = 1 + 2**-6
 class NvFp4KVCacheMethod(BaseKVCacheMethod):
     """Loads k_scale and v_scale, which vLLM's base class does, and has K and V rounded to FP8."""
 
+    def create_weights(self, layer: torch.nn.Module) -> None:
+        # Of the model's own type, which is torch's default now, they would lose 16 of 24 bits.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            super().create_weights(layer)
+        finally:
+            torch.set_default_dtype(default)
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
         is_e4m3 = layer.kv_cache_dtype in ("fp8", "fp8_e4m3")

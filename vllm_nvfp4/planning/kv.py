@@ -15,6 +15,10 @@ from vllm_nvfp4.planning.shapes import DecoderShape
 # vLLM's defaults: tokens in a block on a GPU, and steps in flight with asynchronous scheduling.
 BLOCK_SIZE = 16
 STEPS_IN_FLIGHT = 2
+# An NVFP4 cache has an E4M3 scale for each block of a head's elements.
+_NVFP4_BLOCK = 16
+# What FlashInfer's attention has, but for 64, at which vLLM refuses an NVFP4 cache.
+_NVFP4_HEAD_SIZES = (128, 256, 512)
 
 
 def token_bytes(shape: DecoderShape, bits: int, cards: int = 1) -> int:
@@ -22,11 +26,30 @@ def token_bytes(shape: DecoderShape, bits: int, cards: int = 1) -> int:
 
     2 * heads * head_dim * bits / 8, or (rank + rope) * bits / 8 with latent attention. A card has
     at least one key-value head; a latent is on every card.
+
+    bits: 16, 8, or 4 for NVFP4, whose scales make it 4.5
     """
     if shape.latent:
         return (shape.latent.rank + shape.latent.rope) * bits // 8
     heads = max(shape.num_key_value_heads // cards, 1)
-    return 2 * heads * shape.head_dim * bits // 8
+    scales = shape.head_dim // _NVFP4_BLOCK if bits == 4 else 0
+    return 2 * heads * (shape.head_dim * bits // 8 + scales)
+
+
+def nvfp4_obstacle(shape: DecoderShape) -> str | None:
+    """Why vLLM refuses ``--kv-cache-dtype nvfp4`` for the model, or None.
+
+    From 0.32 on it has one through FlashInfer, on compute capability 8.x, 9.x and 12.x for heads
+    of 128, 256 or 512 elements, without attention sinks (v1/attention/backends/flashinfer.py).
+    """
+    if shape.latent:
+        return "it has latent attention"
+    if shape.family == "gpt_oss":
+        return "it has attention sinks"
+    if shape.head_dim not in _NVFP4_HEAD_SIZES:
+        sizes = ", ".join(map(str, _NVFP4_HEAD_SIZES))
+        return f"its attention heads have {shape.head_dim} elements, not one of {sizes}"
+    return None
 
 
 def groups_of(shape: DecoderShape) -> tuple[int, dict[int, int]]:
@@ -37,6 +60,8 @@ def groups_of(shape: DecoderShape) -> tuple[int, dict[int, int]]:
     a kind is padded.
     """
     kinds = Counter(shape.windows)
+    if not kinds:
+        return 0, {}
     size = min(kinds.values())
     if max(kinds.values()) < 1.5 * size:
         size = max(kinds.values())
@@ -67,7 +92,9 @@ def sequence_bytes(
 ) -> int:  # fmt: skip
     """Bytes on one card that vLLM sets aside for one sequence of ``context`` tokens.
 
-    blocks_per_sequence * layers in a group * block_size * token_bytes
+    blocks_per_sequence * layers in a group * block_size * token_bytes, and the state of the layers
+    that have one, which is cut over the cards
     """
     block = groups_of(shape)[0] * block_size * token_bytes(shape, bits, cards)
-    return blocks_per_sequence(shape, context, step_tokens, block_size) * block
+    cached = blocks_per_sequence(shape, context, step_tokens, block_size) * block
+    return cached + math.ceil(shape.state_bytes / cards)
