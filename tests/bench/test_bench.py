@@ -20,6 +20,7 @@ from vllm_nvfp4.bench import limits, meters, page, results, variants
 from vllm_nvfp4.bench.meters import CpuMeter, Reading, Watch
 from vllm_nvfp4.bench.results import BATCH, RATE, Limit, Measurement, Results, VariantRecord
 from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.serving.arguments import plugin_options
 from vllm_nvfp4.serving.server import group_is_alive
 from vllm_nvfp4.testing import smollm2
 from vllm_nvfp4.testing.checkpoints import to_gpt_oss_mxfp4
@@ -238,8 +239,8 @@ def test_report_refuses(tmp_path: Path, capsys, content: str | None, message: st
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batches", "0,1"], "found '0'; needs a whole number from 1 on"),
-        (["--rates", "-1"], "found '-1'; needs requests per second above 0"),
+        (["--batches", "0,1"], "found '0'; needs a whole number, 1 or more"),
+        (["--rates", "-1"], "found '-1'; needs requests per second, above 0"),
         (["--goodput", "speed:1"], "needs NAME:MS with NAME of ttft, tpot, e2el"),
         (["--turns", "x"], "found 'x'; needs a whole number"),
     ],
@@ -302,11 +303,11 @@ def test_quantised_checkpoints_are_no_bf16(tmp_path: Path, tiny: Path):
 
 def test_options_are_read_from_both_forms_of_the_flag():
     flags = ["--additional-config", '{"nvfp4": {"lm_head": "fp8"}}', "--dtype", "half"]
-    assert variants.plugin_options(flags).lm_head == "fp8"
-    dotted = variants.plugin_options(["--additional-config.nvfp4.embedding", "nvfp4"])
+    assert plugin_options(flags).lm_head == "fp8"
+    dotted = plugin_options(["--additional-config.nvfp4.embedding", "nvfp4"])
     assert dotted.embedding == "nvfp4"
     with pytest.raises(ValueError, match="lm_head is 'int3'; needs one of"):
-        variants.plugin_options(["--additional-config.nvfp4.lm_head", "int3"])
+        plugin_options(["--additional-config.nvfp4.lm_head", "int3"])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])

@@ -9,7 +9,7 @@ import torch
 
 from vllm_nvfp4.checkpoints import detect, read_config
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER
-from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, Role
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.layers.weights import quantize_online
 from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
@@ -191,7 +191,23 @@ def test_missing_tensor(damaged, name):
     refused(folder, rf"{K_PROJ}\.{scale}: found no such tensor; the layer has", "again")
 
 
-@pytest.mark.parametrize("leaf", ["svdquant_lora_a", "pre_quant_scale", "weight_zero_point"])
+def test_a_tensor_that_no_list_speaks_of_and_that_has_a_place(damaged):
+    """The file decides: an AWQ scale is multiplied in, a scale of activations is of no use."""
+    extra = {f"{UP}.pre_quant_scale": torch.ones(64), f"{UP}.output_scale": torch.ones(())}
+    layers = {r.name: r for r in check(damaged(MODELOPT, lambda t: t.update(extra))).layers}
+    roles = {t.name: t.role for t in layers[UP].spec.tensors}
+    assert roles["pre_quant_scale"] is Role.PRE_SCALE
+    assert roles["output_scale"] is Role.UNUSED
+
+
+def test_an_awq_scale_beside_a_16_bit_weight(damaged):
+    def edit(tensors):
+        tensors["lm_head.pre_quant_scale"] = torch.ones(64)
+
+    refused(damaged(MODELOPT, edit), r"lm_head\.pre_quant_scale", "left out of the product")
+
+
+@pytest.mark.parametrize("leaf", ["svdquant_lora_a", "weight_zero_point"])
 def test_tensor_that_would_be_left_out_of_the_product(damaged, leaf):
     folder = damaged(MODELOPT, lambda t: t.update({f"{UP}.{leaf}": torch.ones(64)}))
     refused(folder, rf"{UP}\.{leaf}", "does not have", "left out of the product")
@@ -228,26 +244,16 @@ def test_unknown_quant_algo(tmp_path):
 
 
 @pytest.mark.parametrize("name", [MODELOPT, COMPRESSED])
-def test_half_a_fused_layer_in_16_bits(damaged, name):
+def test_a_shard_in_16_bits_is_one(damaged, name):
     def edit(tensors):
         for key in [k for k in tensors if k.startswith(K_PROJ + ".") and "k_scale" not in k]:
             del tensors[key]
         tensors[f"{K_PROJ}.weight"] = torch.zeros((64, 64), dtype=torch.bfloat16)
 
-    refused(damaged(name, edit), rf"{K_PROJ}", "BF16", "ignore list|again")
-
-
-def test_half_a_fused_layer_ignored_by_the_config(damaged):
-    def edit(tensors):
-        for key in [k for k in tensors if k.startswith(K_PROJ + ".")]:
-            del tensors[key]
-        tensors[f"{K_PROJ}.weight"] = torch.zeros((64, 64), dtype=torch.bfloat16)
-
-    folder = damaged(COMPRESSED, edit)
-    edit_json(folder / "config.json", lambda c: c["quantization_config"]["ignore"].append(K_PROJ))
-    refused(
-        folder, r"layers\.1\.self_attn\.qkv_proj: found q_proj nvfp4, k_proj BF16, v_proj nvfp4"
-    )
+    folder = damaged(name, edit)
+    formats = {layer.name: layer.format for layer in check(folder).layers}
+    assert formats[K_PROJ] == "BF16"
+    assert formats[K_PROJ.replace("k_proj", "q_proj")] == "nvfp4"
 
 
 def test_missing_shard_of_a_fused_layer(damaged):
@@ -255,7 +261,7 @@ def test_missing_shard_of_a_fused_layer(damaged):
         for key in [k for k in tensors if k.startswith("model.layers.1.mlp.gate_proj.")]:
             del tensors[key]
 
-    refused(damaged(MODELOPT, edit), "gate_up_proj: found up_proj nvfp4, no gate_proj", "alike")
+    refused(damaged(MODELOPT, edit), "gate_up_proj: found up_proj nvfp4, no gate_proj", "all there")
 
 
 def test_quantised_layer_that_the_config_ignores(tmp_path):
@@ -263,7 +269,8 @@ def test_quantised_layer_that_the_config_ignores(tmp_path):
     edit_json(
         folder / "config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*mlp.*")
     )
-    refused(folder, "mlp", r"a quantised weight \(U8", "leaves this layer out", "ignore list")
+    formats = {layer.format for layer in check(folder).layers if ".mlp." in layer.name}
+    assert formats == {"nvfp4"}  # the file decides
 
 
 def test_nothing_is_quantised_at_all(tmp_path):
@@ -271,7 +278,7 @@ def test_nothing_is_quantised_at_all(tmp_path):
     quantized = extract_fixture(COMPRESSED, tmp_path)
     quant_config = json.loads((quantized / "config.json").read_text())["quantization_config"]
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=quant_config))
-    refused(folder, "a BF16 weight, with the tensors weight; needed nvfp4")
+    refused(folder, "a BF16 weight, with the tensors weight, and no quantised.*; needed nvfp4")
 
 
 def test_config_names_a_layer_that_is_not_there(tmp_path):
@@ -281,13 +288,14 @@ def test_config_names_a_layer_that_is_not_there(tmp_path):
         folder / "config.json",
         lambda c: c["quantization_config"]["quantized_layers"].update(layers),
     )
-    refused(folder, r"model\.layers\.7\.mlp\.up_proj: found no such layer in the files")
+    formats = {layer.name: layer.format for layer in check(folder).layers}
+    assert next(iter(layers)) not in formats
     folder = extract_fixture("compressed_tensors/mixed-llama", tmp_path)
     edit_json(
         folder / "config.json",
         lambda c: c["quantization_config"]["config_groups"]["group_2"].update(targets=["a.b.c"]),
     )
-    refused(folder, "a.b.c: found no such layer")
+    assert "a.b.c" not in {layer.name for layer in check(folder).layers}
 
 
 def test_layers_that_are_missing(tmp_path):

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from vllm_nvfp4.cli import chat, main
+from vllm_nvfp4.testing.checkpoints import extract_fixture
 
 MODEL = "echo"
 
@@ -150,7 +151,7 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(echo, capsys):
     assert f"does not serve other; it serves {MODEL}" in capsys.readouterr().err
 
 
-def test_a_server_started_for_the_chat_gets_the_flags(echo, monkeypatch, capsys):
+def test_a_server_started_for_the_chat_gets_the_flags(echo, monkeypatch, capsys, tmp_path):
     started = []
 
     class FakeServer:
@@ -171,9 +172,10 @@ def test_a_server_started_for_the_chat_gets_the_flags(echo, monkeypatch, capsys)
             started.append("ready")
 
     monkeypatch.setattr(chat, "Server", FakeServer)
-    args = ["chat", "folder", "--prompt", "hi", "--", "--max-model-len", "64"]
+    folder = str(extract_fixture("modelopt/w4a16-llama", tmp_path))
+    args = ["chat", folder, "--prompt", "hi", "--", "--max-model-len", "64"]
     assert main.main(args) == 0
-    assert started == [["folder", "--max-model-len", "64"], "ready", "stopped"]
+    assert started == [[folder, "--max-model-len", "64"], "ready", "stopped"]
     captured = capsys.readouterr()
     assert captured.out == "1 hi\n"
     assert "default" in captured.err

@@ -18,7 +18,9 @@ from vllm_nvfp4.cli import doctor, main, serve
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat import versions as vllm_versions
 from vllm_nvfp4.serving import host as serving_host
-from vllm_nvfp4.serving.host import Host, add_defaults, given_flags
+from vllm_nvfp4.serving.arguments import read_flags
+from vllm_nvfp4.serving.host import Host, add_defaults
+from vllm_nvfp4.serving.server import free_port
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
@@ -115,21 +117,39 @@ def test_flags_of_a_config_file_count_as_given(tmp_path: Path):
     assert add_defaults(["m", f"--config={path}"], CPU, {})[1] == []
     path.write_text("- a list\n")
     with pytest.raises(ValueError, match="found list; needed `flag: value`"):
-        given_flags(["--config", str(path)])
+        read_flags(["--config", str(path)])
     with pytest.raises(ValueError, match="no such file"):
-        given_flags(["--config", str(tmp_path / "missing.yaml")])
+        read_flags(["--config", str(tmp_path / "missing.yaml")])
 
 
 def test_serve_becomes_vllm_with_every_flag_in_place(monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
     monkeypatch.setattr(Host, "this", classmethod(lambda cls: GPU))
-    flags = ["--port", "8001", "--additional-config", '{"nvfp4": {}}', "MODEL", "-tp", "2"]
+    flags = [
+        "--port",
+        str(free_port()),
+        "--additional-config",
+        '{"nvfp4": {}}',
+        "MODEL",
+        "-tp",
+        "2",
+    ]
     main.main(["serve", *flags])
     [(program, command, _)] = started
     assert program == sys.executable
-    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[1:4] == ["-m", "vllm_nvfp4.serving.launch", "serve"]
     assert command[4:] == [*flags, "--quantization", "nvfp4"]
+
+
+@pytest.mark.parametrize(("host", "expected"), [(CPU, "0"), (GPU, None)])
+def test_on_a_cpu_later_starts_reuse_what_the_first_compiled(monkeypatch, host, expected):
+    monkeypatch.setattr(Host, "this", classmethod(lambda cls: host))
+    _, environ, notes = serving_host.command_line(["m"], {})
+    assert environ.get("VLLM_USE_AOT_COMPILE") == expected
+    assert any("VLLM_USE_AOT_COMPILE=0" in note for note in notes) == (expected == "0")
+    _, environ, notes = serving_host.command_line(["m"], {"VLLM_USE_AOT_COMPILE": "1"})
+    assert environ["VLLM_USE_AOT_COMPILE"] == "1"
 
 
 def test_no_compile_names_the_missing_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -250,7 +270,7 @@ def test_doctor_says_which_kv_caches_a_gpu_has(capability, vllm, path, monkeypat
 def test_doctor_says_what_shuts_the_plugin_out():
     result = run_command("doctor", VLLM_PLUGINS="another")
     assert result.returncode == 1
-    assert "shut out by VLLM_PLUGINS=another" in result.stdout
+    assert "VLLM_PLUGINS=another keeps vLLM from loading it" in result.stdout
     assert "-> add nvfp4 to VLLM_PLUGINS" in result.stdout
 
 
@@ -267,7 +287,7 @@ def test_doctor_reads_the_gpu_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(doctor, "_check_driver", lambda driver: iter(()))
     monkeypatch.setenv("PATH", str(tmp_path))
     [check] = doctor.check_gpu()
-    assert (check.status, check.found) == ("fail", "nvidia-smi is not there")
+    assert (check.status, check.found) == ("fail", "nvidia-smi was not found")
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "cuda", "13.0")
         [check] = doctor.check_gpu()

@@ -2,6 +2,7 @@
 """``vllm-nvfp4 inspect``: what it shows, and what it does not import."""
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -232,3 +233,23 @@ def test_routers_stay_as_they_are(tmp_path, capsys):
     for family, name in (("mixtral", "block_sparse_moe.gate"), ("qwen3_moe", "mlp.gate")):
         rows = run_json(capsys, str(write_model(tmp_path / family, family)))["layers"]
         assert [row["path"] for row in rows if row["name"].endswith(name)] == ["vLLM, BF16"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("name", ["modelopt/mixed-llama", "fp_quant/mxfp4-llama"])
+def test_a_terminal_of_80_columns_gets_paragraphs(tmp_path, monkeypatch, name):
+    folder = extract_fixture(name, tmp_path)
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    assert run(str(folder)) == 0
+    lines = out.getvalue().splitlines()
+    assert [x for x in lines if len(x) > 80 and str(tmp_path) not in x] == []
+    assert "model.layers.{0-1}.self_attn.q_proj" in lines
+    assert "bits per weight" in out.getvalue()
+    assert lines[-1].startswith(("all", "lm_head is"))

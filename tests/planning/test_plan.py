@@ -23,6 +23,8 @@ from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import model as planning
+from vllm_nvfp4.planning import pictures
+from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.kv import nvfp4_obstacle
 from vllm_nvfp4.planning.shapes import ROUTER, Latent, built_in, find_shape
 from vllm_nvfp4.testing.checkpoints import extract_fixture
@@ -180,8 +182,8 @@ def test_70b_in_nvfp4_does_not_fit_24_gb(capsys):
     assert bits * 4 / 8 == pytest.approx(35e9, rel=0.01)
     assert bits * 4.5 / 8 == pytest.approx(39.7e9, rel=0.01)
     found = plan(capsys, "Llama-3.1-70B", "--gpu", "RTX 4090")
-    row = found["formats"][-1]
-    assert row["cards"] == 2
+    row = found["formats"][0]
+    assert (row["setup"]["fmt"], row["cards"], row["recommended"]) == ("nvfp4", 2, True)
     assert planning.weights_of(shape, "nvfp4").total == pytest.approx(42.7e9, rel=0.01)
     assert row["longest_context"] >= 8192
     assert found["bf16_on_a100"]["cards"] == 2
@@ -217,7 +219,7 @@ def test_every_limit_follows_from_the_printed_terms(args, capsys):
 
 
 def test_a_dense_limit_by_hand(capsys):
-    row = plan(capsys, "Qwen3-8B", "--gpu", "RTX 4090", "--kv-bits", "16")["formats"][0]
+    row = plan(capsys, "Qwen3-8B", "--gpu", "RTX 4090", "--kv-bits", "16")["bf16_on_the_same_card"]
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     read = 2 * (36 * layer + 151936 * 4096 + norms) + 8192 * 36 * 2 * 8 * 128 * 2
@@ -328,6 +330,7 @@ def test_a_quantised_checkpoint_is_planned_as_it_is(tmp_path, capsys):
     found = plan(capsys, str(folder), "--accuracy", "high", "--context", "128")
     row = found["formats"][0]
     assert row["setup"]["fmt"] == "checkpoint"
+    assert row["recommended"]
     totals = {r["setup"]["fmt"]: r["weight_bytes"]["linear"] for r in found["formats"]}
     assert totals["nvfp4"] < totals["checkpoint"] < totals["bf16"]
     assert "as it is" in found["reason"]
@@ -356,8 +359,8 @@ def test_the_printed_command_is_taken_by_vllm_s_own_parser(args, capsys):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     assert main(["plan", *args]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    words = shlex.split(line)
+    text = capsys.readouterr().out
+    words = shlex.split(text[text.rindex("  vllm-nvfp4 serve") :])
     assert words[:2] == ["vllm-nvfp4", "serve"]
     parser = FlexibleArgumentParser()
     server = ServeSubcommand()
@@ -366,9 +369,12 @@ def test_the_printed_command_is_taken_by_vllm_s_own_parser(args, capsys):
     server.validate(parsed)
     found = plan(capsys, *args)
     setup = found["recommended"]["setup"]
-    assert parsed.model_tag == found["hub"]
+    assert words == shlex.split(found["command"])
+    of_nvfp4 = built_in()[args[0]].get("nvfp4", found["hub"])
+    assert parsed.model_tag == (found["hub"] if setup["attention"] else of_nvfp4)
     assert parsed.max_model_len == found["context"]
-    assert parsed.max_num_seqs == found["concurrency"]
+    most = found["recommended"]["most_sequences"]
+    assert parsed.max_num_seqs == max(found["concurrency"], min(most, 64), 2)
     assert parsed.tensor_parallel_size == setup["cards"]
     assert parsed.kv_cache_dtype == {8: "fp8", 16: "bfloat16"}[setup["kv_bits"]]
     options = Options.resolve(parsed.additional_config)
@@ -393,10 +399,18 @@ def test_pictures_are_written_where_asked(tmp_path, capsys):
 # --- wrong input --------------------------------------------------------------------------------
 
 
+def status_of(args: list[str]) -> int | str | None:
+    try:
+        return main(args)
+    except SystemExit as ended:
+        return ended.code
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["Qwen3-8B", "--gpu", "RTX 9"], "cards:"),
+        (["Qwen3-8B", "--gpu", "an abacus"], "cards:"),
+        (["Qwen3-8B", "--gpu", "RTX 4990"], "did you mean GeForce RTX 4090"),
         (["Qwen3-8B", "--context", "99999999"], "takes 1 to 40960"),
         (["Qwen3-8B", "--prompt", "9000"], "1 to 8192"),
         (["Qwen3-8B", "--concurrency", "0"], "1 or more"),
@@ -408,7 +422,7 @@ def test_pictures_are_written_where_asked(tmp_path, capsys):
     ],
 )
 def test_wrong_input_says_what_is_accepted(args, words, capsys):
-    assert main(["plan", *args]) == 1
+    assert status_of(["plan", *args]) in (1, 2)
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -421,7 +435,7 @@ _AWQ = {**built_in()["Qwen3-8B"]["config"], "quantization_config": {"quant_metho
     ("config", "words"),
     [
         (None, "config.json"),
-        ('{"model_type": "mamba"}', "plan knows llama"),
+        ('{"model_type": "mamba"}', "no *.safetensors file"),
         ('{"model_type": "llama", "hidden_size": -1}', "hidden_size=-1; needs a positive"),
         (json.dumps(_AWQ), "one of modelopt"),
     ],
@@ -441,3 +455,109 @@ def test_plan_imports_no_torch():
         "sys.exit('torch' in sys.modules or 'vllm' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["Qwen3-8B", "--details", "--all-cards"],
+        ["Llama-3.1-70B", "--gpu", "4070", "--concurrency", "3", "--details"],
+        ["Qwen3-32B", "--context", "16000", "--accuracy", "high"],
+        ["Gemma3-27B", "--gpu", "RTX 4090 Laptop GPU", "--all-cards"],
+        ["Llama-3.1-70B", "--gpu", "RTX 4070", "--context", "128k", "--concurrency", "64"],
+    ],
+    ids=" ".join,
+)
+def test_it_prints_for_80_columns(args, capsys):
+    assert main(["plan", *args]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert "not measured" in " ".join(text.split())
+    assert ("max(" in text) == ("--details" in args)
+
+
+@pytest.mark.parametrize(
+    "args", [["Qwen3-8B"], ["Llama-3.1-70B"], ["Qwen3-32B", "--context", "16k"]]
+)
+def test_the_recommendation_is_the_first_row_and_all_rows_are_of_the_same_cards(args, capsys):
+    found = plan(capsys, *args)
+    first, *others = found["formats"]
+    assert first["recommended"]
+    assert not any(row["recommended"] for row in others)
+    assert first == found["recommended"]
+    assert {(row["gpu"], row["cards"]) for row in found["formats"]} == {
+        (first["gpu"], first["cards"])
+    }
+    assert {row["setup"]["kv_bits"] for row in found["formats"]} == {first["setup"]["kv_bits"]}
+    same = found["bf16_on_the_same_card"]
+    assert (same["gpu"], same["setup"]["fmt"]) == (first["gpu"], "bf16")
+    assert main(["plan", *args]) == 0
+    table = [x for x in capsys.readouterr().out.splitlines() if x.startswith(("> recom", ">"))]
+    assert table[0].split()[0] == ">" + first["label"].split()[0]
+
+
+def test_what_does_not_fit_and_what_cannot_be_split_says_so(tmp_path, capsys):
+    assert main(["plan", "Llama-3.1-70B"]) == 0
+    assert "bf16                70.56   0.67  72.47  does not fit; needs 8 cards" in (
+        capsys.readouterr().out
+    )
+    config = built_in()["Llama-3.1-70B"]["config"] | {"intermediate_size": 28672 + 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = plan(capsys, str(tmp_path))
+    int4 = next(row for row in found["formats"] if row["setup"]["fmt"] == "int4")
+    assert int4["obstacle"] == "cannot be split over 2 cards"
+    assert int4["dollars_per_million_tokens"] is None
+
+
+def test_a_tight_fit_warns(capsys):
+    assert main(["plan", "Llama-3.1-70B"]) == 0
+    assert "Warning: only 0.3% of the memory is spare" in " ".join(capsys.readouterr().out.split())
+    found = plan(capsys, "Llama-3.1-70B")
+    assert found["warning"]
+    assert found["recommended"]["spare"] < 0.03
+    assert plan(capsys, "Qwen3-8B")["warning"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("RTX4090", "GeForce RTX 4090"),
+        ("4090", "GeForce RTX 4090"),
+        ("nvidia geforce rtx 4090", "GeForce RTX 4090"),
+        ("RTX 4060", "GeForce RTX 4060"),
+        ("4070ti super", "GeForce RTX 4070 Ti SUPER"),
+        ("rtx-4080-laptop", "GeForce RTX 4080 Laptop GPU"),
+        ("4060 mobile", "GeForce RTX 4060 Laptop GPU"),
+        ("L40", "L40"),
+        ("l40s", "L40S"),
+        ("RTX 4000 Ada", "RTX 4000 Ada Generation"),
+        ("RTX5000 Ada", "RTX 5000 Ada Generation"),
+        ("RTX 6000 Ada", "RTX 6000 Ada Generation"),
+        ("4060 Ti 16 GB", "GeForce RTX 4060 Ti"),
+        ("A100 40GB", "A100-SXM4-40GB"),
+        ("H100", "H100 80GB HBM3"),
+    ],
+)
+def test_cards_as_people_write_them(text, name):
+    assert find_card(text).name == name
+
+
+def test_every_axis_says_that_nothing_was_measured(tmp_path, capsys, monkeypatch):
+    labels = []
+    save = pictures._save
+
+    def keep(path, draw, title, size):
+        def and_read(axes):
+            draw(axes)
+            labels.append((axes.get_xlabel(), axes.get_ylabel()))
+
+        return save(path, and_read, title, size)
+
+    monkeypatch.setattr(pictures, "_save", keep)
+    assert main(["plan", "Qwen3-8B", "--plot", str(tmp_path)]) == 0
+    assert len(labels) == 3
+    for pair in labels:
+        assert "measured" in " ".join(pair).replace("not\nmeasured", "measured")

@@ -9,6 +9,7 @@ import torch
 
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.compat.flags import FlagError
 from vllm_nvfp4.quality.engine import Scores, check_room, engine_options, measure
 from vllm_nvfp4.quality.recorder import score
 from vllm_nvfp4.quality.report import as_json, table
@@ -168,7 +169,7 @@ def test_missing_folders_and_short_texts_are_named(models, tmp_path, capsys):
     assert "64 tokens" in error
     short.write_bytes(b"\xff\xfe")
     assert "UTF-8" in refused([quantised, "--text", short, *sizes], capsys)
-    assert "No such file" in refused([quantised, "--text", tmp_path / "no.txt", *sizes], capsys)
+    assert "no such file" in refused([quantised, "--text", tmp_path / "no.txt", *sizes], capsys)
     assert "255 or less" in refused([quantised], capsys)
     assert "--reference" in refused([quantised, "--max-ppl-increase", "1"], capsys)
 
@@ -201,5 +202,5 @@ def test_engine_flags_are_those_of_vllm_serve():
     flags = ["--kv-cache-dtype", "fp8", "--enforce-eager", "--tensor-parallel-size", "2"]
     expected = {"kv_cache_dtype": "fp8", "enforce_eager": True, "tensor_parallel_size": 2}
     assert engine_options(flags) == expected
-    with pytest.raises(SystemExit):
+    with pytest.raises(FlagError, match="no flag --no-such-flag"):
         engine_options(["--no-such-flag"])

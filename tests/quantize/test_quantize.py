@@ -513,7 +513,7 @@ def test_a_calibration_text_that_is_too_short_is_refused(models, tmp_path, capsy
     assert "150 tokens, 3 samples of 48; needed 4 samples, 192 tokens" in capsys.readouterr().err
     text.write_bytes(b"\xff\xfe latin")
     assert quantize(models("llama"), tmp_path / "out", "gptq", "--calibration", str(text)) == 1
-    assert "needed plain UTF-8 text" in capsys.readouterr().err
+    assert "needs plain UTF-8 text" in capsys.readouterr().err
     missing = str(tmp_path / "missing.txt")
     assert quantize(models("llama"), tmp_path / "out", "gptq", "--calibration", missing) == 1
     assert "missing.txt" in capsys.readouterr().err

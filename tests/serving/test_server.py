@@ -80,7 +80,7 @@ def test_a_child_that_ignores_signals_is_ended(start, monkeypatch):
     monkeypatch.setattr(serving, "_STOP_SECONDS", 0.5)
     with start(STUBBORN) as server:
         group = server._process.pid
-        while "child ready" not in server.last_line():
+        while "child ready" not in server.log.read_text():
             time.sleep(0.05)
     assert not group_is_alive(group)
 

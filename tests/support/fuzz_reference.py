@@ -50,7 +50,16 @@ def quantized_weights(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray 
 
 
 def _weight(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
-    scale = leaves["scales"] if "scales" in leaves else leaves["weight_scale"]
+    names = [name for name in ("scales", "weight_scale", "weight_scale_inv") if name in leaves]
+    scale = leaves[names[0]] if names else leaves["weight_scale"]
+    if codes.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8:
+        blocks = np.ldexp(1.0, scale.numpy().astype(np.int64) - 127)
+        return codes.double().numpy() * np.repeat(blocks, 32, -1)
+    if codes.dtype == torch.float8_e4m3fn and (tile := _tile(codes, scale)):
+        tiles = scale.double().numpy().astype(np.float32).astype(np.float64)
+        rows, cols = codes.shape
+        full = np.repeat(np.repeat(tiles, tile, 0)[:rows], tile, 1)[:, :cols]
+        return (codes.double().numpy() * full).astype(np.float32).astype(np.float64)
     if codes.dtype == torch.float8_e4m3fn:
         per_row = scale.double().numpy().reshape(-1, 1).astype(np.float32).astype(np.float64)
         return codes.double().numpy() * per_row
@@ -73,6 +82,15 @@ def _weight(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
     if divisor is not None:
         return value * np.float64(np.float32(1 / np.float64(divisor.float().item())))
     return value
+
+
+def _tile(codes: torch.Tensor, scale: torch.Tensor) -> int:
+    """The side of the squares that share one of the scales, 0 where they are no squares."""
+    if codes.dim() != 2 or scale.dim() != 2 or scale.numel() in (1, len(codes)):
+        return 0
+    sides = (128, 64, 32, 16, 256, 512)
+    fits = [b for b in sides if tuple(-(-s // b) for s in codes.shape) == tuple(scale.shape)]
+    return fits[0] if fits else 0
 
 
 def _stacked(leaf: str, leaves: dict[str, torch.Tensor]) -> np.ndarray | None:

@@ -27,7 +27,7 @@ from fuzz_files import Files, make_legacy_seed, make_seeds, write_files
 from fuzz_mutations import apply
 
 from vllm_nvfp4.checkpoints import detect, read_config
-from vllm_nvfp4.checkpoints.convert import fp8_to_rows, to_weight
+from vllm_nvfp4.checkpoints.convert import dequantize_layer, fp8_to_rows, to_weight
 from vllm_nvfp4.checkpoints.inventory import Inventory
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
@@ -70,7 +70,7 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
     weights = {}
     for layer in inventory.layers:
         spec, name = layer.spec, layer.name
-        if spec.kind not in (LayerKind.MICROSCALED, LayerKind.FP8):
+        if not spec.is_quantized:
             continue
         if spec.algo == "gpt-oss":
             weights |= _stacked(spec, name, tensors)
@@ -80,7 +80,10 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
             for t in spec.tensors
             if (f"{name}.{t.name}" if name else t.name) in tensors
         }
-        if spec.kind is LayerKind.FP8:
+        if spec.kind is LayerKind.WIDENED:
+            by_name = {t.name: stored[t.role] for t in spec.tensors if t.role in stored}
+            weights[name] = dequantize_layer(spec, by_name, name).double()
+        elif spec.kind is LayerKind.FP8:
             weight, row_scale = fp8_to_rows(spec, stored, [len(stored[Role.WEIGHT])], name)
             weights[name] = weight.double() * row_scale.double()[:, None]
         else:

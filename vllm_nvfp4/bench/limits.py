@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from vllm_nvfp4.bench.results import Limit
-from vllm_nvfp4.bench.variants import Variant, format_of, plugin_options
+from vllm_nvfp4.bench.variants import Variant, format_of
 from vllm_nvfp4.checkpoints.detect import SUPPORTED_METHODS, detect, method_name, read_config
 from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning.shapes import DecoderShape, as_stored, shape_of
+from vllm_nvfp4.serving.arguments import plugin_options
 
 
 def cpu_as_device(name: str, gbps: float) -> Gpu:

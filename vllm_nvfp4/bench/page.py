@@ -24,7 +24,10 @@ from vllm_nvfp4.bench.results import (
     rate_rows,
     ratios,
 )
+from vllm_nvfp4.bench.summary import first_sentence, reproduce_line
+from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.planning import pictures
+from vllm_nvfp4.serving.console import table_console
 
 PAGE_NAME = "report.html"
 _NONE = "-"
@@ -356,12 +359,14 @@ def write(runs: Mapping[str, Results], path: Path) -> Path:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
         raise ValueError(
-            'the page needs jinja2, which is not installed: pip install "vllm-nvfp4[pictures]"'
+            f"the page needs jinja2, which is not installed: {install_hint('pictures')}"
         ) from error
     environment = Environment(loader=PackageLoader("vllm_nvfp4.bench", "."), autoescape=True)
     single = next(iter(runs.values())) if len(runs) == 1 else None
     text = environment.get_template("report.html.j2").render(
         title=single.title if single else f"{len(runs)} runs side by side",
+        result=first_sentence(runs),
+        reproduce=reproduce_line,
         runs=runs,
         pictures=draw(runs),
         overview=[machine_table(runs)] if single else side_by_side(runs),
@@ -374,10 +379,9 @@ def write(runs: Mapping[str, Results], path: Path) -> Path:
 
 def print_tables(tables: Sequence[Table]) -> None:
     """To the terminal, numbers flush right."""
-    from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console(highlight=False)
+    console = table_console()
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", caption=table.note or None,
                           caption_justify="left")  # fmt: skip

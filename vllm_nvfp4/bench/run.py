@@ -25,6 +25,7 @@ from vllm_nvfp4.bench.variants import Variant
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving.arguments import read_flags
 from vllm_nvfp4.serving.progress import step
 from vllm_nvfp4.serving.server import Server, ServerError
 from vllm_nvfp4.testing import machine
@@ -98,6 +99,10 @@ class Bench:
         out: Path,
     ) -> None:
         self.settings, self.variants, self.meter, self.out = settings, variants, meter, out
+        # Servers on a CPU take a share of the memory that is free when they start: compared ones
+        # need the same.
+        this = host.Host.this()
+        self._kv_bytes = host.kv_cache_bytes(this) if this.is_cpu and len(variants) > 1 else None
         self._num_jobs = 0
         self._weighed: dict[str, limits.Weighed] = {}
         head = machine.provenance() | meter.describe() | {"cpu": machine.cpu_model()}
@@ -129,12 +134,14 @@ class Bench:
     def _args(self, variant: Variant) -> list[str]:
         """What follows ``vllm serve``; the user's own flags come last and win."""
         settings = self.settings
-        given = host.given_flags([*settings.flags, *variant.flags])
+        given = read_flags([*settings.flags, *variant.flags]).keys()
         defaults = {
             "--max-model-len": str(settings.max_model_len),
             "--max-num-seqs": str(max(64, *settings.batches)),
             "--seed": str(settings.seed),
         }
+        if self._kv_bytes and not given & host.KV_FLAGS and not os.environ.get(host.KV_VARIABLE):
+            defaults["--kv-cache-memory-bytes"] = str(self._kv_bytes)
         args = [str(variant.folder), "--no-enable-prefix-caching"]
         for flag, value in defaults.items():
             args += [flag, value] if flag not in given else []

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from vllm_nvfp4.checkpoints.detect import method_name
 from vllm_nvfp4.checkpoints.inventory import LINEAR
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.validate import validate
-from vllm_nvfp4.options import Options
 
 # What --against takes, each with its meaning: shown by --help and by the error for anything else.
 KINDS = {
@@ -107,27 +103,3 @@ def format_of(folder: Path, online: str) -> str:
             sizes[layer.format] = sizes.get(layer.format, 0) + layer.num_weights
     largest = max(sizes, key=lambda name: sizes[name], default="bf16")
     return largest if largest in _PLUGIN_FORMATS else "bf16"
-
-
-def plugin_options(flags: Sequence[str]) -> Options:
-    """The plugin's options of a server with these flags, read as the server will.
-
-    ``--additional-config`` is taken as JSON and in vLLM's dotted form,
-    ``--additional-config.nvfp4.lm_head fp8``.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--additional-config", default="{}")
-    for name in Options.__dataclass_fields__:
-        parser.add_argument(f"--additional-config.nvfp4.{name}", dest=name, default=None)
-    known, _ = parser.parse_known_args(list(flags))
-    values = dict(vars(known))
-    text = values.pop("additional_config")
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--additional-config {text}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--additional-config {text}: needs a JSON object")
-    Options.resolve(config)
-    dotted = {name: value for name, value in values.items() if value is not None}
-    return Options.resolve({"nvfp4": config.get("nvfp4", {}) | dotted})

@@ -49,6 +49,19 @@ _NVFP4_TENSORS = (
 )
 _MXFP4_TENSORS = (_CODES, TensorSpec("weight_scale", Role.BLOCK_SCALE, ("U8",)), _INPUT_SCALE)
 
+
+def _nvfp4(bits: int) -> LayerSpec:
+    return LayerSpec(LayerKind.MICROSCALED, NVFP4, _NVFP4_TENSORS, bits, algo=f"NVFP4 W4A{bits}")
+
+
+def _mxfp4(bits: int) -> LayerSpec:
+    return LayerSpec(LayerKind.MICROSCALED, MXFP4, _MXFP4_TENSORS, bits, algo=f"MXFP4 W4A{bits}")
+
+
+NVFP4_W4A16, MXFP4_W4A16 = _nvfp4(16), _mxfp4(16)
+# What a format says by itself, where a configuration has no groups.
+_BY_LAYOUT = {"nvfp4-pack-quantized": NVFP4_W4A16, "mxfp4-pack-quantized": MXFP4_W4A16}
+
 _KV_SUFFIXES = {
     "self_attn.k_scale": "self_attn.attn.k_scale",
     "self_attn.v_scale": "self_attn.attn.v_scale",
@@ -56,6 +69,15 @@ _KV_SUFFIXES = {
 
 # Every linear layer of a model counts as one of these classes when a target is a class name.
 _LINEAR_CLASS = "Linear"
+
+
+class UnknownScheme(CheckpointError):
+    """A group of layers in a scheme that is not read here."""
+
+    def __init__(self, key: str, scheme: str) -> None:
+        self.scheme = scheme[:200]
+        todo = "Quantise the model again with one of these."
+        super().__init__(WHERE, key, scheme, "; ".join(SUPPORTED), todo)
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,11 @@ class CompressedTensorsDialect:
         return UNQUANTIZED
 
     def excludes(self, name: str) -> bool:
-        return any(self._matches_name(name, entry) for entry in self._ignore)
+        # A list made before the model was nested in another names lm_head alone.
+        return any(
+            self._matches_name(name, entry) or ("." not in entry and name.endswith(f".{entry}"))
+            for entry in self._ignore
+        )
 
     def _matches_name(self, name: str, pattern: str) -> bool:
         if pattern.startswith("re:"):
@@ -134,20 +160,30 @@ def _is_layer_path(entry: str) -> bool:
 
 def _parse_groups(config: Mapping[str, Any]) -> list[_Target]:
     groups = config.get("config_groups")
+    if groups is None and (spec := _BY_LAYOUT.get(str(config.get("format")))):
+        return [_Target(_LINEAR_CLASS, spec)]
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(
             WHERE, "config_groups", repr(groups), "at least one group", "Save the checkpoint again."
         )
     # A target that two groups name belongs to the later one, in the earlier one's place.
     table: dict[str, LayerSpec] = {}
+    refused: list[CheckpointError] = []
     for group_name, value in groups.items():
         key = f"config_groups.{group_name}"
         group = as_table(value, WHERE, key)
         targets = as_texts(group.get("targets"), WHERE, f"{key}.targets")
         if len(targets) == 1 and targets[0].endswith("Attention"):
             continue  # quantised attention: only its KV cache scales matter, and those are tensors
-        spec = _group_spec(group, key, config.get("format"))
+        try:
+            spec = _group_spec(group, key, config.get("format"))
+        except UnknownScheme as error:
+            # Its layers may be ones that nobody asks for, as a draft's.
+            refused.append(error)
+            spec = LayerSpec(LayerKind.OTHER, algo=error.scheme)
         table.update(dict.fromkeys(targets, spec))
+    if refused and all(spec.kind is LayerKind.OTHER for spec in table.values()):
+        raise refused[0]
     return [_Target(pattern, spec) for pattern, spec in table.items()]
 
 
@@ -169,15 +205,12 @@ def _group_spec(group: Mapping[str, Any], key: str, top_format: object) -> Layer
     if spec is not None:
         return spec
     inputs_text = f"{bits}-bit activations" if bits else "integer activations"
-    raise CheckpointError(
-        WHERE,
-        key,
+    scheme = (
         f"{weights.get('num_bits')}-bit {weights.get('type')} weights, strategy "
         f"{weights.get('strategy')}, group size {weights.get('group_size')}, symmetric "
-        f"{weights.get('symmetric', True)}, {inputs_text}, format {layout}",
-        "; ".join(SUPPORTED),
-        "Quantise the model again with one of these.",
+        f"{weights.get('symmetric', True)}, {inputs_text}, format {layout}"
     )
+    raise UnknownScheme(key, scheme)
 
 
 def _scheme_spec(weights: Mapping[str, Any], bits: int, layout: object) -> LayerSpec | None:
@@ -188,19 +221,27 @@ def _scheme_spec(weights: Mapping[str, Any], bits: int, layout: object) -> Layer
     group_size = weights.get("group_size")
     undecided = ("mixed-precision", None)  # the layout then follows from the scheme
     if (*scheme, group_size) == (4, "float", "tensor_group", 16):
-        spec = LayerSpec(
-            LayerKind.MICROSCALED, NVFP4, _NVFP4_TENSORS, bits, algo=f"NVFP4 W4A{bits}"
-        )
-        return spec if layout in ("nvfp4-pack-quantized", *undecided) else None
+        return _nvfp4(bits) if layout in ("nvfp4-pack-quantized", *undecided) else None
     if (*scheme, group_size) == (4, "float", "group", 32):
-        spec = LayerSpec(
-            LayerKind.MICROSCALED, MXFP4, _MXFP4_TENSORS, bits, algo=f"MXFP4 W4A{bits}"
-        )
-        return spec if layout in ("mxfp4-pack-quantized", *undecided) else None
+        return _mxfp4(bits) if layout in ("mxfp4-pack-quantized", *undecided) else None
+    if scheme[:3] == (8, "float", "block"):
+        return _FP8_TILES if layout in ("float-quantized", *undecided) else None
     if scheme[:2] == (8, "float") and scheme[2] in ("tensor", "channel") and bits >= 8:
         known = layout in ("float-quantized", "naive-quantized", *undecided)
         return _fp8_spec(scheme[2] == "channel", bits) if known else None
     return None
+
+
+# No kernel here multiplies weights that share a scale by squares.
+_FP8_TILES = LayerSpec(
+    LayerKind.WIDENED,
+    tensors=(
+        TensorSpec("weight", Role.WEIGHT, ("F8_E4M3",)),
+        TensorSpec("weight_scale", Role.TILE_SCALE, _FLOATS),
+        _INPUT_SCALE,
+    ),
+    algo="FP8 by squares",
+)
 
 
 def _fp8_spec(per_row: bool, activation_bits: int) -> LayerSpec:

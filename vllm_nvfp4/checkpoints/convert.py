@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from vllm_nvfp4.checkpoints.forms import tile_size
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
-from vllm_nvfp4.numerics.formats import BlockFormat
+from vllm_nvfp4.numerics.formats import MXFP4, BlockFormat
 from vllm_nvfp4.numerics.hadamard import rotate_blocks
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
@@ -202,9 +203,35 @@ def dequantize_layer(
     if spec.kind is LayerKind.FP8:
         weight, row_scale = fp8_to_rows(spec, roles, [len(roles[Role.WEIGHT])], layer)
         return (weight.double() * row_scale.double()[:, None]).float()
+    if spec.kind is LayerKind.WIDENED:
+        return _widened(spec, roles, layer)
     value = to_weight(spec, roles, [len(roles[Role.CODES])], layer).dequantize()
     if Role.PRE_SCALE in roles:
         value = value * roles[Role.PRE_SCALE].float()
     if Role.HADAMARD in roles:
         value = rotate_blocks(value, roles[Role.HADAMARD].float().T)
     return value
+
+
+def _widened(spec: LayerSpec, tensors: Mapping[Role, torch.Tensor], layer: str) -> torch.Tensor:
+    """W[n, k] = weight[n, k] * scale, one for a square or, in MXFP8, for 32 of a row."""
+    weight = tensors[Role.WEIGHT]
+    is_nan = (weight.view(torch.uint8) & 0x7F) == 0x7F
+    _refuse(is_nan, weight, f"{layer}.{_name(spec, Role.WEIGHT)}", "finite weights")
+    num_rows, num_cols = weight.shape
+    if (exponent := tensors.get(Role.BLOCK_SCALE)) is not None:
+        name = f"{layer}.{_name(spec, Role.BLOCK_SCALE)}"
+        check_block_scale(exponent, MXFP4, name)
+        exponent = exponent.view(torch.uint8).int() - 127
+        scale = torch.ldexp(torch.ones((), dtype=torch.float32), exponent)
+        return weight.float() * scale.repeat_interleave(MXFP4.block_size, 1)
+    tiles = tensors[Role.TILE_SCALE]
+    name = f"{layer}.{_name(spec, Role.TILE_SCALE)}"
+    side = tile_size(tuple(weight.shape), tuple(tiles.shape))
+    if not side:
+        needed = f"one value for each square of {num_rows} x {num_cols}"
+        raise CheckpointError("checkpoint", name, list(tiles.shape), needed, _REBUILD)
+    rows, cols = -(-num_rows // side), -(-num_cols // side)
+    scale = _positive(tiles, name).view(rows, cols)
+    scale = scale.repeat_interleave(side, 0)[:num_rows].repeat_interleave(side, 1)[:, :num_cols]
+    return weight.float() * scale

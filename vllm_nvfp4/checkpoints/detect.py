@@ -17,6 +17,7 @@ from vllm_nvfp4.checkpoints.online import OnlineDialect
 from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
 WHERE = "config.json (quantization_config)"
+LEGACY = "hf_quant_config.json"
 SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4")
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
@@ -86,13 +87,34 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             "Name a folder that holds a Hugging Face model.",
         )
     text_config = as_table(config.get("text_config"), "config.json", "text_config")
+    todo = "Restore the file from the checkpoint."
     for owner in (config, text_config):
         for key in ("quantization_config", "compression_config"):
             if owner.get(key):
-                return config, dict(as_table(owner[key], "config.json", key))
-    return config, _read_json(
-        folder, "hf_quant_config.json", "Restore the file from the checkpoint."
+                found = dict(as_table(owner[key], "config.json", key))
+                if lacks_table(found):
+                    found = _with_table(found, _read_json(folder, LEGACY, todo))
+                return config, found
+    return config, _read_json(folder, LEGACY, todo)
+
+
+def lacks_table(quant_config: Mapping[str, Any]) -> bool:
+    """Whether ModelOpt's table of layers is missing: some exports have it in LEGACY alone."""
+    body = quant_config.get("quantization", quant_config)
+    return (
+        method_name(quant_config).startswith("modelopt")
+        and isinstance(body, Mapping)
+        and str(body.get("quant_algo")).upper() == "MIXED_PRECISION"
+        and not body.get("quantized_layers")
     )
+
+
+def _with_table(quant_config: dict[str, Any], legacy: Mapping[str, Any] | None) -> dict[str, Any]:
+    body = as_table((legacy or {}).get("quantization"), LEGACY, "quantization")
+    table = body.get("quantized_layers")
+    if table and "quantization" not in quant_config:
+        return {**quant_config, "quantized_layers": table}
+    return dict(legacy) if legacy and table else quant_config
 
 
 def _read_json(folder: Path, name: str, todo: str) -> dict[str, Any] | None:

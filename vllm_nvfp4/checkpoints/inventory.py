@@ -19,7 +19,7 @@ class LayerRecord:
     """One layer as stored.
 
     part:       "linear", "lm_head", "embedding" or "other" (norms, biases, routers, convolutions)
-    format:     "nvfp4", "mxfp4", "fp8", or the dtype of a layer that is not quantised
+    format:     "nvfp4", "mxfp4", "fp8", "mxfp8", or the dtype of a layer that is not quantised
     shape:      of the weight: [N, K], or whatever the tensor has
     num_bytes:  of all its tensors
     files:      that hold them
@@ -83,13 +83,16 @@ def weight_of(
 def record(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> LayerRecord:
     """The record of a module from its tensors (leaf name -> header)."""
     header, shape = weight_of(tensors, spec)
-    is_quantized = spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8)
     stored = header.dtype if header else "none"
+    if spec.is_quantized:
+        # Of weights in FP8, those with a scale for 32 of a row are called by a name of their own.
+        is_mx = spec.kind is LayerKind.WIDENED and spec.tensor(Role.BLOCK_SCALE)
+        stored = spec.fmt.name if spec.fmt else "mxfp8" if is_mx else "fp8"
     return LayerRecord(
         name,
         part_of(name, shape),
         spec,
-        (spec.fmt.name if spec.fmt else "fp8") if is_quantized else stored,
+        stored,
         shape,
         sum(t.num_bytes for t in tensors.values()),
         tuple(sorted({t.file for t in tensors.values()})),

@@ -16,7 +16,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from vllm_nvfp4.checkpoints.fields import as_texts
+from vllm_nvfp4.checkpoints.fields import Patterns, as_texts
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -88,6 +88,21 @@ ALGOS: dict[str, LayerSpec] = {
 }
 SUPPORTED = (*ALGOS, "MIXED_PRECISION")
 
+# Of single layers beside NVFP4 ones: no kernel here multiplies these.
+_WIDENED: dict[str, LayerSpec] = {
+    "FP8_PB_WO": LayerSpec(
+        LayerKind.WIDENED,
+        tensors=(*_FP8_WEIGHT, TensorSpec("weight_scale", Role.TILE_SCALE, _FLOATS)),
+        algo="FP8_PB_WO",
+    ),
+    "MXFP8": LayerSpec(
+        LayerKind.WIDENED,
+        tensors=(*_FP8_WEIGHT, TensorSpec("weight_scale", Role.BLOCK_SCALE, ("U8",))),
+        algo="MXFP8",
+        scale_block=32,
+    ),
+}
+
 # Not in any exclude list before ModelOpt 0.39, and never quantised by it.
 _ALWAYS_UNQUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
 
@@ -112,11 +127,17 @@ class ModelOptDialect:
         self._excluded = as_texts(
             body.get("exclude_modules", body.get("ignore")), WHERE, "exclude_modules / ignore"
         )
+        self._patterns = Patterns(WHERE)
+        for entry in self._excluded:
+            if entry.startswith("re:"):
+                self._patterns.add(entry[3:])
         self._layers: dict[str, LayerSpec] = {}
         self._spec = UNQUANTIZED  # of a layer that _layers does not name
         group_size = body.get("group_size")
         if self.algo == "MIXED_PRECISION":
             self._layers = _layer_table(body.get("quantized_layers"))
+            if not self._layers:
+                self._spec = LayerSpec(LayerKind.OTHER, algo="MIXED_PRECISION without a table")
         else:
             self._spec = _with_group_size(self.algo, group_size, "group_size")
         self._is_settled = bool(group_size) or self._spec.fmt is None
@@ -130,15 +151,22 @@ class ModelOptDialect:
         if self.excludes(name):
             return UNQUANTIZED
         for candidate in _name_candidates(name) if self._layers else ():
-            if candidate in self._layers:
-                return self._layers[candidate]
+            while candidate:  # a layer, or a module that it is a part of
+                if candidate in self._layers:
+                    return self._layers[candidate]
+                candidate = candidate.rpartition(".")[0]
         return self._spec
 
     def excludes(self, name: str) -> bool:
         if self.algo != "MIXED_PRECISION" and any(part in name for part in _ALWAYS_UNQUANTIZED):
             return True
-        # A plain entry excludes every layer whose name contains it, a pattern what it matches.
-        return any(entry in name or fnmatchcase(name, entry) for entry in self._excluded)
+        return any(self._names(entry, name) for entry in self._excluded)
+
+    def _names(self, entry: str, name: str) -> bool:
+        """A plain entry names every layer whose name contains it, a pattern what it matches."""
+        if entry.startswith("re:"):
+            return self._patterns.matches(entry[3:], name)
+        return entry in name or fnmatchcase(name, entry)
 
     def named_layers(self) -> tuple[str, ...]:
         return tuple(self._layers)
@@ -160,15 +188,17 @@ class ModelOptDialect:
             return
 
     def rename(self, mapper: Any) -> None:
-        # "a.b*" means the tree rooted at a.b. A mapper only knows whole names, so it becomes the
-        # equivalent pair "a.b" and "a.b.*" first, as in vLLM's loader.
+        # "a.b*" means the tree rooted at a.b. A mapper only knows whole names, so the equivalent
+        # pair "a.b" and "a.b.*" comes first, as in vLLM's loader; the entry itself stays beside it.
+        patterns = [entry for entry in self._excluded if entry.startswith("re:")]
         entries: list[str] = []
         for entry in self._excluded:
+            if entry.startswith("re:"):
+                continue
             if len(entry) >= 2 and entry.endswith("*") and entry[-2] != ".":
                 entries += [entry[:-1], entry[:-1] + ".*"]
-            else:
-                entries.append(entry)
-        self._excluded = mapper.apply_list(entries)
+            entries.append(entry)
+        self._excluded = mapper.apply_list(entries) + patterns
         self._layers = mapper.apply_dict(self._layers)
 
 
@@ -209,7 +239,9 @@ def _with_group_size(algo: str, value: Any, key: str) -> LayerSpec:
 
 
 def _layer_table(value: object) -> dict[str, LayerSpec]:
-    if not isinstance(value, Mapping) or not value:
+    if not value and (value is None or isinstance(value, Mapping)):
+        return {}  # the tensors of a layer show what it is
+    if not isinstance(value, Mapping):
         raise CheckpointError(
             WHERE,
             "quantized_layers",
@@ -222,12 +254,26 @@ def _layer_table(value: object) -> dict[str, LayerSpec]:
         key = f"quantized_layers[{layer}]"
         if not isinstance(entry, Mapping):
             raise CheckpointError(WHERE, key, repr(entry), "a table with quant_algo", "Correct it.")
-        algo = _algo_name(entry.get("quant_algo"), f"{key}.quant_algo")
+        algo = str(entry.get("quant_algo") or "").upper()
+        if algo in ("UNQUANTIZED", "NONE"):
+            table[layer] = UNQUANTIZED
+            continue
+        if algo in _WIDENED:
+            table[layer] = _WIDENED[algo]
+            continue
+        if algo not in SUPPORTED:
+            # Its tensors may be of a form that is known, and the layer of a part that is not asked
+            # for, as a draft's.
+            table[layer] = LayerSpec(LayerKind.OTHER, algo=str(entry.get("quant_algo"))[:80])
+            continue
         if algo == "MIXED_PRECISION":
             raise CheckpointError(
                 WHERE, key, algo, "one of " + ", ".join(ALGOS), "Correct the file."
             )
         table[layer] = _with_group_size(algo, entry.get("group_size"), f"{key}.group_size")
+    if all(spec.kind is LayerKind.OTHER for spec in table.values()):
+        layer, spec = next(iter(table.items()))
+        _algo_name(spec.algo, f"quantized_layers[{layer}].quant_algo")
     return table
 
 

@@ -35,7 +35,7 @@ from vllm_nvfp4.numerics.formats import MXFP4
 
 _FLOATS = ("BF16", "F16", "F32")
 _BLOCK = MXFP4.block_size
-_SPEC = LayerSpec(
+SPEC = LayerSpec(
     LayerKind.MICROSCALED,
     MXFP4,
     (
@@ -61,7 +61,7 @@ class Mxfp4Dialect:
         return True
 
     def layer_spec(self, name: str) -> LayerSpec:
-        return _SPEC if "experts" in name.split(".") else UNQUANTIZED
+        return SPEC if "experts" in name.split(".") else UNQUANTIZED
 
     def excludes(self, name: str) -> bool:
         return any(word in name for word in self._ignore)
@@ -76,7 +76,7 @@ class Mxfp4Dialect:
         self._ignore = mapper.apply_list(self._ignore)
 
 
-def is_stacked(tensors: Mapping[str, TensorHeader]) -> bool:
+def is_stacked(tensors: Mapping[str, Any]) -> bool:
     """Whether a module's tensors are a layer of experts in this format, or a part of one."""
     return any(leaf.endswith(("_proj_blocks", "_proj_scales")) for leaf in tensors)
 
@@ -111,7 +111,7 @@ def stacked_record(
     num_bytes = sum(header.num_bytes for header in tensors.values())
     shape = (num_experts, 3 * inner, hidden)
     bias_bytes = sum(tensors[f"{leaf}_bias"].num_bytes for leaf in ("gate_up_proj", "down_proj"))
-    return LayerRecord(name, LINEAR, _SPEC, MXFP4.name, shape, num_bytes, files, bias_bytes)
+    return LayerRecord(name, LINEAR, SPEC, MXFP4.name, shape, num_bytes, files, bias_bytes)
 
 
 def _check(

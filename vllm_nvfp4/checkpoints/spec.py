@@ -7,10 +7,11 @@ torch, so that ``inspect`` and ``plan`` answer at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_nvfp4.numerics.formats import BlockFormat
 
@@ -30,6 +31,7 @@ class Role(Enum):
     WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
     BIAS = "bias"  # [N], added; where a format stacks it with the experts' weights
     ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
+    TILE_SCALE = "tile_scale"  # FP8: [N/b, K/b], one per square of b x b; multiplies
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LayerKind(Enum):
     FP8 = "fp8"
     UNQUANTIZED = "unquantized"
     ONLINE = "online"  # 16-bit in the checkpoint, quantised while it loads
+    WIDENED = "widened"  # in a form that no kernel here reads: 16 bits as soon as it is loaded
+    OTHER = "other"  # named by a configuration, and not read here
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ class LayerSpec:
 
     def tensor(self, role: Role) -> TensorSpec | None:
         return next((t for t in self.tensors if t.role is role), None)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the stored weight has fewer than 16 bits."""
+        return self.kind in (
+            LayerKind.MICROSCALED,
+            LayerKind.FP8,
+            LayerKind.WIDENED,
+            LayerKind.OTHER,
+        )
 
 
 UNQUANTIZED = LayerSpec(LayerKind.UNQUANTIZED)
@@ -171,23 +185,46 @@ def fused_layer_spec(
 ) -> LayerSpec:
     """How a layer of the model is stored, from how each of its shards is.
 
-    name: the layer as the model names it, fused or not. Raises CheckpointError where the shards
-    of a fused layer are stored in different ways: they are one weight in memory.
+    name: the layer as the model names it, fused or not
     """
     shards = shard_names(name, packed_modules)
     if len(shards) > 1 and dialect.excludes(name):
         return UNQUANTIZED
-    specs = {shard: dialect.layer_spec(shard) for shard in shards}
-    first = specs[shards[0]]
-    if all(spec == first for spec in specs.values()):
-        return first
-    raise CheckpointError(
-        "quantization config",
-        name,
-        ", ".join(f"{s.rpartition('.')[2]} {describe(spec)}" for s, spec in specs.items()),
-        "one format for all shards of a fused layer",
-        "Quantise the checkpoint again with the same format for these layers, or ignore them all.",
-    )
+    return one_spec({shard: dialect.layer_spec(shard) for shard in shards})
+
+
+def one_spec(shards: Mapping[str, LayerSpec]) -> LayerSpec:
+    """The spec of a layer that is one in memory, from those of its shards by their names.
+
+    Shards in different forms have no kernel in common: they come out as WIDENED.
+    """
+    if (spec := merged(list(shards.values()))) is not None:
+        return spec
+    tensors: dict[str, TensorSpec] = {}
+    for spec in shards.values():
+        tensors |= {t.name: replace(t, optional=True) for t in spec.tensors}
+    forms = ", ".join(f"{n.rpartition('.')[2]} {describe(spec)}" for n, spec in shards.items())
+    return LayerSpec(LayerKind.WIDENED, tensors=tuple(tensors.values()), algo=forms)
+
+
+def merged(specs: Sequence[LayerSpec]) -> LayerSpec | None:
+    """One spec for layers that are one in memory, or None where they are stored differently.
+
+    They may differ in what a layer can do without: an input scale, the bits of the activations.
+    """
+    if len({_form(spec) for spec in specs}) != 1:
+        return None
+    tensors: dict[str, TensorSpec] = {}
+    for spec in specs:
+        tensors |= {t.name: t for t in spec.tensors if t.name not in tensors}
+    most = max(specs, key=lambda spec: spec.activation_bits)
+    has_all = len(tensors) == len(most.tensors)
+    return most if has_all else replace(most, tensors=tuple(tensors.values()))
+
+
+def _form(spec: LayerSpec) -> tuple[Any, ...]:
+    needed = frozenset((t.name, t.role) for t in spec.tensors if not t.optional)
+    return spec.kind, spec.fmt, spec.scale_block, spec.hadamard_size, needed
 
 
 def embedding_spec(dialect: Dialect, name: str) -> LayerSpec:
@@ -199,6 +236,11 @@ def embedding_spec(dialect: Dialect, name: str) -> LayerSpec:
     leaf = name.rpartition(".")[2]
     named = [layer for layer in dialect.named_layers() if layer.rpartition(".")[2] == leaf]
     return dialect.layer_spec(named[0]) if named else UNQUANTIZED
+
+
+def fold(name: str) -> str:
+    """The name with its numbers replaced: the same for every layer of a stack."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def describe(spec: LayerSpec) -> str:

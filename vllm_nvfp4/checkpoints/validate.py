@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints.census import Census, StoredModule, unknown_form
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.experts import check_experts
 from vllm_nvfp4.checkpoints.fields import as_table
+from vllm_nvfp4.checkpoints.forms import tile_size
 from vllm_nvfp4.checkpoints.headers import TensorHeader, read_headers
 from vllm_nvfp4.checkpoints.inventory import (
     EMBEDDING,
@@ -28,7 +30,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     record,
     weight_of,
 )
-from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect, is_stacked, stacked_record
+from vllm_nvfp4.checkpoints.mxfp4 import SPEC, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -38,6 +40,7 @@ from vllm_nvfp4.checkpoints.spec import (
     Role,
     TensorSpec,
     describe,
+    fold,
 )
 
 # The fused layers of most models; a model class has its own table.
@@ -60,6 +63,7 @@ def validate(
     quant_config: Mapping[str, Any] | None,
     packed_modules: Mapping[str, Sequence[str]] = PACKED_MODULES,
     dialect: Dialect | None = None,
+    census: Census | None = None,
 ) -> Inventory:
     """The checkpoint's inventory, or a CheckpointError for the first thing that is wrong with it.
 
@@ -67,19 +71,20 @@ def validate(
     quant_config:   as :func:`vllm_nvfp4.checkpoints.detect.read_config` gives it
     packed_modules: fused layer -> its shards
     dialect:        of the checkpoint, if it is at hand; it is settled here (see Dialect.settle)
+    census:         of the folder, if it is at hand
     """
-    headers = read_headers(folder)
-    dialect = detect(quant_config) if dialect is None else dialect
-    dialect.settle({name: header.shape for name, header in headers.items()})
-    modules = group_by_module(headers)
+    if census is None:
+        dialect = detect(quant_config) if dialect is None else dialect
+        census = take_census(folder, dialect)
+    dialect = census.dialect
+    modules = {name: module.tensors for name, module in census.modules.items()}
     text = as_table(config.get("text_config"), "config.json", "text_config") or config
-    _check_layer_numbers(modules, text.get("num_hidden_layers"), headers)
-    _check_named_layers(dialect, modules)
+    _check_layer_numbers(modules, text.get("num_hidden_layers"))
     names = sorted(modules, key=_by_number)
-    records = [_check_module(name, modules[name], dialect, text) for name in names]
+    records = [_check_module(census.modules[name], text) for name in names]
     check_experts(records, modules, text)
-    _check_left_out(records, modules, dialect)
-    _check_fused(records, packed_modules)
+    _check_some_quantized(records, dialect, census)
+    _check_fused(records, packed_modules, text)
     return Inventory(
         str(folder),
         dialect.name,
@@ -89,53 +94,39 @@ def validate(
     )
 
 
-def group_by_module(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
-    """module name -> leaf name -> header."""
-    modules: dict[str, dict[str, TensorHeader]] = defaultdict(dict)
-    for name, header in headers.items():
-        module, _, leaf = name.rpartition(".")
-        modules[module][leaf] = header
-    return dict(modules)
+def take_census(folder: Path, dialect: Dialect) -> Census:
+    """The census of a folder."""
+    return Census(read_headers(folder), dialect)
 
 
-def _check_module(
-    name: str, tensors: Mapping[str, TensorHeader], dialect: Dialect, config: Mapping[str, Any]
-) -> LayerRecord:
+def _check_module(module: StoredModule, config: Mapping[str, Any]) -> LayerRecord:
     """Check one module's tensors; its record, with UNQUANTIZED as spec where it is stored so."""
-    spec = dialect.layer_spec(name)
-    if dialect.name == Mxfp4Dialect.name and is_stacked(tensors):
+    name, tensors, spec = module.name, module.tensors, module.stored
+    if spec is SPEC:
         return stacked_record(name, tensors, config)
-    is_quantized = _is_quantized(tensors)
-    if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8) and is_quantized:
+    if spec is None:
+        if not _is_beside_the_model(name, config):
+            raise unknown_form(module)
+        return record(name, tensors, UNQUANTIZED)
+    if spec.is_quantized:
         _check_tensors(name, tensors, spec)
         return record(name, tensors, spec)
-    if is_quantized and not _is_beside_the_model(name, config):
-        header = _quantized_tensor(tensors)
-        raise CheckpointError(
-            header.file,
-            name,
-            f"a quantised weight ({header.dtype} {list(header.shape)})",
-            "a 16-bit weight: the quantization config leaves this layer out",
-            "Correct the ignore list of the quantization config, or quantise again.",
-        )
+    _check_strays(name, tensors)
     part = part_of(name, weight_of(tensors, spec)[1])
     keeps = spec.kind is LayerKind.ONLINE and part == LINEAR
     return record(name, tensors, spec if keeps else UNQUANTIZED)
 
 
-def _is_quantized(tensors: Mapping[str, TensorHeader]) -> bool:
-    """Whether a module's weight is stored in fewer than 16 bits, whole or in part."""
-    weight = tensors.get("weight")
-    if weight is not None:
-        return weight.dtype in ("U8", "F8_E4M3", "F4", "I8") or "weight_scale_2" in tensors
-    return any(leaf in tensors for leaf in ("weight_packed", "qweight", "weight_scale", "scales"))
-
-
-def _quantized_tensor(tensors: Mapping[str, TensorHeader]) -> TensorHeader:
-    for leaf in ("weight_packed", "qweight", "weight", "weight_scale", "scales"):
-        if leaf in tensors:
-            return tensors[leaf]
-    raise KeyError("no weight")
+def _check_strays(name: str, tensors: Mapping[str, TensorHeader]) -> None:
+    """A 16-bit weight beside a tensor that would have to be multiplied in."""
+    if "weight" in tensors and (header := tensors.get("pre_quant_scale")) is not None:
+        raise CheckpointError(
+            header.file,
+            f"{name}.pre_quant_scale",
+            "an AWQ scale beside a 16-bit weight",
+            "the weight that it belongs to, quantised, or no scale",
+            "It would be left out of the product: " + _QUANTIZE_AGAIN,
+        )
 
 
 def _check_tensors(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> None:
@@ -208,6 +199,8 @@ def _check_shapes(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpe
             continue
         header = tensors[tensor.name]
         shape, count = needed.get(tensor.role), counts.get(tensor.role)
+        if tensor.role is Role.TILE_SCALE and not tile_size((*rows, cols), header.shape):
+            shape = tuple(-(-size // 128) for size in (*rows, cols))
         if (shape and header.shape != shape) or (count and prod(header.shape) != count):
             raise CheckpointError(
                 header.file,
@@ -225,41 +218,41 @@ def _present(
     return (tensor, tensors[tensor.name]) if tensor and tensor.name in tensors else None
 
 
-def _check_left_out(records: Iterable[LayerRecord], modules: Modules, dialect: Dialect) -> None:
-    """A layer that the configuration quantises and that the file holds in 16 bits.
-
-    Not every such module is one: routers, embeddings and encoders are plain modules that no
-    configuration lists. It is an error where the same layer is quantised elsewhere in the model,
-    and where nothing is quantised at all.
-    """
-    quantized = {_fold(r.name) for r in records if r.spec.kind is not LayerKind.UNQUANTIZED}
-    plain = [
-        r
-        for r in records
-        if r.part == LINEAR
-        and r.spec is UNQUANTIZED
-        and dialect.layer_spec(r.name).kind in (LayerKind.MICROSCALED, LayerKind.FP8)
-    ]
-    for layer in plain:
-        if quantized and _fold(layer.name) not in quantized:
-            continue
-        spec = dialect.layer_spec(layer.name)
+def _check_some_quantized(records: Iterable[LayerRecord], dialect: Dialect, census: Census) -> None:
+    """A configuration that quantises, over files that hold nothing but 16 bits, is of another
+    model: which of the two is meant cannot be told."""
+    if not dialect.has_microscaled_layers():
+        return
+    first = None
+    for record_ in records:
+        if record_.spec.is_quantized:
+            return
+        if first is None and record_.part == LINEAR:
+            said = census.modules[record_.name].said
+            first = (record_, said) if said.is_quantized else None
+    if first is not None:
+        layer, said = first
+        tensors = ", ".join(sorted(census.modules[layer.name].tensors))
         raise CheckpointError(
             layer.files[0],
             layer.name,
-            f"a {layer.format} weight, with the tensors " + ", ".join(sorted(modules[layer.name])),
-            f"{describe(spec)}, as the quantization config says",
-            "Add the layer to the config's ignore list if it was left out on purpose, or quantise "
-            "again.",
+            f"a {layer.format} weight, with the tensors {tensors}, and no quantised layer at all",
+            f"{describe(said)}, as the quantization config says",
+            "Remove the quantization config if the weights are meant to be in 16 bits, or restore "
+            "the quantised files.",
         )
 
 
 def _check_fused(
-    records: Sequence[LayerRecord], packed_modules: Mapping[str, Sequence[str]]
+    records: Sequence[LayerRecord],
+    packed_modules: Mapping[str, Sequence[str]],
+    config: Mapping[str, Any],
 ) -> None:
-    """The shards of a fused layer are all there, and all stored in the same way."""
+    """The shards of a fused layer are all there."""
     by_name = {r.name: r for r in records if r.part != EMBEDDING}
-    usual = {_fold(name) for name in by_name}
+    usual = {fold(name) for name in by_name}
+    absent = {name for name in _layers_without(by_name, packed_modules) if fold(name) in usual}
+    absent -= _absent_by_kind(absent, config)
     for fused, shards in packed_modules.items():
         if len(shards) < 2:
             continue
@@ -267,39 +260,52 @@ def _check_fused(
         for parent in sorted(parents):
             names = [f"{parent}.{shard}" if parent else shard for shard in shards]
             present = [by_name[n] for n in names if n in by_name]
-            kinds = {(r.spec.kind, r.spec.fmt, r.spec.scale_block) for r in present}
-            is_quantized = any(r.spec.kind is not LayerKind.UNQUANTIZED for r in present)
-            missing = [n for n in names if n not in by_name and _fold(n) in usual and is_quantized]
-            if len(kinds) > 1 or missing:
+            is_quantized = any(r.spec.is_quantized for r in present)
+            missing = [n for n in names if n in absent and is_quantized]
+            if missing:
                 found = [f"{r.name.rpartition('.')[2]} {r.format}" for r in present]
                 found += [f"no {n.rpartition('.')[2]}" for n in missing]
                 raise CheckpointError(
                     present[0].files[0],
                     f"{parent}.{fused}",
                     ", ".join(found),
-                    f"{', '.join(shards)} all there and in one format: they are one layer",
-                    "Quantise the model again with all of them alike, or all left out.",
+                    f"{', '.join(shards)} all there: they are one layer",
+                    "Download the missing files, or quantise the model again with all of them.",
                 )
 
 
-def _check_named_layers(dialect: Dialect, modules: Modules) -> None:
-    """Each layer that the configuration names in full is in the files."""
-    present = {_canonical(name) for name in modules}
-    parents = {name[: m.start()] for name in present for m in re.finditer(r"\.", name)}
-    for name in dialect.named_layers():
-        if _canonical(name) not in present and _canonical(name) not in parents:
-            raise CheckpointError(
-                "quantization config",
-                name,
-                "no such layer in the files",
-                "a layer of the checkpoint",
-                "Correct the name in the quantization config, or restore the missing file.",
-            )
+def _layers_without(
+    names: Iterable[str], packed_modules: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """The shards of fused layers that are in part in the files, and are not there themselves."""
+    names = set(names)
+    for shards in packed_modules.values():
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            if leaf in shards:
+                others = (f"{parent}.{shard}" if parent else shard for shard in shards)
+                yield from (other for other in others if other not in names)
 
 
-def _check_layer_numbers(
-    modules: Modules, num_layers: object, headers: Mapping[str, TensorHeader]
-) -> None:
+def _absent_by_kind(absent: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """Those of the absent shards that the model leaves out in every layer of one kind, as Gemma-4
+    does with v_proj where the values of full attention are its keys."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list):
+        return set()
+    numbers: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in absent:
+        if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+            numbers[fold(name)][int(match[1])] = name
+    found: set[str] = set()
+    for by_number in numbers.values():
+        without = {str(kinds[n]) for n in by_number if n < len(kinds)}
+        if {n for n, kind in enumerate(kinds) if str(kind) in without} == by_number.keys():
+            found |= set(by_number.values())
+    return found
+
+
+def _check_layer_numbers(modules: Modules, num_layers: object) -> None:
     """All of 0..num_hidden_layers-1 are in the files."""
     if type(num_layers) is not int:
         return
@@ -319,7 +325,7 @@ def _check_layer_numbers(
     if num_found < num_layers:
         # Counted off lazily: a configuration may claim any number of layers.
         missing = list(islice((n for n in range(num_layers) if n not in found), 9))
-        files = sorted({h.file for h in headers.values()})
+        files = sorted({h.file for tensors in modules.values() for h in tensors.values()})
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise CheckpointError(
             files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}",
@@ -340,16 +346,6 @@ def _is_beside_the_model(name: str, config: Mapping[str, Any]) -> bool:
     return "mtp" in name.split(".")
 
 
-def _fold(name: str) -> str:
-    """The name with its numbers replaced: the same for every layer of a stack."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sort key under which layers.2 comes before layers.10."""
     return [(int(p), "") if p.isdecimal() else (0, p) for p in re.split(r"(\d+)", name)]
-
-
-def _canonical(name: str) -> str:
-    """Without the wrappers that differ between a model's name for a layer and the file's."""
-    return re.sub(r"^(?:(?:model|language_model|transformer)\.)+", "", name)

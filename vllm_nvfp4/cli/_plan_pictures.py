@@ -8,64 +8,65 @@ from pathlib import Path
 
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.planning import pictures
-from vllm_nvfp4.planning.fit import Fit, Setup, fit, rooflines
+from vllm_nvfp4.planning.fit import fit, rooflines
 from vllm_nvfp4.planning.pictures import MemoryBar, Series
-from vllm_nvfp4.planning.rows import Asked, Row
+from vllm_nvfp4.planning.rows import BASIS, Asked, Row
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def draw(
-    folder: Path, asked: Asked, gpu: Gpu, base: Setup, rows: list[Row],
-    chosen: Row | None, baseline: Row,
-) -> list[Path]:  # fmt: skip
+def draw(folder: Path, asked: Asked, gpu: Gpu, rows: list[Row], same: Row) -> list[Path]:
     """Write memory.png, speed.png where something fits, and cost.png where prices are known.
 
+    rows: as the table has them, the recommendation first, all on as many cards
+    same: BF16 on as many of these cards as it needs
     Returns their paths.
     """
-    load, name = asked.load, f"{asked.shape.name} on {gpu.name}"
-    bars = []
-    for row in rows:
-        setup = replace(base, fmt=row.found.setup.fmt)
-        bars.append(_bar(setup.fmt, fit(asked.shape, setup, load, gpu)))
-    if chosen:
-        cards = chosen.found.setup.cards
-        label = f"recommended:\n{cards} cards, each" if cards > 1 else "recommended"
-        bars.append(_bar(label, chosen.found))
-    title = f"{load.concurrency} x {load.context} tokens"
+    load, count = asked.load, rows[0].cards
+    name = f"{asked.shape.name} on {count} x {gpu.name}"
+    load_words = f"{load.concurrency} x {load.context} tokens"
+    bits = rows[0].found.setup.kv_bits
+    each = "on each card" if count > 1 else "on the card"
     drawn = [
         pictures.memory_stack(
             folder / "memory.png",
-            bars,
-            f"{name}, one card: {title}, {base.kv_bits}-bit KV cache",
+            [_bar(row) for row in rows],
+            f"{name}: {load_words}, {bits}-bit KV cache",
+            f"memory {each}, GB (10$^9$ bytes), computed, not measured",
         )
     ]
-    if series := _limits(asked, base, rows):
+    if series := _limits(asked, rows):
         drawn.append(
             pictures.speed_against_batch(
                 folder / "speed.png",
                 series,
                 f"{name}: limits of decoding, {load.context} tokens each, as far as it fits",
+                f"tokens/s, all sequences, {BASIS}",
             )
         )
     values = {
-        f"{row.cards} x {row.gpu.name}, {row.found.setup.fmt}": row.dollars_per_million
-        for row in (chosen, baseline)
-        if row and row.dollars_per_million is not None
+        f"{row.cards} x {row.gpu.name}, {row.label}": row.dollars_per_million
+        for row in (rows[0], same)
+        if row.dollars_per_million is not None
     }
     if values:
         drawn.append(
             pictures.bars(
                 folder / "cost.png",
                 {name: value for name, value in values.items() if value is not None},
-                "dollars per million tokens at the limit of decoding",
-                f"{asked.shape.name}: {title}",
+                f"dollars per million tokens at the limit of decoding,\nwhose speed is an {BASIS}",
+                f"{asked.shape.name}: {load_words}",
             )
         )
     return drawn
 
 
-def _bar(label: str, found: Fit) -> MemoryBar:
+def _name(row: Row) -> str:
+    return f"recommended: {row.label}" if row.is_recommended else row.label
+
+
+def _bar(row: Row) -> MemoryBar:
+    found = row.found
     parts = {
         "linear layers": found.weights.linear + found.weights.other,
         "lm_head": found.weights.lm_head,
@@ -73,22 +74,21 @@ def _bar(label: str, found: Fit) -> MemoryBar:
         "KV cache": found.kv,
         "activations, graphs": found.overhead,
     }
-    return MemoryBar(label, {k: v for k, v in parts.items() if v}, found.budget)
+    return MemoryBar(_name(row), {k: v for k, v in parts.items() if v}, found.budget)
 
 
-def _limits(asked: Asked, base: Setup, rows: list[Row]) -> list[Series]:
-    """For each format the limit at every batch that its cards hold."""
+def _limits(asked: Asked, rows: list[Row]) -> list[Series]:
+    """For each format the limit at every batch that these cards hold."""
     found = []
     for row in rows:
-        setup = replace(base, fmt=row.found.setup.fmt, cards=row.cards or 1)
         points = []
         for batch in _BATCHES:
             load = replace(asked.load, concurrency=batch)
-            one = fit(asked.shape, setup, load, row.gpu)
-            if row.cards and one.is_fit:
+            one = fit(asked.shape, row.found.setup, load, row.gpu)
+            if one.is_fit and "split" not in row.obstacle:
                 speed = rooflines(asked.shape, one, load, 1, row.gpu)[0].tokens_per_s
                 points.append((batch, speed))
         if points:
             batches, speeds = zip(*points, strict=True)
-            found.append(Series(f"{setup.cards} x {setup.fmt}", batches, speeds))
+            found.append(Series(_name(row), batches, speeds))
     return found

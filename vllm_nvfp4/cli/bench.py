@@ -7,21 +7,27 @@ A server is started as ``vllm-nvfp4 serve`` would; vLLM's own ``vllm bench serve
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from vllm_nvfp4.cli._arguments import any_whole, listed, number, whole
+from vllm_nvfp4.cli._files import check_can_write
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat.packages import install_hint
 
 if TYPE_CHECKING:
     from vllm_nvfp4.bench.run import Bench
 
 TAKES_AFTER_DASHES = True
 _OBJECTIVES = ("ttft", "tpot", "e2el")
+_RATE = number(above=True, what="requests per second")
+_LIMIT = number(above=True, what="milliseconds")
 
 _EPILOG = """--against NAME[=MODEL] [FLAGS], in quotes where flags follow; NAME is one of
 {kinds}
@@ -45,54 +51,67 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, or a model in the Hugging Face cache")
-    add("--out", type=Path, help="results (default: bench-<model>-<time>)")
-    add("--batches", type=_list(_count), default="1,2,4,8,16,32,64", metavar="N,N,...",
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: bench-<model>-<time>)",
+    )
+    add("--batches", type=listed(whole()), default="1,2,4,8,16,32,64", metavar="N,N,...",
         help="requests at once in the batch table (default: %(default)s)")  # fmt: skip
-    add("--tokens", type=_count, default=128, help="tokens out, batch table (default: 128)")
-    add("--prompt", type=_count, default=32, help="tokens in, batch table (default: 32)")
-    add("--rates", type=_list(_rate), default=None, metavar="R,R,...",
-        help="requests/s under load (default: as fast as served, then 25, 50 and 75 %% of that)",
+    add(
+        "--tokens",
+        type=whole(),
+        default=128,
+        metavar="N",
+        help="tokens of each answer in the batch table (default: 128)",
+    )
+    add(
+        "--prompt",
+        type=whole(),
+        default=32,
+        metavar="N",
+        help="tokens of each prompt in the batch table (default: 32)",
+    )
+    add("--rates", type=listed(_RATE), default=None, metavar="R,R,...",
+        help="requests per second under load (default: all at once, then 25, 50 and 75 %% of "
+        "the rate that this reaches)",
         )  # fmt: skip
-    add("--load-requests", type=_count_or_none, default=48, metavar="N",
+    add("--load-requests", type=whole(0), default=48, metavar="N",
         help="requests at each rate (default: 48; 0: no load)")  # fmt: skip
-    add("--load-prompt", type=_count, default=256, help="tokens in under load (default: 256)")
-    add("--load-tokens", type=_count, default=128, help="tokens out under load (default: 128)")
-    add("--goodput", type=_list(_objective), default="ttft:2000,tpot:100", metavar="NAME:MS,...",
-        help=f"a good request; NAME: {', '.join(_OBJECTIVES)} (default: %(default)s)")  # fmt: skip
+    add(
+        "--load-prompt",
+        type=whole(),
+        default=256,
+        metavar="N",
+        help="tokens of each prompt under load (default: 256)",
+    )
+    add(
+        "--load-tokens",
+        type=whole(),
+        default=128,
+        metavar="N",
+        help="tokens of each answer under load (default: 128)",
+    )
+    add("--goodput", type=listed(_objective), default="ttft:2000,tpot:100", metavar="NAME:MS,...",
+        help="milliseconds within which a request counts as good; NAME is "
+        f"{', '.join(_OBJECTIVES)} (default: %(default)s)")  # fmt: skip
     add("--against", action="append", default=[], metavar="NAME[=MODEL]",
-        help="measure this too, in turns with MODEL; see below; may be repeated")  # fmt: skip
-    add("--turns", type=_count, default=3, help="starts of each server (default: 3)")
-    add("--seed", type=int, default=0, help="of the prompts and arrival times (default: 0)")
-
-
-T = TypeVar("T")
-
-
-def _list(convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    def split(text: str) -> tuple[T, ...]:
-        return tuple(convert(item.strip()) for item in text.split(","))
-
-    return split
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; needs a whole number from 1 on")
-    return int(text)
-
-
-def _count_or_none(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}; needs requests per second above 0")
-    return rate
+        help="measure this too, in turns with MODEL; may be repeated; see below")  # fmt: skip
+    add(
+        "--turns",
+        type=whole(),
+        default=3,
+        metavar="N",
+        help="how often each server is started and measured (default: 3)",
+    )
+    add(
+        "--seed",
+        type=any_whole,
+        default=0,
+        metavar="N",
+        help="seed of the prompts and of the times at which they arrive (default: 0)",
+    )
 
 
 def _objective(text: str) -> str:
@@ -100,7 +119,7 @@ def _objective(text: str) -> str:
     if name not in _OBJECTIVES:
         names = ", ".join(_OBJECTIVES)
         raise argparse.ArgumentTypeError(f"found {text!r}; needs NAME:MS with NAME of {names}")
-    _rate(limit or "0")
+    _LIMIT(limit or "0")
     return text
 
 
@@ -108,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 where a variant of --against could not be measured; 130 after Ctrl-C."""
     from vllm_nvfp4.bench import page
     from vllm_nvfp4.bench.results import FILE_NAME
+    from vllm_nvfp4.bench.summary import first_sentence, reproduce_line
 
     bench = prepare(args)
     print(f"{bench.results.title}: {bench.num_planned} measurements, into {bench.out}", flush=True)
@@ -122,8 +142,12 @@ def run(args: argparse.Namespace) -> int:
         kept = f"{done} of {bench.num_planned} measurements are kept in {bench.out / FILE_NAME}"
         print(f"\ninterrupted: {kept if done else 'nothing was measured yet'}", file=sys.stderr)
     if done:
+        # The page first: a reader of the tables (head, less) may be gone before their end.
+        written = page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)
+        print(first_sentence({bench.out.name: bench.results}))
         page.print_tables(page.run_tables(bench.results))
-        print(f"page: {page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)}")
+        print(f"again: {reproduce_line(bench.results)}")
+        print(f"page: {written}")
     if is_interrupted:
         return 130
     return 1 if any(record.failed for record in bench.results.variants) else 0
@@ -144,9 +168,9 @@ def prepare(args: argparse.Namespace) -> Bench:
     names = [variant.name for variant in served]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"--against {repeated}: measured already; name each variant once")
-    from vllm_nvfp4.cli.serve import check_files
+    from vllm_nvfp4.serving import arguments
 
-    check_files([str(own.folder)])
+    arguments.check([str(own.folder), *args.after_dashes], with_port=False)
     settings = Settings(
         str(own.folder), args.batches, args.prompt, args.tokens, args.rates or (),
         args.load_requests, args.load_prompt, args.load_tokens, args.goodput, args.turns,
@@ -156,18 +180,28 @@ def prepare(args: argparse.Namespace) -> Bench:
     out = args.out or Path(f"bench-{own.folder.resolve().name}-{when}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already; needs a new or an empty folder")
+    check_can_write("--out", out, is_folder=True)
+    _check_flags([[str(v.folder), *args.after_dashes, *v.flags] for v in served])
     bench = Bench(settings, served, find_meter(cpu_metadata.is_cpu_build()), out)
     bench.check_memory()
     return bench
+
+
+def _check_flags(commands: list[list[str]]) -> None:
+    """Have vLLM read the flags of every server, not only of the first that is started."""
+    from vllm_nvfp4.serving.launch import check_flags
+
+    if any(len(command) > 1 for command in commands):
+        environ = dict(os.environ)
+        cpu_metadata.apply(environ)
+        check_flags(commands, environ)
 
 
 def _require_pictures() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
-        raise ValueError(
-            f"the report needs {' and '.join(missing)}: pip install 'vllm-nvfp4[pictures]'"
-        )
+        raise ValueError(f"the report needs {' and '.join(missing)}: {install_hint('pictures')}")
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from vllm_nvfp4.cli._arguments import number, whole
+from vllm_nvfp4.serving import arguments
 from vllm_nvfp4.serving.server import Server
 
 TAKES_AFTER_DASHES = True
@@ -22,17 +24,23 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="talk to a model in the terminal",
-        description="Talk to a model. Without --url a server is started for it, and stopped after.",
+        description="Talk to a model. Without --url a server is started, and stopped at the end.",
         epilog="Flags after -- go to vLLM: vllm-nvfp4 chat MODEL -- --max-model-len 4096",
     )
     parser.add_argument(
-        "model", nargs="?", help="folder or name; with --url, the server's first model by default"
+        "model",
+        nargs="?",
+        help="a folder or a hub name; with --url the server's first model unless it is given",
     )
     parser.add_argument("--url", help="a running server, such as http://localhost:8000")
     parser.add_argument("--prompt", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="system message of the conversation")
-    parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
-    parser.add_argument("--temperature", type=float, help="default: the model's own")
+    parser.add_argument("--max-tokens", type=whole(), help="longest answer, in tokens")
+    parser.add_argument(
+        "--temperature",
+        type=number(),
+        help="0 for the likeliest word each time (default: the model's own)",
+    )
 
 
 class Conversation:
@@ -125,13 +133,31 @@ def _converse(args: argparse.Namespace, url: str) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Everything that can be wrong before a server is started or asked."""
+    from importlib.util import find_spec
+    from urllib.parse import urlsplit
+
+    if find_spec("openai") is None:
+        raise ValueError("talking to a server needs the package openai: pip install openai")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty; give a question in quotes")
+    if not args.url:
+        return
+    address = urlsplit(args.url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"--url {args.url}: needs an address such as http://localhost:8000")
+
+
 def run(args: argparse.Namespace) -> int:
+    _check(args)
     if args.url:
         if args.after_dashes:
             raise ValueError("flags after -- are for a server that chat starts; --url names one")
         return _converse(args, args.url)
     if not args.model:
         raise ValueError("give a MODEL (folder or name), or --url of a running server")
+    arguments.check([args.model, *args.after_dashes], with_port=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = Path(tempfile.mkdtemp(prefix="vllm-nvfp4-chat-")) / "server.log"
     with Server([args.model, *args.after_dashes], log) as server:

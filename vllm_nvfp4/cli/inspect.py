@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,13 +20,17 @@ from typing import Any
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.experts import is_expert
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inventory, LayerRecord
-from vllm_nvfp4.checkpoints.locate import find_folder
+from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
 from vllm_nvfp4.planning.shapes import extra_bytes
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
+# Columns that the table needs; a narrower terminal gets a paragraph for each layer.
+_TABLE_WIDTH = 130
 _PART_TITLES = {
     LINEAR: "linear layers",
     HEAD: "lm_head",
@@ -78,9 +83,7 @@ def add_parser(subparsers: Any) -> None:
         description="Show, layer by layer, how a checkpoint is stored and what will run it. Reads "
         "headers only: no GPU, no weights.",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder, or a model in the local hub cache"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a hub name")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--all", action="store_true", help="one row per layer; do not fold layers that are alike"
@@ -89,9 +92,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON; 0. A CheckpointError for a bad checkpoint goes to the caller."""
-    folder = find_folder(args.model)
-    config, quant_config = read_config(folder)
-    inventory = validate(folder, config, quant_config)
+    with folder_or_skeleton(args.model) as folder:
+        config, quant_config = read_config(folder)
+        inventory = validate(folder, config, quant_config)
     options = Options.resolve()
     rows = [_row([layer], options, inventory) for layer in inventory.layers]
     if not args.all:
@@ -170,6 +173,8 @@ def _row(layers: Sequence[LayerRecord], options: Options, inventory: Inventory) 
 def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False) -> str:
     """What runs the layer under these options, in a few words."""
     spec = layer.spec
+    if spec.kind is LayerKind.WIDENED:
+        return "vLLM, widened to 16 bits while loading"
     if spec.kind is LayerKind.FP8:
         return f"FP8 kernel, {'W8A16' if layer.part in (HEAD, EMBEDDING) else 'W8A8'}"
     if spec.kind is LayerKind.MICROSCALED:
@@ -206,7 +211,8 @@ def held_bytes_of(layer: LayerRecord, options: Options, tied_embeddings: bool = 
     if layer.spec.kind in (LayerKind.FP8, LayerKind.MICROSCALED):
         fmt = layer.format
     else:
-        choice = _choice_while_loading(layer, options, tied_embeddings)
+        is_widened = layer.spec.kind is LayerKind.WIDENED
+        choice = "keep" if is_widened else _choice_while_loading(layer, options, tied_embeddings)
         fmt = "bf16" if choice == "keep" else choice
     held = prod(leading) * held_bytes(n, k, fmt) + layer.bias_bytes
     if layer.name.rpartition(".")[2] not in _LATER_PARTS:
@@ -217,6 +223,7 @@ def held_bytes_of(layer: LayerRecord, options: Options, tied_embeddings: bool = 
 
 def _as_json(inventory: Inventory, rows: Sequence[Row]) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
         "folder": inventory.folder,
         "dialect": inventory.dialect,
         "kv_cache": inventory.kv_cache,
@@ -254,19 +261,62 @@ def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
     )
 
 
-def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # Piped output is for grep and files: never cut a line to the width of a terminal.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+def _title(inventory: Inventory, config: dict[str, Any]) -> str:
     architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
     asked = inventory.kv_cache
     kv_cache = f"asks for an {asked} KV cache" if asked else "no KV cache scheme"
-    console.print(
-        f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}",
-        highlight=False,
-    )
+    return f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}"
+
+
+def _print_narrow(
+    inventory: Inventory, rows: Sequence[Row], config: dict[str, Any], width: int
+) -> None:
+    """A paragraph for each layer, and the totals, in ``width`` columns."""
+
+    def say(text: str, indent: str = "") -> None:
+        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent,
+                            break_on_hyphens=False))  # fmt: skip
+
+    say(_title(inventory, config))
+    for row in rows:
+        print()
+        say(row.name)
+        shape = " x ".join(map(str, row.shape))
+        say(
+            f"{row.count} of {shape} in {row.format}, {row.bits_per_weight:.2f} bits per weight, "
+            f"{_size(row.num_bytes)} stored, {_size(row.held_bytes)} on a GPU: {row.path}",
+            "    ",
+        )
+    print(f"\n{'in all':18} {'format':7} {'layers':>6} {'weights':>15} {'bits':>5} "
+          f"{'stored':>10} {'on a GPU':>10}")  # fmt: skip
+    for row in totals(rows):
+        print(
+            f"{row.name:18} {row.format:7} {row.count:6} {row.num_weights:15,} "
+            f"{row.bits_per_weight:5.2f} {_size(row.num_bytes):>10} {_size(row.held_bytes):>10}"
+        )
+    if inventory.tied_embeddings:
+        say("lm_head is the embedding's weight (tied).")
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes with a unit, powers of ten."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from vllm_nvfp4.serving.console import table_console
+
+    # Piped output is for grep and files: never cut a line to the width of a terminal.
+    console = table_console() if sys.stdout.isatty() else table_console(width=200)
+    if console.width < _TABLE_WIDTH:
+        _print_narrow(inventory, rows, config, console.width)
+        return
+    console.print(_title(inventory, config), highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
         ("layer", "left"),

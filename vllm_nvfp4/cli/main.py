@@ -17,9 +17,18 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import vllm_nvfp4
 from vllm_nvfp4 import cli
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is answered in one line, as every other error is."""
+
+    def error(self, message: str) -> NoReturn:
+        more = f"`{self.prog} --help` lists what there is."
+        self.exit(2, f"{self.prog}: {message}; {more}\n")
 
 
 def command_names() -> list[str]:
@@ -31,7 +40,7 @@ def build_parser(
     names: Sequence[str],
 ) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The parser with the subcommands ``names``, and the module of each."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vllm-nvfp4", description="Serve NVFP4 and MXFP4 language models with vLLM."
     )
     parser.add_argument("--version", action="version", version=vllm_nvfp4.__version__)
@@ -54,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv, after_dashes = argv[:split], argv[split + 1 :]
     args = parser.parse_args(argv, argparse.Namespace(after_dashes=after_dashes))
     try:
-        return modules[args.command].run(args)
+        status = modules[args.command].run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -63,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         print(f"vllm-nvfp4 {args.command}: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        todo = "`vllm-nvfp4 doctor` says what is missing"
+        print(f"vllm-nvfp4 {args.command}: {error}; {todo}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"vllm-nvfp4 {args.command}: out of memory", file=sys.stderr)
         return 1
 
 

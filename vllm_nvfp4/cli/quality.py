@@ -7,11 +7,15 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_nvfp4.cli._arguments import number, whole
+from vllm_nvfp4.cli._files import check_text
 
 if TYPE_CHECKING:
     from vllm_nvfp4.quality.statistics import Row
@@ -28,54 +32,67 @@ def add_parser(subparsers: Any) -> None:
         "Flags of `vllm serve` after -- go to MODEL's engine; the reference is served as stored.",
         usage="vllm-nvfp4 quality MODEL [--reference MODEL] [options] [-- vLLM flags]",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, or cached hub name")
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a downloaded hub name")
     parser.add_argument(
-        "--reference", metavar="MODEL", help="what it is compared with: the 16-bit original"
+        "--reference", metavar="MODEL", help="the model to compare with: the 16-bit original"
     )
     parser.add_argument(
-        "--text", metavar="FILE|builtin", default="builtin", help="default: builtin"
+        "--text",
+        metavar="FILE|builtin",
+        default="builtin",
+        help="text to measure on (default: builtin)",
     )
-    parser.add_argument("--windows", type=_positive, default=16, help="at most (default: 16)")
     parser.add_argument(
-        "--window-length", type=_length, default=1024, help="tokens in each (default: 1024)"
+        "--windows",
+        type=whole(),
+        default=16,
+        metavar="N",
+        help="measure at most so many parts of the text (default: 16)",
+    )
+    parser.add_argument(
+        "--window-length",
+        type=whole(8),
+        default=1024,
+        metavar="N",
+        help="tokens of each part (default: 1024)",
     )
     parser.add_argument(
         "--tasks", metavar="NAME,...", help="tasks of lm-eval, such as mmlu,hellaswag,gsm8k"
     )
-    parser.add_argument("--task-path", type=Path, metavar="DIR", help="with task files of your own")
-    parser.add_argument("--limit", type=_positive, help="samples of each task (default: all)")
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="folder with task files of your own"
+    )
+    parser.add_argument(
+        "--limit", type=whole(), metavar="N", help="questions of each task (default: all)"
+    )
     parser.add_argument(
         "--run-unsafe-code", action="store_true", help="for tasks that run what the model writes"
     )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, no table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--max-ppl-increase",
-        type=float,
+        type=number(what="percent"),
         metavar="PERCENT",
-        help="exit status 1 where the perplexity is further above the reference's",
+        help="end with status 1 if the perplexity is more than this above the reference's",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
-    return value
-
-
-def _length(text: str) -> int:
-    value = int(text)
-    if value < 8:
-        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 8")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
     if args.max_ppl_increase is not None and not args.reference:
         raise ValueError("--max-ppl-increase needs --reference, the model it is an increase over")
+    check_text("--text", args.text)
+    for name in ("task_path", "limit", "run_unsafe_code"):
+        if getattr(args, name) and not args.tasks:
+            raise ValueError(f"--{name.replace('_', '-')} is about --tasks; name tasks, or drop it")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # Standard output is for the result: vLLM and its libraries print to it as well.
     with _stdout_to_stderr():
-        rows, about = _measure(args)
+        try:
+            rows, about = _measure(args)
+        except RuntimeError as error:  # the engine's: memory, kernels, workers
+            if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
+                raise
+            raise ValueError(f"the engine ended: {error}") from error
     from vllm_nvfp4.quality.report import as_json, table
 
     if args.json:
@@ -122,7 +139,6 @@ def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
 
     folder = find_folder(args.model)
     reference = find_folder(args.reference) if args.reference else None
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     cpu_metadata.apply()
     from vllm_nvfp4.quality.engine import engine_options
 
@@ -209,6 +225,8 @@ def _with_progress(
 
         def progress(detail: str) -> None:
             current.detail = detail
+            if found := re.fullmatch(r"window (\d+) of (\d+)", detail):
+                current.fraction = (int(found[1]) - 1) / int(found[2])
 
         return measure(folder, windows, options, progress=progress, **files)
 

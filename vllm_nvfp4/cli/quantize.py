@@ -8,14 +8,20 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_nvfp4.cli._arguments import any_whole, number, whole
+from vllm_nvfp4.cli._files import check_can_write, check_text
 
 if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
+    from vllm_nvfp4.serving.progress import Step
 
+_TITLE = "Quantising"
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
 
@@ -25,9 +31,11 @@ def add_parser(subparsers: Any) -> None:
         "quantize",
         help="make an NVFP4 checkpoint from a 16-bit model",
         description="Make an NVFP4 checkpoint from a 16-bit model, layer by layer. A run that was "
-        "stopped goes on where it was when it is started again with the same arguments.",
+        "stopped continues where it was if it is started again with the same arguments.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, cached hub name, or .gguf file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, a downloaded hub name, or a .gguf file"
+    )
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to make")
     parser.add_argument(
         "--method",
@@ -53,22 +61,38 @@ def add_parser(subparsers: Any) -> None:
         default="keep",
         help="fp8: measure scales for an FP8 KV cache on the text and ask for it (default: keep)",
     )
-    parser.add_argument("--samples", type=_positive, default=16, help="sequences (default: 16)")
     parser.add_argument(
-        "--sample-length", type=_positive, default=1024, help="tokens in each (default: 1024)"
+        "--samples",
+        type=whole(),
+        default=16,
+        metavar="N",
+        help="sequences of calibration text (default: 16)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which parts of the text (default: 0)")
+    parser.add_argument(
+        "--sample-length",
+        type=whole(),
+        default=1024,
+        metavar="N",
+        help="tokens of each sequence (default: 1024)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=any_whole,
+        default=0,
+        metavar="N",
+        help="chooses the parts of the text (default: 0)",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--target-bits",
-        type=float,
+        type=number(above=True, what="bits per weight"),
         metavar="BITS",
         help="choose NVFP4, FP8 or 16 bits for each layer: the least KL with BITS per weight, on "
         "average over the decoder's linear layers and an lm_head with a weight of its own",
     )
     budget.add_argument(
         "--max-kl",
-        type=float,
+        type=number(what="nats"),
         metavar="NATS",
         help="the same, with the fewest bits whose KL, added up over the layers, is below NATS",
     )
@@ -83,17 +107,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="with either: print each layer's KL and format, and plot them to FILE (.png or .svg)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; needs to be at least 1")
-    return value
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the work is done (default: cpu)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    target = Path(args.output).expanduser().absolute()
+    _check_paths(args, target)
     import torch
 
     from vllm_nvfp4.checkpoints.work import work_folder
@@ -114,7 +138,6 @@ def run(args: argparse.Namespace) -> int:
         calibration = Calibration(
             args.calibration or "builtin", args.samples, args.sample_length, args.seed
         )
-    target = Path(args.output).expanduser().absolute()
     started = time.monotonic()
     try:
         report = _quantize(args, method, calibration, target)
@@ -124,6 +147,20 @@ def run(args: argparse.Namespace) -> int:
         raise
     _print_summary(report, target, method, time.monotonic() - started)
     return 0
+
+
+def _check_paths(args: argparse.Namespace, target: Path) -> None:
+    """What can be wrong with files, before torch takes its seconds to be imported."""
+    from vllm_nvfp4.checkpoints.locate import find_folder
+
+    model = Path(args.model).expanduser()
+    if not (model.suffix == ".gguf" and model.is_file()):
+        find_folder(args.model)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another folder")
+    check_can_write("--output", target, is_folder=True)
+    if args.calibration:
+        check_text("--calibration", args.calibration)
 
 
 def _check_format(args: argparse.Namespace, method: str) -> None:
@@ -166,7 +203,11 @@ def _check_precision(args: argparse.Namespace) -> None:
 
 
 def _precision(
-    args: argparse.Namespace, source: Any, method: str, calibration: Calibration | None
+    args: argparse.Namespace,
+    source: Any,
+    method: str,
+    calibration: Calibration | None,
+    current: Step,
 ) -> Callable[[Path, set[str]], dict[str, str]] | None:
     """What WriteOptions.precision asks for; the measurement is kept for a run that goes on."""
     if args.target_bits is None and args.max_kl is None:
@@ -178,18 +219,18 @@ def _precision(
 
         kept = work / "sensitivity.json"
         if not kept.is_file():
-            print("measuring the sensitivity of each layer", flush=True)
+            current.begin("Measuring the sensitivity of each layer")
             text = calibration.text if calibration else "builtin"
             measurement = sensitivity.Measurement.of_text(text, source.folder, method, args.seed)
-            found = sensitivity.measure(source, linear, measurement)
+            found = sensitivity.measure(source, linear, measurement, current.advance)
             sensitivity.save(kept, found)
         groups = sensitivity.load(kept)
         formats = choose_formats(groups, target_bits=args.target_bits, max_kl=args.max_kl)
         if args.report:
-            print(report.table(groups, formats), flush=True)
+            current.say(report.table(groups, formats))
             report.plot(groups, formats, Path(args.report).expanduser())
         else:
-            print(report.summary(groups, formats), flush=True)
+            current.say(report.summary(groups, formats))
         return {n: f for g, f in zip(groups, formats, strict=True) for n in g.names}
 
     return choose
@@ -203,56 +244,55 @@ def _quantize(
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
+    from vllm_nvfp4.serving.progress import step
 
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or choose another folder")
     folder = _source_folder(args.model, target)
     source = Source(folder)
     source.config()
+    is_measured = args.target_bits is not None or args.max_kl is not None
     arguments: dict[str, Any] = {"method": method, "device": args.device}
     if args.kv_cache != "keep":
         arguments["kv_cache"] = args.kv_cache
     if calibration is not None:
         arguments |= calibration.identity()
-    if args.target_bits is not None or args.max_kl is not None:
+    if is_measured:
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
-    precision = _precision(args, source, method, calibration)
-    vocabulary = source.vocabulary(args.embedding) if precision else []
+    vocabulary = source.vocabulary(args.embedding) if is_measured else []
     linear, _ = source.quantizable(DEFAULT_IGNORE)
     chosen = linear.union(vocabulary)
 
-    def make(progress: Callable[[str], None]) -> WriteReport:
+    with step(_TITLE, sys.stderr) as current:
+        precision = _precision(args, source, method, calibration, current)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
         used = calibration if method in CALIBRATED else None
-        _print_memory(source, chosen, used, args.device, is_measured=precision is not None)
+        current.say(_memory(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             device=args.device,
             arguments=arguments,
-            progress=progress,
+            progress=_progress(current, source, chosen),
             precision=precision,
             vocabulary=vocabulary,
             finish=_kv_scales(args, calibration),
         )
-        return write_resumable(folder, target, quantizer, options)
-
-    report = _with_progress(source, chosen, make)
+        report = write_resumable(folder, target, quantizer, options)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
 
 
-def _print_memory(
+def _memory(
     source: Source,
     quantized: set[str],
     calibration: Calibration | None,
     device: str,
     is_measured: bool,
-) -> None:
+) -> str:
+    """One line on the memory that the run takes."""
     from vllm_nvfp4.checkpoints.source import by_layer
     from vllm_nvfp4.quantize import memory, sensitivity
     from vllm_nvfp4.quantize.calibrated import forward_dtype
@@ -271,7 +311,7 @@ def _print_memory(
         extra = max(extra, measured)
     where = "" if device == "cpu" else f", part of it on {device}"
     peak = memory.expected_peak(extra) / 2**20
-    print(f"memory: about {peak:.0f} MiB at the most{where}", flush=True)
+    return f"memory: about {peak:.0f} MiB at the most{where}"
 
 
 def _kv_scales(
@@ -314,49 +354,26 @@ def _source_folder(model: str, target: Path) -> Path:
     return folder
 
 
-def _with_progress(
-    source: Any, quantized: set[str], make: Callable[[Callable[[str], None]], WriteReport]
-) -> WriteReport:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[str], None]:
+    """What WriteOptions.progress calls when a layer begins: the ones before it are done.
 
+    It counts weights, not layers: a feed-forward layer takes several times an attention's.
+    """
     from vllm_nvfp4.checkpoints.source import by_layer
 
-    groups = [g for unit in by_layer(source.tensors, quantized) for g in unit.groups]
-    # The bar counts weights, not layers: a feed-forward layer takes several times an attention's.
-    size = {
-        g[0].removesuffix(".weight"): sum(
-            source.tensors[n].shape[0] * source.tensors[n].shape[1] for n in g
-        )
-        for g in groups
-        if g[0] in quantized
-    }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("preparing", total=sum(size.values()))
-        pending = 0
+    before: dict[str, int] = {}
+    total = 0
+    for group in (g for unit in by_layer(source.tensors, quantized) for g in unit.groups):
+        if group[0] in quantized:
+            before[group[0].removesuffix(".weight")] = total
+            total += sum(prod(source.tensors[name].shape) for name in group)
 
-        def progress(layer: str) -> None:
-            nonlocal pending
-            bar.update(task, advance=pending, description=layer)
-            pending = size[layer]
+    def progress(layer: str) -> None:
+        if current.title != _TITLE:
+            current.begin(_TITLE)
+        current.fraction, current.detail = before[layer] / max(total, 1), layer
 
-        report = make(progress)
-        bar.update(task, completed=sum(size.values()), description="written")
-    return report
+    return progress
 
 
 def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.bench import results
+from vllm_nvfp4.cli._files import check_can_write
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,21 +18,34 @@ def add_parser(subparsers: Any) -> None:
         help="results of `bench` side by side, in the terminal and as one page",
         description="Show results of `vllm-nvfp4 bench`, of several cards, versions or models.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="results of `bench`")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="a folder that `bench` wrote"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page to write (default: report.html)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for a folder without results."""
     from vllm_nvfp4.bench import page
+    from vllm_nvfp4.bench.summary import first_sentence
 
+    check_can_write("--out", args.out)
     runs = {
         name: results.load(folder)
         for name, folder in zip(_names(args.folders), args.folders, strict=True)
     }
     only = next(iter(runs.values())) if len(runs) == 1 else None
+    # The page first: a reader of the tables (head, less) may be gone before their end.
+    written = page.write(runs, args.out)
+    print(first_sentence(runs))
     page.print_tables(page.run_tables(only) if only else page.side_by_side(runs))
-    print(f"page: {page.write(runs, args.out)}")
+    print(f"page: {written}")
     return 0
 
 

@@ -16,9 +16,16 @@ _LEAST_FP8_CAPABILITY = (8, 9)
 
 
 def head_size(text_config: Any) -> int | None:
-    """Elements per attention head, or None where the configuration does not say."""
-    if size := getattr(text_config, "head_dim", None):
-        return size
+    """Elements per attention head, or None where the configuration does not say.
+
+    Nor does it where heads differ from layer to layer, as Gemma-4's: transformers then raises an
+    error of its own, and advice never ends an engine.
+    """
+    try:
+        if size := getattr(text_config, "head_dim", None):
+            return size
+    except Exception:  # its class depends on the version of transformers
+        return None
     hidden = getattr(text_config, "hidden_size", None)
     heads = getattr(text_config, "num_attention_heads", None)
     return hidden // heads if hidden and heads else None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import re
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -38,6 +40,31 @@ def version_warning() -> str | None:
     if release > NEWEST_TESTED:
         return f"vLLM {version} is newer than the newest tested {NEWEST_TESTED}"
     return None
+
+
+class _AnyOf:
+    """What stands for a pattern in vLLM's mapper: it is found in exactly these names."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = frozenset(names)
+
+    def search(self, name: str) -> bool:
+        return name in self._names
+
+
+def mapper_without(names: Collection[str]) -> Any:
+    """vLLM's WeightsMapper that drops the tensors of these names."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    patterns: Any = {_AnyOf(names): None}
+    return WeightsMapper(orig_to_new_regex=patterns)
+
+
+def mapper_of(pattern: re.Pattern[str], replacement: str) -> Any:
+    """vLLM's WeightsMapper that renames by one pattern."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper(orig_to_new_regex={pattern: replacement})
 
 
 def attention_classes() -> tuple[type, ...]:
@@ -120,6 +147,22 @@ def server_launcher() -> Any:
     return next((sys.modules[name] for name in names if name in sys.modules), None)
 
 
+# The name of the loader by which vLLM defers loading.
+ONLINE_LOADER = "online_process_loader"
+
+
+def loads_through_parameters() -> bool:
+    """Whether the engine being built loads every tensor by its parameter's loader: dummy weights
+    and dumps of a loaded model do not."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and isinstance(
+        get_model_loader(config.load_config), DefaultModelLoader
+    )
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -174,6 +217,20 @@ def device_arch() -> int | None:
     """Compute capability times ten; None on a CPU."""
     capability = device_capability()
     return None if capability is None else capability[0] * 10 + capability[1]
+
+
+def allow_amx() -> None:
+    """Ask Linux for this process's use of AMX tiles, where the CPU has them.
+
+    vLLM's attention for CPUs takes them without asking. oneDNN asks before its first BF16 product,
+    but where every product is one of this plugin's there is none, and the process would end with
+    an illegal instruction.
+    """
+    import torch
+
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if is_supported():
+        torch.cpu._init_amx()
 
 
 def inductor_pass_class() -> Any:

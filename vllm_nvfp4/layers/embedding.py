@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +15,24 @@ from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
-    Dialect,
     LayerKind,
     LayerSpec,
     Role,
-    embedding_spec,
 )
 from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.layers.filling import check_filled
 from vllm_nvfp4.layers.linear import (
     CheckpointLinearMethod,
     NvFp4Fp8LinearMethod,
     NvFp4LinearMethod,
     PlacedMethod,
     add_meta_weight,
+)
+from vllm_nvfp4.layers.plain import (
+    WidenedEmbeddingMethod,
+    add_places_for_strays,
+    plain_embedding_method,
+    remove_places_for_strays,
 )
 from vllm_nvfp4.layers.weights import (
     apply_weight,
@@ -42,20 +48,20 @@ from vllm_nvfp4.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
 
-_STORED = (LayerKind.MICROSCALED, LayerKind.FP8)
+_STORED = (LayerKind.MICROSCALED, LayerKind.FP8, LayerKind.WIDENED)
 
 
 @dataclass
 class Vocabulary:
     """What the token embedding and lm_head of one model depend on.
 
-    dialect:   how the checkpoint stores them
+    stored:    how the checkpoint stores the embedding that the model calls so
     are_tied:  whether they are one weight
     tied_spec: how that weight is stored, known once the embedding is made
     """
 
     options: Options
-    dialect: Dialect
+    stored: Callable[[str], LayerSpec]
     are_tied: bool
     tied_spec: LayerSpec = UNQUANTIZED
 
@@ -79,21 +85,27 @@ def lm_head_method(both: Vocabulary, spec: LayerSpec, prefix: str) -> QuantizeMe
     if spec.kind in _STORED:
         return _stored_method(both.options, spec, prefix)
     fmt = both.tied_format if both.are_tied else both.options.lm_head
-    return None if fmt == "keep" else OnlineEmbeddingMethod(both, fmt, prefix)
+    if fmt == "keep":
+        return plain_embedding_method(spec)
+    return OnlineEmbeddingMethod(both, fmt, prefix, spec)
 
 
 def embedding_method(both: Vocabulary, prefix: str) -> QuantizeMethodBase | None:
     """The method for the token embedding, or None to keep it in 16 bits."""
-    spec = embedding_spec(both.dialect, prefix)
+    spec = both.stored(prefix)
     if spec.kind in _STORED:
         if both.are_tied:
             both.tied_spec = spec
         return _stored_method(both.options, spec, prefix)
     fmt = both.tied_format if both.are_tied else both.options.embedding
-    return None if fmt == "keep" else OnlineEmbeddingMethod(both, fmt, prefix)
+    if fmt == "keep":
+        return plain_embedding_method(spec)
+    return OnlineEmbeddingMethod(both, fmt, prefix, spec)
 
 
 def _stored_method(options: Options, spec: LayerSpec, prefix: str) -> QuantizeMethodBase:
+    if spec.kind is LayerKind.WIDENED:
+        return WidenedEmbeddingMethod(spec, prefix)
     if spec.kind is LayerKind.FP8:
         # lm_head multiplies one token of each request: 8-bit activations would gain nothing.
         return StoredFp8EmbeddingMethod(options, replace(spec, activation_bits=16), prefix)
@@ -181,21 +193,26 @@ class OnlineEmbeddingMethod(_VocabularyMethod, PlacedMethod):
 
     uses_meta_device = True
 
-    def __init__(self, both: Vocabulary, fmt: str, prefix: str) -> None:
+    def __init__(
+        self, both: Vocabulary, fmt: str, prefix: str, stored: LayerSpec = UNQUANTIZED
+    ) -> None:
         spec = online_spec(NVFP4) if fmt == NVFP4.name else UNQUANTIZED
         super().__init__(both.options, spec, prefix)
-        self.fmt, self.are_tied = fmt, both.are_tied
+        self.fmt, self.are_tied, self.stored = fmt, both.are_tied, stored
 
     def add_parameters(
         self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
         add_meta_weight(layer, shape, dtype, attrs)
         layer.nvfp4_dtype = dtype
+        add_places_for_strays(layer, self.stored)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        remove_places_for_strays(layer)
         weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
             return
+        check_filled(layer, self.prefix)
         del layer.weight
         if self.fmt == NVFP4.name:
             method = self.options.online_method

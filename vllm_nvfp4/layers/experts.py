@@ -142,10 +142,25 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         for name, parameter in list(layer.named_parameters(recurse=False)):
             role = getattr(parameter, "nvfp4_role", None)
             if role and name.startswith(f"{stem}_"):
+                self.check_filled(layer, stem, name.removeprefix(f"{stem}_"), parameter)
                 tensors[role] = parameter.data
                 layer.nvfp4_stored[stem, role] = name
                 delattr(layer, name)
         return tensors
+
+    def check_filled(self, layer: Any, stem: str, tensor: str, parameter: Any) -> None:
+        """Raise CheckpointError for an expert of which the files held no such tensor."""
+        expected: set[tuple[int, int]] = getattr(parameter, "nvfp4_expected", set())
+        missing = sorted(expected - getattr(parameter, "nvfp4_loaded", set()))
+        if missing:
+            slot, shard = missing[0]
+            raise CheckpointError(
+                "checkpoint",
+                f"{self.local_names(layer, stem)[slot]}: {tensor}",
+                f"none for {'up' if shard else stem} and {len(missing) - 1} more of this layer",
+                "one for each expert: it is not in the files under any name that the model loads",
+                "Download the missing files, or quantise the model again.",
+            )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         declared = _activation_of(layer, self.moe.activation.value)

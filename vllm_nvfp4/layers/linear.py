@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -11,15 +12,19 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import (
-    ModelWeightParameter,
-)
 
 from vllm_nvfp4.checkpoints.convert import check_blocks, fp8_to_rows, to_weight
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.layers.filling import (
+    OnlineWeightParameter,
+    check_filled,
+    counted,
+    expect_all,
+)
 from vllm_nvfp4.layers.parameters import make_parameter
+from vllm_nvfp4.layers.plain import WidenedLinearMethod
 from vllm_nvfp4.layers.weights import (
     ACTIVATION_BITS,
     LINEAR_NAMES,
@@ -46,6 +51,8 @@ def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMetho
         return NvFp4Fp8LinearMethod(options, spec, prefix)
     if spec.kind is LayerKind.ONLINE:
         return NvFp4OnlineLinearMethod(options, spec, prefix)
+    if spec.kind is LayerKind.WIDENED:
+        return WidenedLinearMethod(spec, prefix)
     return NvFp4LinearMethod(options, spec, prefix)
 
 
@@ -89,12 +96,18 @@ class CheckpointLinearMethod(PlacedMethod):
     ) -> None:
         num_shards, loader = len(layer.logical_widths), attrs.get("weight_loader")
         for tensor in self.spec.tensors:
-            parameter: Any = make_parameter(tensor, self.spec, shape, num_shards, loader)
+            parameter: Any = make_parameter(tensor, self.spec, shape, num_shards, counted(loader))
             parameter.nvfp4_role = tensor.role
+            if not tensor.optional and tensor.role is not Role.UNUSED:
+                expect_all(parameter)
             layer.register_parameter(tensor.name, parameter)
 
     def take_tensors(self, layer: Any) -> dict[Role, torch.Tensor] | None:
-        """Take the loaded tensors off the layer; None if they were taken before."""
+        """Take the loaded tensors off the layer; None if they were taken before.
+
+        Raises CheckpointError where one was not filled.
+        """
+        check_filled(layer, self.prefix)
         tensors, names = {}, {}
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if role := getattr(parameter, "nvfp4_role", None):
@@ -177,6 +190,7 @@ class NvFp4OnlineLinearMethod(PlacedMethod):
         weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:
             return
+        check_filled(layer, self.prefix)
         del layer.weight
         quantized = quantize_online(
             weight.data,
@@ -202,11 +216,14 @@ def add_meta_weight(
 ) -> None:
     """A 16-bit weight without memory, whose loading waits until all of it is there."""
     data = torch.empty(shape, dtype=dtype, device="meta")
-    weight: Any = ModelWeightParameter(
+    weight: Any = OnlineWeightParameter(
         data=data, input_dim=1, output_dim=0, weight_loader=attrs.get("weight_loader")
     )
     weight.nvfp4_role = Role.WEIGHT
+    expect_all(weight)
     layer.register_parameter("weight", weight)
+    # vLLM keeps loaders for reloading, in a table with weak keys.
+    weight.nvfp4_layer = weakref.ref(layer)
     versions.initialize_online_processing(layer)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role, TensorSpec
+from vllm_nvfp4.compat import versions
 
 
 class ShardVectorParameter(BasevLLMParameter):
@@ -157,6 +159,9 @@ def make_expert_parameter(
         data = torch.empty(0)
     parameter: Any = torch.nn.Parameter(data, requires_grad=False)
     parameter.nvfp4_role = tensor.role
+    is_needed = not tensor.optional and tensor.role is not Role.UNUSED
+    if is_needed and versions.loads_through_parameters():
+        parameter.nvfp4_expected = {(e, s) for e in range(cut.num_experts) for s in range(shards)}
     parameter.weight_loader = _expert_loader(tensor, cut, shards, prefix)
     return parameter
 
@@ -177,6 +182,7 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
         if shard_id is None or expert_id is None:
             # gpt-oss: vLLM's model cuts this rank's part out of the stack of all experts.
             _store_stack(param, loaded_weight, f"{prefix}.{tensor.name}")
+            _note(param, getattr(param, "nvfp4_expected", ()))
             return True if return_success else None
         slot = find_layer()._map_global_expert_id_to_local_expert_id(expert_id)
         is_here = slot != -1
@@ -191,9 +197,16 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
         if is_here and param.numel():
             shard = 1 if shard_id == "w3" else 0
             _store_expert(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
+            _note(param, [(slot, shard)])
         return is_here if return_success else None
 
     return load_expert
+
+
+def _note(param: Any, parts: Iterable[tuple[int, int]]) -> None:
+    """Remember which (slot, shard) were stored; on the meta device nothing is."""
+    if not param.is_meta:
+        param.__dict__.setdefault("nvfp4_loaded", set()).update(parts)
 
 
 def _store_stack(param: Any, loaded: torch.Tensor, name: str) -> None:

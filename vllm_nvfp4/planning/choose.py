@@ -7,18 +7,17 @@ import json
 import shlex
 from dataclasses import dataclass, replace
 
-from vllm_nvfp4.gpus import Gpu, find_gpu
+from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.options import METHOD_NAME
 from vllm_nvfp4.planning import fit as fitting
 from vllm_nvfp4.planning.fit import Fit, Load, Setup
 from vllm_nvfp4.planning.model import AS_STORED
-from vllm_nvfp4.planning.shapes import DecoderShape
+from vllm_nvfp4.planning.shapes import ATTENTION_PATTERN, DecoderShape
 
 ACCURACIES = ("usual", "high")
 BASELINE_GPU = "A100-SXM4-80GB"
 # Where vLLM's attention reads an FP8 KV cache.
 _FP8_KV_ARCH = 89
-_ATTENTION_PATTERN = "*.self_attn.*"
 _KV_WORDS = {4: "NVFP4", 8: "FP8", 16: "16-bit"}
 _KV_FLAGS = {4: "nvfp4", 8: "fp8", 16: "bfloat16"}
 
@@ -81,32 +80,32 @@ def _small_embedding(shape: DecoderShape, base: Setup) -> str:
     return base.lm_head if shape.tie_word_embeddings and base.lm_head != "keep" else "fp8"
 
 
-def baseline(shape: DecoderShape, load: Load) -> tuple[Gpu, Fit | None]:
-    """BF16 weights and a 16-bit KV cache on as many A100s as hold them."""
-    gpu = find_gpu(BASELINE_GPU)
-    assert gpu is not None
-    setup = Setup(fmt="bf16", kv_bits=16)
-    cards = fitting.cards_needed(shape, setup, load, gpu)
-    if cards is None:
-        return gpu, None
-    return gpu, fitting.fit(shape, replace(setup, cards=cards), load, gpu)
+# Sequences at once that a command allows where they fit: more gains little, and each takes logits.
+_SEQUENCES = 64
 
 
-def serve_command(shape: DecoderShape, found: Fit, load: Load) -> str:
-    """The ``vllm-nvfp4 serve`` line of a configuration, quoted for a shell."""
+def serve_command(shape: DecoderShape, found: Fit, load: Load, most_sequences: int) -> str:
+    """The ``vllm-nvfp4 serve`` line of a configuration, quoted for a shell.
+
+    An NVFP4 checkpoint is named where one is known and the configuration is its own; else the
+    16-bit model, which is quantised while it loads.
+    most_sequences: of the context asked for that fit at once; the line allows them
+    """
     setup = found.setup
+    # At least two: one alone makes a second request wait for the whole answer to the first.
+    sequences = max(load.concurrency, min(most_sequences, _SEQUENCES), 2)
     options: dict[str, object] = {
         key: value
         for key, value in (("lm_head", setup.lm_head), ("embedding", setup.embedding))
         if value != "keep"
     }
     if setup.attention:
-        options["online_ignore"] = [_ATTENTION_PATTERN]
+        options["online_ignore"] = [ATTENTION_PATTERN]
     words = [
-        "vllm-nvfp4", "serve", shape.hub,
+        "vllm-nvfp4", "serve", shape.hub if setup.attention else shape.nvfp4 or shape.hub,
         "--max-model-len", str(load.context),
-        "--max-num-seqs", str(load.concurrency),
-        "--max-num-batched-tokens", str(max(fitting.STEP_TOKENS, load.concurrency)),
+        "--max-num-seqs", str(sequences),
+        "--max-num-batched-tokens", str(max(fitting.STEP_TOKENS, sequences)),
         "--gpu-memory-utilization", str(fitting.UTILIZATION),
         "--kv-cache-dtype", _KV_FLAGS[setup.kv_bits],
     ]  # fmt: skip

@@ -60,6 +60,8 @@ def groups_of(shape: DecoderShape) -> tuple[int, dict[int, int]]:
     a kind is padded.
     """
     kinds = Counter(shape.windows)
+    if not kinds:
+        return 0, {}
     size = min(kinds.values())
     if max(kinds.values()) < 1.5 * size:
         size = max(kinds.values())
@@ -90,7 +92,9 @@ def sequence_bytes(
 ) -> int:  # fmt: skip
     """Bytes on one card that vLLM sets aside for one sequence of ``context`` tokens.
 
-    blocks_per_sequence * layers in a group * block_size * token_bytes
+    blocks_per_sequence * layers in a group * block_size * token_bytes, and the state of the layers
+    that have one, which is cut over the cards
     """
     block = groups_of(shape)[0] * block_size * token_bytes(shape, bits, cards)
-    return blocks_per_sequence(shape, context, step_tokens, block_size) * block
+    cached = blocks_per_sequence(shape, context, step_tokens, block_size) * block
+    return cached + math.ceil(shape.state_bytes / cards)

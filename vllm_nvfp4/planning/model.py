@@ -167,22 +167,30 @@ def checkpoint_parts(shape: DecoderShape, fmt: str) -> dict[str, int]:
     }
 
 
-def cards_that_can_share(shape: DecoderShape, cards: int, fmt: str) -> bool:
-    """Whether tensor parallelism can cut the model so: whole heads, and whole blocks of K."""
+def split_obstacle(shape: DecoderShape, cards: int, fmt: str) -> str:
+    """Why tensor parallelism cannot cut the model so; empty where it can.
+
+    Each card has whole heads, and of a layer cut by columns whole blocks of K.
+    """
     if cards == 1:
-        return True
+        return ""
+    heads, kv = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % cards:
+        return f"{heads} attention heads are no multiple of {cards}"
+    if shape.latent is None and kv % cards and cards % kv:
+        return f"{kv} key-value heads and {cards} cards do not divide each other"
     blocks = {"nvfp4": 16, "mxfp4": 32, "int4": shape.int4_group}
-    linears = shape.stored if fmt == AS_STORED else shape.linears
-    kv = shape.num_key_value_heads
-    return (
-        shape.num_attention_heads % cards == 0
-        and (shape.latent is not None or kv % cards == 0 or cards % kv == 0)
-        and all(
-            x.k % (cards * blocks.get(_format(x, fmt, ""), 1)) == 0
-            for x in linears
-            if x.cut == COLUMNS
-        )
-    )
+    for layer in shape.stored if fmt == AS_STORED else shape.linears:
+        block = blocks.get(_format(layer, fmt, ""), 1)
+        if layer.cut == COLUMNS and layer.k % (cards * block):
+            what = f"groups of {block} columns" if block > 1 else "columns"
+            return f"the {layer.k} columns of {layer.name} are not {cards} x whole {what}"
+    return ""
+
+
+def cards_that_can_share(shape: DecoderShape, cards: int, fmt: str) -> bool:
+    """Whether tensor parallelism can cut the model so."""
+    return not split_obstacle(shape, cards, fmt)
 
 
 @dataclass(frozen=True)
@@ -252,8 +260,8 @@ def decode(
 
     weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch``
                    tokens need when each picks at random: 1 - (1 - per_token / experts)^batch
-    kv_bytes     = batch * (tokens attended in all layers) * bytes of a token in one layer, on all
-                   cards
+    kv_bytes     = batch * ((tokens attended in all layers) * bytes of a token in one layer, on all
+                   cards, + 2 * state_bytes, which is read and written)
     linear_flops = 2 * batch * (weights that a token is multiplied with)
     other_flops  = 2 * batch * vocabulary * hidden + batch * attention
 
@@ -266,7 +274,8 @@ def decode(
         read -= int(weights.experts * idle)
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
-        batch, weights.cards * read, batch * attended * cards * token_bytes(shape, kv_bits, cards),
+        batch, weights.cards * read,
+        batch * (attended * cards * token_bytes(shape, kv_bits, cards) + 2 * shape.state_bytes),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.compat.packages import install_hint
+
 # Okabe and Ito, "Color Universal Design" (2008), without yellow, which print loses.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
@@ -65,7 +67,12 @@ class Series:
     is_limit: bool = False
 
 
-def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path:
+def memory_stack(
+    path: Path,
+    bars: Sequence[MemoryBar],
+    title: str = "",
+    ylabel: str = "memory, GB (10$^9$ bytes)",
+) -> Path:
     """Memory by part, GB (10^9), one column each; a line marks the capacity.
 
     Raises ValueError without bars, or for a negative size.
@@ -91,7 +98,7 @@ def memory_stack(path: Path, bars: Sequence[MemoryBar], title: str = "") -> Path
         axes.set_xticks(range(len(bars)), [_wrapped(bar.label, 15) for bar in bars])
         axes.set_xlim(-0.5, len(bars) - 0.5)
         axes.set_ylim(0, 1.16 * top)
-        axes.set_ylabel("memory, GB (10$^9$ bytes)")
+        axes.set_ylabel(ylabel)
         axes.grid(axis="x", visible=False)
         _legend_beside(axes, is_reversed=True)
 
@@ -179,9 +186,14 @@ def lines(
     return _save(path, draw, title, (8.0, 4.4))
 
 
-def speed_against_batch(path: Path, series: Sequence[Series], title: str = "") -> Path:
+def speed_against_batch(
+    path: Path,
+    series: Sequence[Series],
+    title: str = "",
+    ylabel: str = "tokens/s, all sequences",
+) -> Path:
     """Tokens per second of all sequences against their number, with rooflines as limits."""
-    return lines(path, series, "sequences at once (batch)", "tokens/s, all sequences", title, True)
+    return lines(path, series, "sequences at once (batch)", ylabel, title, True)
 
 
 def latency_against_load(
@@ -258,7 +270,7 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            'pictures need matplotlib, which is not installed: pip install "vllm-nvfp4[pictures]"'
+            f"pictures need matplotlib, which is not installed: {install_hint('pictures')}"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(_RC):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
-from vllm_nvfp4.checkpoints.locate import find_folder
+from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import (
     Dialect,
     LayerKind,
@@ -36,6 +37,8 @@ _GEMMA_DEFAULTS = {
     "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
 
+# Names of the layers that "attention in 16 bits" is about.
+ATTENTION_PATTERN = "*.self_attn.*"
 ATTENTION, MLP, EXPERTS, ROUTER = "attention", "mlp", "experts", "router"
 # How tensor parallelism cuts a layer: its rows, its columns, or not at all.
 ROWS, COLUMNS, WHOLE = "rows", "columns", "whole"
@@ -81,14 +84,18 @@ class DecoderShape:
     """A decoder's dimensions, named as in its config.json.
 
     hub:        its name on the Hugging Face Hub, or the folder
+    nvfp4:      the hub name of an NVFP4 checkpoint of it; empty where none is known
     family:     model_type
-    windows:    per layer, the tokens that its attention reaches back; 0 for all
+    windows:    per layer with keys and values, the tokens that its attention reaches back; 0 for
+                all
     num_other:  elements of norms, biases and attention sinks, which stay in 16 bits
     sparse_layers: the decoder layers with experts
     inner_size: the widest inner size of a layer that one token goes through
     latent:     None where keys and values are cached per head
     stored:     ``linears`` by the format that a quantised checkpoint has them in; else empty
     head, embedding: their formats in a quantised checkpoint; empty for 16 bits
+    state_bytes: of one sequence in the layers that keep a state instead of keys and values
+    notes:      what the plan had to assume, one sentence each
     """
 
     name: str
@@ -113,6 +120,9 @@ class DecoderShape:
     head: str = ""
     embedding: str = ""
     has_vision: bool = False
+    nvfp4: str = ""
+    state_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -148,7 +158,11 @@ def find_shape(model: str) -> DecoderShape:
     """
     for name, entry in built_in().items():
         if model.lower() in (name.lower(), entry["hub"].lower()):
-            seen = {"hub": entry["hub"], "has_vision": entry.get("has_vision", False)}
+            seen = {
+                "hub": entry["hub"],
+                "nvfp4": entry.get("nvfp4", ""),
+                "has_vision": entry.get("has_vision", False),
+            }
             shape = replace(shape_of(entry["config"], name), **seen)
             stored = entry["config"].get("quantization_config")
             return as_stored(shape, detect(stored)) if stored else shape
@@ -156,8 +170,17 @@ def find_shape(model: str) -> DecoderShape:
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
     if "/" not in model and not Path(model).exists():
-        raise ValueError(f"{model}: no such model; needs {accepted}.")
-    config, quantization = read_config(find_folder(model))
+        near = difflib.get_close_matches(model.lower(), [n.lower() for n in built_in()], 1)
+        named = [n for n in built_in() if n.lower() in near]
+        hint = f"did you mean {named[0]}? Needs" if named else "needs"
+        raise ValueError(f"{model}: no such model; {hint} {accepted}, or a hub name owner/model.")
+    with folder_or_skeleton(model) as folder:
+        config, quantization = read_config(folder)
+        text = config.get("text_config") or config
+        if text.get("model_type") not in _FAMILIES:
+            from vllm_nvfp4.planning.headers import shape_from_headers
+
+            return shape_from_headers(folder, config, quantization, model)
     shape = shape_of(config, model)
     if quantization is None:
         return shape

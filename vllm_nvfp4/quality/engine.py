@@ -17,6 +17,7 @@ import numpy as np
 
 from vllm_nvfp4.checkpoints import detect, read_config
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.compat.flags import raise_flag_errors
 from vllm_nvfp4.options import METHOD_NAME
 from vllm_nvfp4.quality.recorder import WORKER_EXTENSION, window_file
 from vllm_nvfp4.quality.text import vocabulary_size
@@ -65,11 +66,12 @@ def running(folder: Path | str, **options: Any) -> Iterator[Any]:
 def engine_options(args: Sequence[str]) -> dict[str, Any]:
     """What a `vllm serve` command line says about the engine, as keywords of ``LLM``.
 
-    Unknown flags end the program with argparse's message.
+    Raises FlagError for an unknown flag.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    raise_flag_errors()
     parser = EngineArgs.add_cli_args(
         FlexibleArgumentParser(prog="vllm-nvfp4 quality MODEL --", add_help=False)
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from vllm_nvfp4.quality.statistics import Row
 
+# Of the object that --json prints: docs/json.md.
+SCHEMA = 1
 _HEADER = ("", "reference", "this", "difference", "standard error")
 
 
@@ -38,7 +40,7 @@ def _number(value: float | None, sign: str = "") -> str:
 
 def as_json(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
     """``about`` and the rows; NaN and infinity become null, which JSON can say."""
-    return about | {"rows": [_finite(dataclasses.asdict(row)) for row in rows]}
+    return {"schema": SCHEMA} | about | {"rows": [_finite(dataclasses.asdict(row)) for row in rows]}
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.quality.statistics import Row
 
 _SEED = 1234
@@ -35,7 +36,7 @@ class Tasks:
     def manager(self) -> Any:
         """lm-eval's task manager. Raises ValueError where lm-eval or a task is missing."""
         if util.find_spec("lm_eval") is None:
-            raise ValueError('--tasks needs lm-eval: pip install "vllm-nvfp4[tasks]"')
+            raise ValueError(f"--tasks needs lm-eval: {install_hint('tasks')}")
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--task-path {self.folder}: no such folder")
         from lm_eval.tasks import TaskManager

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.quantize.precision import Sensitivity, average_bits
 
 SUFFIXES = (".png", ".svg")
@@ -20,9 +21,7 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--report {path}: there is no folder {path.parent}; make it first")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(
-            f"--report {path}: needs matplotlib; install the extra `pictures`, or matplotlib itself"
-        )
+        raise ValueError(f"--report {path}: needs matplotlib: {install_hint('pictures')}")
 
 
 def label(group: Sensitivity) -> str:

@@ -87,11 +87,12 @@ def measure(
     source: Source,
     quantized: set[str],
     measurement: Measurement,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[float, str], None] | None = None,
 ) -> list[Sensitivity]:
     """KL(source || source with one fused layer quantised), mean over the samples' tokens.
 
     quantized: the weights to choose a format for: of decoder layers, lm_head, the embedding
+    progress:  called with the share of the layers that are done, and the next one's name
     In memory are one decoder layer and what goes into every layer; before the layers' turn,
     lm_head and its changes. Raises CheckpointError where transformers cannot run the model, or a
     weight is none of these.
@@ -111,7 +112,7 @@ def measure(
         prefix = model.prefix(i)
         groups = [g for g in units.get(prefix, Unit("", ())).groups if g[0] in quantized]
         if progress is not None and groups:
-            progress(prefix.removesuffix("."))
+            progress(1 - (i + 1) / model.num_layers, prefix.removesuffix("."))
         layer = model.layer(i, {})
         modules = {n: model.module(i, n) for g in groups for n in g}
         moments = {}

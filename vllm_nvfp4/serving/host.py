@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.serving.arguments import read_flags
+from vllm_nvfp4.serving.launch import MODULE
 
 # vLLM's default on a CPU is 92 % of all memory, which fails as soon as anything else runs.
 _KV_CACHE_SHARE = 4
+# What of the user's decides the size of the KV cache on a CPU.
+KV_FLAGS = frozenset({"--gpu-memory-utilization", "--kv-cache-memory-bytes"})
+KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+AOT_VARIABLE = "VLLM_USE_AOT_COMPILE"
 
 
 @dataclass(frozen=True)
@@ -58,39 +64,16 @@ def why_no_compile() -> str | None:
     return None
 
 
-def given_flags(args: Sequence[str]) -> set[str]:
-    """The flags on a vLLM command line and in the YAML file that its --config names."""
-    flags = set()
-    for index, arg in enumerate(args):
-        if not arg.startswith("-"):
-            continue
-        name, _, value = arg.partition("=")
-        name = "--quantization" if name == "-q" else name.replace("_", "-")
-        flags.add(name)
-        if name == "--config":
-            value = value or (args[index + 1] if index + 1 < len(args) else "")
-            flags |= _flags_of_config(Path(value))
-    return flags
-
-
-def _flags_of_config(path: Path) -> set[str]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {path}: found {type(content).__name__}; needed `flag: value` lines"
-        )
-    return {"--" + str(key).replace("_", "-") for key in content}
+def kv_cache_bytes(host: Host) -> int:
+    """The size of the KV cache where nothing else decides it: a share of the free memory."""
+    return host.available_bytes // _KV_CACHE_SHARE
 
 
 def add_defaults(
     args: Sequence[str], host: Host, environ: Mapping[str, str], with_plugin: bool = True
 ) -> tuple[list[str], list[str]]:
     """vLLM's command line with the defaults added, and one sentence for each of them."""
-    given = given_flags(args)
+    given = read_flags(args).keys()
     added: list[str] = []
     notes: list[str] = []
     if with_plugin and "--quantization" not in given:
@@ -98,10 +81,8 @@ def add_defaults(
         notes.append("--quantization nvfp4: this command's default")
     if not host.is_cpu:
         return [*args, *added], notes
-    if not given & {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} and not environ.get(
-        "VLLM_CPU_KVCACHE_SPACE"
-    ):
-        size = host.available_bytes // _KV_CACHE_SHARE
+    if not given & KV_FLAGS and not environ.get(KV_VARIABLE):
+        size = kv_cache_bytes(host)
         added += ["--kv-cache-memory-bytes", str(size)]
         notes.append(
             f"--kv-cache-memory-bytes {size}: a quarter of the {host.available_bytes / 2**30:.1f} "
@@ -125,5 +106,11 @@ def command_line(
     cpu_metadata.apply(child_environ)
     if not with_plugin:
         child_environ["VLLM_PLUGINS"] = ""
-    full, notes = add_defaults(args, Host.this(), child_environ, with_plugin)
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *full], child_environ, notes
+    this = Host.this()
+    full, notes = add_defaults(args, this, child_environ, with_plugin)
+    if this.is_cpu and AOT_VARIABLE not in child_environ:
+        # vLLM saves an ahead-of-time artefact for the CPU and cannot load it: every start would
+        # compile again. Without it torch's own cache of compiled code is used.
+        child_environ[AOT_VARIABLE] = "0"
+        notes.append(f"{AOT_VARIABLE}=0: so that later starts reuse what the first one compiled")
+    return [sys.executable, "-m", MODULE, "serve", *full], child_environ, notes

@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import TextIO
 
 from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving.launch import PREFIX, USAGE_STATUS
+from vllm_nvfp4.serving.phases import phase_of
 from vllm_nvfp4.serving.progress import step
 
 _STOP_SECONDS = 20.0
@@ -76,7 +78,8 @@ def first_error(log: str) -> str:
             # Pydantic puts what was wrong on the two lines below.
             more = lines[index + 1 : index + 3] if "validation error" in line else []
             return "\n  ".join([line, *more])
-    return "\n  ".join(lines[-5:])
+    said = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+    return said[-1] if said else "\n  ".join(lines[-5:])
 
 
 class Server:
@@ -131,13 +134,8 @@ class Server:
         """The ids of the server's processes; none where it does not run."""
         return group_members(self._process.pid) if self._process else []
 
-    def last_line(self) -> str:
-        """The last thing the server said, without time and place."""
-        lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-        return _LOG_PREFIX.sub("", lines[-1]) if lines else ""
-
     def wait_ready(self, out: TextIO | None = None, timeout: float = 1800.0) -> None:
-        """Return once the server answers, with a progress line every five seconds.
+        """Return once the server answers; until then a progress line names the phase.
 
         Raises ServerError if it ends first, TimeoutError after ``timeout`` seconds.
         """
@@ -148,7 +146,7 @@ class Server:
                     raise ServerError(self._why_it_ended(self._process.returncode))
                 if progress.seconds > timeout:
                     raise TimeoutError(f"the server did not answer in {timeout:.0f} s: {self.log}")
-                progress.detail = self.last_line()
+                progress.detail = phase_of(self.log.read_text(errors="replace"))
                 time.sleep(0.5)
 
     def _answers(self) -> bool:
@@ -160,6 +158,8 @@ class Server:
 
     def _why_it_ended(self, status: int) -> str:
         text = self.log.read_text(errors="replace")
+        if status == USAGE_STATUS and PREFIX in text:
+            return text.rpartition(PREFIX)[2].strip()
         return f"the server ended with status {status}:\n  {first_error(text)}\n  (log: {self.log})"
 
     def stop(self) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
-from vllm_nvfp4.checkpoints.headers import read_headers
-from vllm_nvfp4.checkpoints.spec import LayerKind, LayerSpec
-from vllm_nvfp4.checkpoints.validate import group_by_module
+from vllm_nvfp4.checkpoints.mxfp4 import SPEC as GPT_OSS
+from vllm_nvfp4.checkpoints.spec import Role
+from vllm_nvfp4.checkpoints.validate import take_census
 
 if TYPE_CHECKING:
     import torch
@@ -131,28 +131,28 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     from vllm_nvfp4.checkpoints.convert import dequantize_layer
 
     _, quant_config = read_config(folder)
-    headers = read_headers(folder)
-    dialect = detect(quant_config)
-    dialect.settle({name: header.shape for name, header in headers.items()})
+    census = take_census(folder, detect(quant_config))
+    headers = {
+        f"{name}.{leaf}": header
+        for name, module in census.modules.items()
+        for leaf, header in module.tensors.items()
+    }
     state: dict[str, torch.Tensor] = {}
     handles = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
-    for module, leaves in group_by_module(headers).items():
+    for module, stored in census.modules.items():
         tensors = {
             leaf: handles[header.file].get_tensor(f"{module}.{leaf}" if module else leaf)
-            for leaf, header in leaves.items()
+            for leaf, header in stored.tensors.items()
         }
-        spec = dialect.layer_spec(module)
-        if spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8) and _holds(spec, tensors):
+        spec = stored.spec
+        unused = {t.name for t in spec.tensors if t.role is Role.UNUSED}
+        if spec.is_quantized and spec.algo != GPT_OSS.algo:
             state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)
             tensors = {"bias": tensors["bias"]} if "bias" in tensors else {}
         for leaf, tensor in tensors.items():
-            if leaf not in ("k_scale", "v_scale"):
+            if leaf not in unused and leaf not in ("k_scale", "v_scale"):
                 state[f"{module}.{leaf}" if module else leaf] = tensor
     return state
-
-
-def _holds(spec: LayerSpec, tensors: dict[str, torch.Tensor]) -> bool:
-    return all(t.optional or t.name in tensors for t in spec.tensors)
 
 
 def write_dequantized(folder: Path, target: Path) -> Path:

@@ -159,7 +159,7 @@ def _packaged(config: KernelSource, arch: int) -> bytes | None:
     if hashlib.sha256(image).hexdigest() != entry["sha256"]:
         raise CompileError(
             f"{path}: its content does not match the manifest, so the installation is damaged. "
-            "Reinstall vllm-nvfp4 (pip install --force-reinstall --no-deps vllm-nvfp4)"
+            "Install vllm-nvfp4 again as it was installed, with --force-reinstall --no-deps"
         )
     return image
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from vllm_nvfp4.compat.packages import install_hint
+
 # m16n8k16 FP8 MMA is PTX ISA 8.7 (NVRTC 12.8); torch's cu130 wheels bring 13.0.
 MIN_NVRTC = (13, 0)
 
@@ -118,7 +120,7 @@ def compile_cubin(config: KernelSource, arch: int) -> bytes:
         raise CompileError(
             f"{config.symbol}: compiling for sm_{arch} needs NVRTC "
             f"{version_text(MIN_NVRTC)} or later, found {version_text(version)}. "
-            "pip install 'vllm-nvfp4[cuda]', or install a wheel of vllm-nvfp4 that holds cubins "
+            f"{install_hint('cuda')}, or install a wheel of vllm-nvfp4 that holds cubins "
             f"for sm_{arch}"
         )
     try:
@@ -128,7 +130,7 @@ def compile_cubin(config: KernelSource, arch: int) -> bytes:
     except ImportError as error:
         raise CompileError(
             f"{config.symbol}: compiling for sm_{arch} needs the package cuda-core ({error}). "
-            "pip install 'vllm-nvfp4[cuda]'"
+            f"{install_hint('cuda')}"
         ) from error
     include_path = [str(csrc_dir()), *map(str, toolkit_headers())]
     options = ProgramOptions(include_path=include_path, **compile_options(arch))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plan and inspect of models of any family, from headers, here and on a hub."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_nvfp4.checkpoints import hub, read_config
+from vllm_nvfp4.checkpoints.write import write_nvfp4
+from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.planning import kv
+from vllm_nvfp4.planning.headers import shape_from_headers
+from vllm_nvfp4.planning.model import AS_STORED, weights_of
+from vllm_nvfp4.planning.shapes import find_shape
+from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model
+
+FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+
+    def folder_of(family: str) -> Path:
+        folder = root / family
+        if not folder.exists():
+            model = build_hybrid() if family == "hybrid" else build_model(family)
+            model.save_pretrained(folder)
+        return folder
+
+    return folder_of
+
+
+def build_hybrid():
+    """Gated delta nets and attention in turns, as Qwen3.5 and Qwen3.6 have them."""
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=32, linear_conv_kernel_dim=4, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+
+
+def from_headers(folder: Path):
+    return shape_from_headers(folder, *read_config(folder), str(folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_headers_tell_what_the_configuration_of_a_known_family_tells(folders, family):
+    known, found = find_shape(str(folders(family))), from_headers(folders(family))
+    assert weights_of(found, "bf16").total == weights_of(known, "bf16").total
+    assert weights_of(found, "nvfp4").experts == pytest.approx(
+        weights_of(known, "nvfp4").experts, rel=0.02
+    )
+    assert found.num_active_weights == known.num_active_weights
+    for context in (16, 200):
+        assert kv.sequence_bytes(found, context, 8, 64) == kv.sequence_bytes(known, context, 8, 64)
+    assert found.tie_word_embeddings == known.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_quantised_checkpoint_keeps_its_formats(folders, family, tmp_path):
+    write_nvfp4(folders(family), tmp_path / "out", method="rtn")
+    known, found = find_shape(str(tmp_path / "out")), from_headers(tmp_path / "out")
+    sizes = [weights_of(shape, AS_STORED).total for shape in (found, known)]
+    # Shards of a fused layer are padded one by one here.
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    assert {x.stored for x in found.stored} >= {"nvfp4"}
+
+
+def test_a_hybrid_s_state_and_cache(folders, capsys):
+    folder = folders("hybrid")
+    shape = find_shape(str(folder))
+    assert shape.windows == (0,)
+    state = 4 * 16 * 32 * 4
+    window = 3 * (2 * 2 * 16 + 4 * 32) * 2
+    assert shape.state_bytes == 3 * (state + window)
+    one, two = (kv.sequence_bytes(shape, context, 16, 64) for context in (16, 32))
+    assert two - one == 16 * 2 * 2 * 32 * 2
+    assert one == 16 * 2 * 2 * 32 * 2 + shape.state_bytes
+    assert shape.num_experts_per_tok == 2
+    stored = sum(p.numel() for p in build_hybrid().parameters())
+    assert weights_of(shape, "bf16").total == pytest.approx(2 * stored, rel=0.02)
+    assert main(["plan", str(folder), "--context", "128"]) == 0
+    assert "Recommended: 1 x" in capsys.readouterr().out
+
+
+def build_mamba():
+    """Mamba-2, a feed-forward layer and attention, with the names of Nemotron-H."""
+    from transformers import AutoModelForCausalLM, NemotronHConfig
+
+    config = NemotronHConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, mamba_num_heads=4,
+        mamba_head_dim=16, ssm_state_size=16, n_groups=1, conv_kernel=4,
+        layers_block_type=["mamba", "moe", "mamba", "attention"], n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=64, moe_shared_expert_intermediate_size=64,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+
+
+def test_a_state_space_model_whose_embedding_has_another_name(tmp_path):
+    model = build_mamba()
+    model.save_pretrained(tmp_path)
+    shape = find_shape(str(tmp_path))
+    assert shape.windows == (0,)
+    assert shape.state_bytes == 2 * (4 * 4 * 16 * 16 + 2 * 3 * (4 * 16 + 2 * 16))
+    stored = sum(p.numel() for p in model.parameters())
+    padding = 2 * 2 * (-VOCAB_SIZE % 64) * 64  # of the vocabulary, embedding and lm_head
+    assert weights_of(shape, "bf16").total == pytest.approx(2 * stored + padding, rel=1e-3)
+
+
+def test_layers_with_other_heads_are_counted_as_the_largest(tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+        hidden_size_per_layer_input=0, sliding_window=32,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored.pop("per_layer_config", None)
+    stored |= {"global_head_dim": 64, "num_global_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    shape = find_shape(str(tmp_path))
+    assert shape.windows == (32, 32, 32, 0)
+    assert (shape.num_key_value_heads, shape.head_dim) == (2, 64)
+    assert any("those with the most" in note for note in shape.notes)
+
+
+@pytest.mark.vllm
+def test_the_state_is_what_vllm_asks_for(folders):
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+
+    conv, state = MambaStateShapeCalculator.gated_delta_net_state_shape(1, 2, 4, 16, 32, 4, 0)
+    asked = 2 * torch.Size(conv).numel() + 4 * torch.Size(state).numel()
+    assert find_shape(str(folders("hybrid"))).state_bytes == 3 * asked
+
+
+# --- a hub ---------------------------------------------------------------------------------------
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Serves /owner/name/resolve/main/FILE, with ranges, and /api/models/owner/name."""
+
+    folder: Path
+    sent: list[int]
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/owner/name"):
+            return self._reply(200, json.dumps({"id": "owner/name", "siblings": []}).encode())
+        path = self.folder / self.path.rpartition("/")[2]
+        if "/owner/name/resolve/main/" not in self.path or not path.is_file():
+            return self._reply(404, b"")
+        content = path.read_bytes()
+        if span := self.headers.get("Range"):
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            return self._reply(206, content[first : last + 1])
+        return self._reply(200, content)
+
+    def _reply(self, status: int, content: bytes):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(content)
+        self.sent.append(len(content))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(folders, monkeypatch, tmp_path):
+    """serve(folder) makes it owner/name of a hub; returns the sizes of the answers."""
+    sent: list[int] = []
+    servers = []
+
+    def serve(folder: Path) -> list[int]:
+        handler = type("Handler", (HubHandler,), {"folder": folder, "sent": sent})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        # The client reads the variable when it is imported.
+        import huggingface_hub.constants as constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        return sent
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("family", ["llama", "hybrid"])
+def test_a_hub_name_is_planned_and_inspected_from_its_headers(folders, served, capsys, family):
+    folder = folders(family)
+    sent = served(folder)
+    for command in (["plan", "--json", "--context", "128"], ["inspect", "--json"]):
+        assert main([*command, str(folder)]) == 0
+        here = json.loads(capsys.readouterr().out)
+        assert main([*command, "owner/name"]) == 0
+        there = json.loads(capsys.readouterr().out)
+        for name in ("model", "hub", "folder", "command"):
+            here.pop(name, None), there.pop(name, None)
+        assert here == there
+    size = (folder / "model.safetensors").stat().st_size
+    assert sum(sent) < 0.4 * 2 * size
+
+
+def test_what_a_hub_does_not_have(folders, served, capsys):
+    served(folders("llama"))
+    assert main(["plan", "owner/other"]) == 1
+    error = capsys.readouterr().err
+    assert "owner/other" in error
+    assert error.count("\n") == 1
+    assert hub.hub_address().startswith("http://127.0.0.1")

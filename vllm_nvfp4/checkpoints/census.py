@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each layer of a checkpoint is stored: decided by the tensors, once for every reader.
+
+A configuration names layers by lists, patterns and classes, and public ones are incomplete or
+wrong. The headers of the files are never wrong: a weight is U8 with block scales, or FP8, or 16
+bits. So the headers decide the form of a layer, and the configuration is left with what they do not
+show: the bits of the activations, the KV cache, the group size, and what a tool calls the form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_nvfp4.checkpoints.forms import classify
+from vllm_nvfp4.checkpoints.headers import TensorHeader
+from vllm_nvfp4.checkpoints.spec import (
+    UNQUANTIZED,
+    CheckpointError,
+    Dialect,
+    LayerSpec,
+    Role,
+    describe,
+    fold,
+    fused_layer_spec,
+    merged,
+    one_spec,
+    shard_names,
+)
+
+# An expert's tensor, or its module, under the name of its projection.
+PROJECTION_FIRST = re.compile(r"(^|\.)experts\.([A-Za-z_]\w*)\.(\d+)(\.|$)")
+
+Tensors = Mapping[str, TensorHeader]
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One module of the files.
+
+    name:   in the files
+    stored: how its weight is stored; None for fewer than 16 bits in a form that is not known
+    said:   how the configuration says that it is
+    """
+
+    name: str
+    tensors: Tensors
+    stored: LayerSpec | None
+    said: LayerSpec
+
+    @property
+    def spec(self) -> LayerSpec:
+        """How it is stored. Raises CheckpointError for an unknown form."""
+        if self.stored is None:
+            raise unknown_form(self)
+        return self.stored
+
+    @property
+    def stray(self) -> tuple[str, ...]:
+        """Scales beside a weight that has no use for them, by their full names."""
+        spec = self.stored
+        if spec is None:
+            return ()
+        unused = [t.name for t in spec.tensors if t.role is Role.UNUSED]
+        return tuple(f"{self.name}.{leaf}" for leaf in unused if leaf in self.tensors)
+
+
+class Census:
+    """Every module of a checkpoint's files, found by the file's names and by the model's.
+
+    headers: of all tensors; dialect: what the configuration says, not renamed yet. It is settled
+    here (see Dialect.settle).
+    """
+
+    def __init__(self, headers: Mapping[str, TensorHeader], dialect: Dialect) -> None:
+        self.dialect = dialect
+        # Of layers with codes: the scales of others have no groups.
+        codes = {name.removesuffix("weight") for name, h in headers.items() if h.dtype == "U8"}
+        dialect.settle(
+            {n: h.shape for n, h in headers.items() if n.rpartition(".")[0] + "." in codes}
+        )
+        self.modules = {
+            name: StoredModule(name, tensors, *classify(name, tensors, dialect))
+            for name, tensors in group_by_module(headers).items()
+        }
+        self._asked: set[str] = set()
+        # The file's names -> the model's, as far as they are known.
+        self._names: dict[str, str] = {name: expert_first(name) for name in self.modules}
+        self._by_name: dict[str, StoredModule] = {
+            **{self._names[name]: module for name, module in self.modules.items()},
+            **self.modules,
+        }
+        self._by_leaf: dict[tuple[str, tuple[str, ...]], list[tuple[str, StoredModule]]] | None = (
+            None
+        )
+
+    def rename(self, mapper: Any) -> None:
+        """Add the names that vLLM's WeightsMapper gives the modules; the files' own stay valid."""
+        # A mapper knows the names of tensors: its prefixes may end where a module's name does.
+        tensor = ".weight"
+        for name, known in self._names.items():
+            renamed = next(iter(mapper.apply_list([known + tensor])), None)
+            if renamed is not None and renamed.endswith(tensor):
+                self._names[name] = renamed.removesuffix(tensor)
+        # What the model calls a module goes before what a file calls another.
+        self._by_name |= {self._names[name]: module for name, module in self.modules.items()}
+        self._by_leaf = None
+
+    def find(self, name: str) -> StoredModule | None:
+        """The module of this name, as the model or the file has it.
+
+        Models nest the same layer differently than files do (language_model.model. against
+        model.language_model., a wrapper of a draft layer, a bare lm_head). So where no name is
+        equal, one is taken whose last part and numbers are equal and whose other parts are all in
+        the name asked for, or the other way round; the one with most parts in common.
+        """
+        if (module := self._by_name.get(name)) is not None:
+            return module
+        if self._by_leaf is None:
+            self._by_leaf = defaultdict(list)
+            for known, module in self._by_name.items():
+                self._by_leaf[_key(known)].append((known, module))
+        parts = Counter(name.split("."))
+        best: list[tuple[int, StoredModule]] = []
+        for known, module in self._by_leaf.get(_key(name), ()):
+            others = Counter(known.split("."))
+            if others <= parts or parts <= others:
+                best.append(((others & parts).total(), module))
+        if not best:
+            return None
+        most = max(common for common, _ in best)
+        found = [module for common, module in best if common == most]
+        alike = all(m.stored == found[0].stored for m in found)
+        return found[0] if alike else None
+
+    def _ask(self, name: str) -> StoredModule | None:
+        if (module := self.find(name)) is not None:
+            self._asked.add(module.name)
+        return module
+
+    def unasked(self) -> dict[str, int]:
+        """Quantised modules that no layer asked for: name with its numbers folded -> how many."""
+        counts: Counter[str] = Counter()
+        for name, module in self.modules.items():
+            is_quantized = module.stored is None or module.stored.is_quantized
+            if is_quantized and name not in self._asked:
+                counts[fold(name)] += 1
+        return dict(counts)
+
+    def layer_spec(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> LayerSpec:
+        """How a layer of the model is stored, fused or not.
+
+        A fused layer may be stored whole or as its shards; shards that the file leaves out
+        (Gemma-4's v_proj where keys are values) are filled by the model from the others. Shards in
+        different forms come out as WIDENED: they are one weight in memory.
+        A layer that is not in the files by any name is as the configuration says.
+        """
+        if (whole := self._ask(name)) is not None:
+            return whole.spec
+        shards = [m for n in shard_names(name, packed_modules) if (m := self._ask(n)) is not None]
+        if not shards:
+            return fused_layer_spec(self.dialect, name, packed_modules)
+        return one_spec({module.name: module.spec for module in shards})
+
+    def said(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> set[LayerSpec]:
+        """What the configuration says about a layer, its shards one by one."""
+        names = {name, *shard_names(name, packed_modules)}
+        return {m.said for n in names if (m := self.find(n)) is not None}
+
+    def experts_spec(self, prefix: str, names: Iterable[str]) -> LayerSpec:
+        """How the routed experts of a layer are stored.
+
+        prefix: the model's name for all of them; names: for each linear layer of each expert
+        Raises CheckpointError where they differ among each other.
+        """
+        modules = {name: m for name in names if (m := self._ask(name)) is not None}
+        if modules:
+            specs = [module.spec for module in modules.values()]
+            if spec := merged(specs):
+                return spec
+            first = next(iter(modules))
+            other = next(n for n, m in modules.items() if merged([m.spec, specs[0]]) is None)
+            raise CheckpointError(
+                ", ".join(sorted({h.file for h in modules[other].tensors.values()})),
+                other,
+                describe(modules[other].spec),
+                f"{describe(specs[0])}, as {first}: the experts of a layer are one layer",
+                "Quantise again with one format for all experts of a layer, or ignore them all.",
+            )
+        if (stack := self._ask(prefix)) is not None and any(
+            len(header.shape) > 2 for header in stack.tensors.values()
+        ):
+            return stack.spec
+        # A stack under a name of the model's own beside the experts, as Granite's input_linear.
+        parent = prefix.rpartition(".")[0] + "."
+        stacks = [
+            module
+            for name, module in self._by_name.items()
+            if name.startswith(parent) and any(len(h.shape) > 2 for h in module.tensors.values())
+        ]
+        return merged([module.spec for module in stacks]) or UNQUANTIZED
+
+    @property
+    def has_projection_first(self) -> bool:
+        """Whether experts are stored as experts.up_proj.3 instead of experts.3.up_proj."""
+        return any(expert_first(name) != name for name in self.modules)
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether scales of a KV cache are stored."""
+        leaves = {"k_scale", "v_scale"}
+        return any(leaves & module.tensors.keys() for module in self.modules.values())
+
+    @property
+    def stray(self) -> tuple[str, ...]:
+        """Every tensor that is stored beside a weight without being of use to it, and what the
+        model calls it."""
+        strays: list[str] = []
+        for name, module in self.modules.items():
+            for tensor in module.stray:
+                strays += [tensor, self._names[name] + tensor.removeprefix(name)]
+        return tuple(dict.fromkeys(strays))
+
+
+def group_by_module(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
+    """module name -> leaf name -> header."""
+    modules: dict[str, dict[str, TensorHeader]] = defaultdict(dict)
+    for name, header in headers.items():
+        module, _, leaf = name.rpartition(".")
+        modules[module][leaf] = header
+    return dict(modules)
+
+
+def unknown_form(module: StoredModule) -> CheckpointError:
+    """The error for a weight of fewer than 16 bits whose tensors are of no form that is known."""
+    some = next(iter(module.tensors.values()))
+    found = ", ".join(
+        f"{leaf} {header.dtype} {list(header.shape)}"
+        for leaf, header in sorted(module.tensors.items())
+    )
+    said = (
+        "" if not module.said.is_quantized else f" ({describe(module.said)} in the configuration)"
+    )
+    return CheckpointError(
+        some.file,
+        module.name,
+        f"{found}{said}",
+        "a weight in 16 bits, NVFP4, MXFP4, FP8 or MXFP8, with its scales",
+        "Quantise the model again with this layer in one of these, or left as it is.",
+    )
+
+
+def expert_first(name: str) -> str:
+    """experts.up_proj.3 -> experts.3.up_proj, which is what models ask for."""
+    return PROJECTION_FIRST.sub(r"\1experts.\3.\2\4", name)
+
+
+def _key(name: str) -> tuple[str, tuple[str, ...]]:
+    parts = name.split(".")
+    return parts[-1], tuple(part for part in parts if part.isdecimal())
