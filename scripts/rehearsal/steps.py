@@ -174,7 +174,7 @@ def _attention_layers(model: Any, config: Any) -> str:
     for module in model.modules():
         if isinstance(module, versions.attention_classes()):
             layer: Any = module
-            spec = layer.get_kv_cache_spec(config)
+            spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(config))
             size = spec.page_size_bytes // spec.block_size
             impl = type(layer.impl).__name__.removesuffix("Impl")
             kinds.add(f"KV {layer.kv_cache_dtype} in {impl}, {size} bytes a token")
