@@ -35,6 +35,8 @@ _OWN = ("__init__", "__new__")
 CALLS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("vllm.engine.arg_utils.EngineArgs.create_engine_config",): (),
     ("vllm.engine.arg_utils.EngineArgs.create_model_config",): (),
+    ("vllm.entrypoints.cli.serve.ServeSubcommand.validate",): ("args",),
+    ("vllm.entrypoints.cli.serve.ServeSubcommand.subparser_init",): ("subparsers",),
     ("vllm.engine.arg_utils.resolve_kv_cache_dtype_string",): ("kv_cache_dtype", "model_config"),
     (
         "vllm.transformers_utils.model_arch_config_convertor."

@@ -66,8 +66,8 @@ def test_the_tile_registers_are_asked_for_before_vllms_attention_uses_them():
     output = run_python(
         """
         import ctypes
-        import vllm_nvfp4
-        vllm_nvfp4.register()
+        from vllm_nvfp4.config import NvFp4Config
+        NvFp4Config().options
         allowed = ctypes.c_uint64()
         arch_prctl, get_xcomp_perm = 158, 0x1022
         assert ctypes.CDLL(None).syscall(arch_prctl, get_xcomp_perm, ctypes.byref(allowed)) == 0

@@ -48,7 +48,6 @@ def register() -> None:
     _patch_batch_invariance()
     _patch_cpu_routing()
     _patch_cpu_dispatch()
-    _allow_amx()
     _registered = True
 
 
@@ -292,19 +291,6 @@ def _patch_cpu_dispatch() -> None:
         from vllm_nvfp4.compat import cpu_dispatch
 
         cpu_dispatch.install()
-
-
-def _allow_amx() -> None:
-    """Ask Linux for the tile registers that vLLM's attention uses on a CPU with AMX.
-
-    It counts on a 16-bit product of torch's before it, which asks; with every linear layer in this
-    plugin's kernels there is none, and the first tile instruction ends the process with SIGILL.
-    """
-    import torch
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:
