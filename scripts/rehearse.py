@@ -87,11 +87,13 @@ def install(lock: Path, folder: Path) -> list[Row]:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     if not is_whole():
         return rows
-    installer = Installer(python, CACHE, CACHE / "install.log")
     with step("get uv"):
+        installer = Installer(python, CACHE, CACHE / "install.log")
         if obstacle := installer.use_uv(pin_of(lock, "uv")):
             raise SetupError(obstacle)
-    if is_whole() and not is_made:
+    if not is_whole():
+        return rows
+    if not is_made:
         with step("install the lock"):
             installer.install(f"Installing vLLM {release}", "--no-deps", "-r", str(lock))
             stamp.write_text(digest)

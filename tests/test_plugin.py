@@ -168,6 +168,23 @@ def test_auto_takes_an_nvfp4_checkpoint_without_the_flag(registered, tmp_path, m
     assert engine_args(folder).create_model_config().quantization == "nvfp4"
 
 
+def test_options_of_the_command_line_decide_what_is_decided_early(
+    registered, tmp_path, monkeypatch
+):
+    """Before vLLM's own configuration is there to be read."""
+    from vllm_nvfp4.compat import versions
+
+    folder = extract_fixture("modelopt/nvfp4-kv8-llama", tmp_path)
+    args = engine_args(folder, additional_config={"nvfp4": {"auto": True}})
+    assert args.create_model_config().quantization == "nvfp4"
+    monkeypatch.setattr(versions, "device_capability", lambda: (10, 0))
+    kept = {"nvfp4": {"native_blackwell": False, "kv_cache": "keep"}}
+    args = engine_args(
+        folder, quantization="nvfp4", additional_config=kept, kv_cache_dtype="bfloat16"
+    )
+    assert type(args.create_engine_config().quant_config).__name__ == "NvFp4Config"
+
+
 def test_auto_leaves_a_foreign_checkpoint_alone(registered, monkeypatch):
     monkeypatch.setenv("VLLM_NVFP4_AUTO", "1")
     for foreign in ({"quant_method": "awq"}, {"quant_method": "fp8"}):

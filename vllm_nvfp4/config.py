@@ -80,7 +80,13 @@ class NvFp4Config(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        if Options.resolve().native_blackwell and (native := _blackwell_config(config)):
+        return cls.for_options(config, Options.resolve())
+
+    @classmethod
+    def for_options(cls, config: dict[str, Any], options: Options) -> QuantizationConfig:
+        """For a checkpoint's configuration: this config, or vLLM's own where the options and the
+        GPU have it so."""
+        if options.native_blackwell and (native := _blackwell_config(config)):
             return native
         return cls(config)
 

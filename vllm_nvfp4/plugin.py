@@ -69,7 +69,7 @@ def _lazy_config_class(name: str) -> type:
         def from_config(cls, config: dict[str, Any]) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
-            return NvFp4Config.from_config(config)
+            return NvFp4Config.for_options(config, Options.resolve(_additional_config.get()))
 
         @staticmethod
         def get_config_filenames() -> list[str]:
@@ -89,7 +89,7 @@ def _lazy_config_class(name: str) -> type:
 
 def _claims_without_flag(quant_config: dict[str, Any]) -> bool:
     """Whether the option ``auto`` is set and the checkpoint is of a dialect this plugin reads."""
-    if not Options.resolve().auto:
+    if not Options.resolve(_additional_config.get()).auto:
         return False
     from vllm_nvfp4.checkpoints.detect import detect
 
@@ -152,13 +152,14 @@ def _patch_engine_args() -> None:
     def create_model_config_that_asked(self: Any) -> Any:
         _forget_shorthand(self)
         asked = self.quantization in METHOD_NAMES or (
-            self.quantization is None and Options.resolve().auto
+            self.quantization is None and Options.resolve(self.additional_config).auto
         )
-        token = _asked.set(asked)
+        token, outer = _asked.set(asked), _additional_config.set(self.additional_config)
         try:
             return create_model_config(self)
         finally:
             _asked.reset(token)
+            _additional_config.reset(outer)
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked

@@ -157,13 +157,18 @@ def load(name: str, folder: Path) -> str:
     config = stage.engine_config(path, **_options(name))
     model = stage.load(config)
     compared = compare_with_file(model, path)
-    return f"{compared}; {_attention_layers(model, config)}"
+    usual = type(stage.engine_config(path).quant_config).__name__
+    native = "" if usual == "NvFp4Config" else f"; vLLM's {usual} by default"
+    return f"{compared}; {_attention_layers(model, config)}{native}"
 
 
 def _options(name: str) -> dict[str, Any]:
-    """A quantised lm_head as well where a 16-bit model has one of its own."""
-    wants_head = name == "16-bit/llama"
-    return {"additional_config": {"nvfp4": {"lm_head": "fp8"}}} if wants_head else {}
+    """A quantised lm_head as well where a 16-bit model has one of its own; this plugin's kernels
+    on a card that has vLLM's."""
+    options: dict[str, Any] = {"native_blackwell": False}
+    if name == "16-bit/llama":
+        options["lm_head"] = "fp8"
+    return {"additional_config": {"nvfp4": options}}
 
 
 def _attention_layers(model: Any, config: Any) -> str:
