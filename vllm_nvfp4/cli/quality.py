@@ -71,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--max-ppl-increase",
-        type=number(what="percent"),
+        type=number(-100.0, what="percent"),
         metavar="PERCENT",
         help="end with status 1 if the perplexity is more than this above the reference's",
     )
