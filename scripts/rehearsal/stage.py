@@ -154,11 +154,13 @@ def compiled_for_the_card() -> Iterator[list[str]]:
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.scheduler import Scheduler
 
     written: list[str] = []
     with (
         mock.patch.object(GraphLowering, "save_output_code", written.append),
-        # Both would run what is compiled: to choose among its variants, and to load it.
+        # These would run what is compiled: to choose among its variants, and to load it.
+        mock.patch.object(Scheduler, "speedup_by_combo_kernel", return_value=True),
         mock.patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block"),
         mock.patch.object(CachingAutotuner, "_make_launchers"),
         mock.patch.object(CachingAutotuner, "_dynamic_scale_rblock"),

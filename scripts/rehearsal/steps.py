@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import subprocess
+import sys
 import tarfile
 import traceback
 from pathlib import Path
@@ -273,10 +276,21 @@ def kernels() -> str:
 
 
 def worker(folder: Path) -> str:
-    """The worker of a GPU up to its first call that needs one."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    config = stage.engine_config(checkpoint("modelopt/w4a16-llama", folder))
-    made = Worker(config, 0, 0, "tcp://127.0.0.1:0", is_driver_worker=True)
-    made.init_device()
+    """The worker of a GPU up to its first call that needs one, which it makes for real: in a
+    process that does not preload the runtime's stand-in."""
+    path = checkpoint("modelopt/w4a16-llama", folder)
+    code = (
+        "from pathlib import Path\n"
+        "from rehearsal import stage\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        f"config = stage.engine_config(Path({str(path)!r}))\n"
+        "Worker(config, 0, 0, 'tcp://127.0.0.1:0', is_driver_worker=True).init_device()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = [line for line in lines if "Error" in line][-1:] or lines[-1:]
+        raise RuntimeError(" ".join(last))
     return "init_device"
