@@ -196,9 +196,12 @@ def served(folders, monkeypatch, tmp_path):
         servers.append(server)
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setenv("HF_ENDPOINT", address)
+        for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # an engine's test sets them
+            monkeypatch.delenv(variable, raising=False)
         # The client reads the variable when it is imported.
         import huggingface_hub.constants as constants
 
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
         return sent

@@ -175,7 +175,8 @@ class StoredEmbeddingMethod(_StoredVocabularyMethod, NvFp4LinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
+        if weight_owner(layer) is layer:  # a tied lm_head has no weight of its own
+            ops.warm_up_gather(packed_weight(layer), layer.nvfp4_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return super().apply(weight_owner(layer), x, bias)
