@@ -75,7 +75,7 @@ def lacking(output: str) -> str:
         or re.search(r"The user requested (\S+)[\s\S]*ResolutionImpossible", output)
         or re.search(r"there is no version of (\S+)", output)
         or re.search(r"Because (\S+?) has no wheels with", output)
-        or re.search(r"was not found in .*? and you require ([^\s,]+)", output)
+        or re.search(r"was not found in [\s\S]*?\byou\s+require\s+([^\s,]+)", output)
     )
     return missing[1].replace("===", "==") if missing else ""
 
