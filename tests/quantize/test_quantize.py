@@ -16,7 +16,7 @@ from vllm_nvfp4.checkpoints import write
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
 from vllm_nvfp4.checkpoints.quantizer import DataFree
-from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder, work_in
@@ -377,7 +377,7 @@ def test_gptq_follows_the_unquantised_model(models, tmp_path):
 def test_what_adds_to_the_residual_stream_is_found_by_adding_up(models, family, found):
     """Gemma normalises what it adds, so that no layer's output is the sum's other part."""
     source = Source(models(family))
-    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    quantized, _ = source.quantizable()
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
     calibrated.start(by_layer(source.tensors, quantized)[1], quantized, set(), lambda scale: scale)
     assert bool(calibrated._adds_to) is found
@@ -395,7 +395,7 @@ def test_a_run_repeats_to_the_bit(models, tmp_path, method):
 
 def test_memory_is_estimated_before_the_run_and_does_not_grow_with_layers(models):
     source = Source(models("llama"))
-    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    quantized, _ = source.quantizable()
     units = by_layer(source.tensors, quantized)
     # The embedding is the largest tensor: its bytes, and 30 % for codes.
     assert data_free_bytes(source, units) == int(1.3 * 288 * 64 * 2)
@@ -543,7 +543,7 @@ def test_an_unknown_architecture_needs_a_method_without_data(copied, tmp_path, c
 
 def test_layers_of_another_decoder_are_refused(models, tmp_path):
     source = Source(models("llama"))
-    quantized, _ = source.quantizable(DEFAULT_IGNORE)
+    quantized, _ = source.quantizable()
     units = by_layer(source.tensors, quantized)
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\. where model\.layers\.0\. comes"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_nvfp4.checkpoints.quantizer import DataFree
-from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
+from vllm_nvfp4.checkpoints.source import Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
@@ -318,9 +318,3 @@ def forward_dtype(device: str) -> torch.dtype:
         return torch.float32
     return torch.bfloat16
 
-
-def input_module(name: str) -> str:
-    """The module of a fused layer's first shard: all its shards have the same input."""
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    shards = next((shards for shards in FUSED if leaf in shards), (leaf,))
-    return f"{parent}.{shards[0]}"
