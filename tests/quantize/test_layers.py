@@ -164,9 +164,7 @@ def test_a_model_without_a_class_is_refused(models, tmp_path, capsys):
 def test_conv1d_is_named_where_nothing_is_left(tmp_path):
     import transformers
 
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16
-    )
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c.update(architectures=["GPT2LMHeadModel"]))
     with pytest.raises(CheckpointError, match="Conv1D"):
@@ -212,7 +210,11 @@ def _fused_in(tree: ast.AST):
             for part in ast.walk(node.value):
                 if isinstance(part, (ast.List, ast.Tuple)):
                     yield _literal(part) or ()
-        elif "params_mapping" in text and "indexer" not in text and isinstance(node.value, (ast.List, ast.Tuple)):
+        elif (
+            "params_mapping" in text
+            and "indexer" not in text
+            and isinstance(node.value, (ast.List, ast.Tuple))
+        ):
             stacked: dict[str, list[str]] = {}
             for entry in map(_literal, node.value.elts):
                 if isinstance(entry, tuple) and len(entry) == 3 and isinstance(entry[1], str):

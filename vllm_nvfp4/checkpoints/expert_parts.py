@@ -90,4 +90,6 @@ def _prefix(stored: str) -> str:
 def has_bias(stacks: Iterable[str], names: Iterable[str]) -> bool:
     """Whether a bias is stored beside the stacks."""
     names = set(names)
-    return any(f"{s.removesuffix('.weight')}{end}" in names for s in stacks for end in ("_bias", ".bias"))
+    return any(
+        f"{s.removesuffix('.weight')}{end}" in names for s in stacks for end in ("_bias", ".bias")
+    )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # A repeated block: the first number in a name, with what stands before it.
 BLOCK = re.compile(r"^((?:[^.]+\.)*?[^.]+\.(\d+)\.)")
+_NUMBERED = re.compile(r"^(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.weight$")
 _EXPERT = re.compile(r"\.\d+\.")
 # transformers' modules that vLLM builds without quantisation, or the linear layers of them that it
 # does: a Mamba-1 mixer's projections, what an indexer of sparse attention fuses.
@@ -60,6 +61,31 @@ class Place:
     module: str = ""
 
 
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where the matrix of one expert stands in a stack of the class.
+
+    module, leaf: of the stacked parameter; expert: which; index: of the matrix among the ``count``
+    that the stack keeps for an expert (gate and up); is_transposed: it is kept as [K, N];
+    is_interleaved: row by row in turns
+    """
+
+    module: str
+    leaf: str
+    expert: int
+    index: int
+    count: int
+    is_transposed: bool = False
+    is_interleaved: bool = False
+
+    def view(self, stack: torch.Tensor, rows: int) -> torch.Tensor:
+        """The matrix in the stack, [N, K], N = rows: what is written to it is in the stack."""
+        one = stack[self.expert].mT if self.is_transposed else stack[self.expert]
+        if self.is_interleaved:
+            return one[self.index :: self.count]
+        return one[self.index * rows : (self.index + 1) * rows]
+
+
 class ModelClass:
     """transformers' class of a checkpoint, without memory.
 
@@ -70,6 +96,7 @@ class ModelClass:
         self.model, self.config = _build(folder)
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._expert_places: dict[str, ExpertPlace | None] = {}
         self._head = self._called("get_output_embeddings")
         self._language = self._language_model()
         # Where the experts of a block are -> how many.
@@ -102,6 +129,63 @@ class ModelClass:
             return self._by_peers(name, info)
         module = parameter.rpartition(".")[0]
         return Place(self._kind(module, parameter, info), module)
+
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        """Of a parameter of the class; None for a buffer."""
+        found = self._parameters.get(parameter)
+        return None if found is None else tuple(found.shape)
+
+    def expert(self, name: str) -> ExpertPlace | None:
+        """Where a stored matrix of one expert stands in the class; None for what is no such."""
+        if name not in self._expert_places:
+            self._expert_places[name] = self._find_expert(name)
+        return self._expert_places[name]
+
+    def _find_expert(self, name: str) -> ExpertPlace | None:
+        match = _NUMBERED.match(name)
+        if match is None:
+            return None
+        parameter, pattern = self._renamed(name)
+        index, count = 0, 1
+        if pattern is not None:
+            converters = self._conversions[1]
+            sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
+            index, count = sources.index(pattern), len(sources)
+        elif match["leaf"] in ("gate_proj", "up_proj") and parameter not in self._parameters:
+            # One of a stack that is stored whole, by the name that it is written under.
+            stack = f"{self.stacked_in(match['experts'])}.gate_up_proj"
+            parameter, index, count = stack, int(match["leaf"] == "up_proj"), 2
+            if stack not in self._parameters:
+                parameter, index, count = stack.replace("gate_up", match["leaf"][:-5]), 0, 1
+        elif parameter not in self._parameters:
+            parameter = f"{self.stacked_in(match['experts'])}.{match['leaf']}"
+        module, _, leaf = parameter.rpartition(".")
+        if module not in self.experts or parameter not in self._parameters:
+            return None
+        if self._parameters[parameter].dim() != 3:
+            return None
+        return ExpertPlace(
+            module,
+            leaf,
+            int(match["expert"]),
+            index,
+            count,
+            self._is_transposed(module),
+            count > 1 and not self.is_concatenated(module),
+        )
+
+    def stacked_in(self, experts: str) -> str:
+        """The class's module of the experts that a file keeps under this name."""
+        anchor = self._renamed(f"{experts}.gate_up_proj")[0].rpartition(".")[0]
+        return anchor if anchor in self.experts else experts
+
+    def _is_transposed(self, module: str) -> bool:
+        found = self._modules[module]
+        if hasattr(found, "is_transposed"):
+            return found.is_transposed
+        down = found.down_proj.shape
+        up = found.gate_up_proj.shape if hasattr(found, "gate_up_proj") else found.up_proj.shape
+        return not (down[1] == up[2] and down[2] in (up[1], up[1] // 2))
 
     def is_linear(self, module: str) -> bool:
         """Whether a module of the class is a linear layer."""
@@ -188,10 +272,16 @@ class ModelClass:
 
     def parameter(self, name: str) -> str:
         """The class's name of what a stored tensor becomes, or a part of it."""
+        if (expert := self.expert(name)) is not None:
+            return f"{expert.module}.{expert.leaf}"
+        return self._renamed(name)[0]
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """(The class's name by its own conversions, the pattern of the converter that took it.)"""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
-        return rename_source_key(name, *self._conversions, prefix, self._parameters)[0]
+        return rename_source_key(name, *self._conversions, prefix, self._parameters)
 
 
 def _tail(name: str) -> str:

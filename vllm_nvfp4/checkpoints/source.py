@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 
 from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.expert_parts import Part, has_bias, split
 from vllm_nvfp4.checkpoints.files import file_in_folder
 from vllm_nvfp4.checkpoints.headers import read_file_header
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, part_of
 from vllm_nvfp4.checkpoints.model_class import BLOCK, Kind, ModelClass, Place
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.checkpoints.expert_parts import Part, has_bias, split
 from vllm_nvfp4.numerics.formats import NVFP4
 
 # Layers of one parent and one input that serving engines fuse: their shards share one global scale.

@@ -277,18 +277,23 @@ def _quantize(
         used = calibration if method in CALIBRATED else None
         for line in _kept_lines(source, kept, set(vocabulary)):
             current.say(line)
+        progress = _progress(current, source, chosen)
+        if isinstance(quantizer, Calibrated):
+            quantizer.progress = progress
         current.say(_memory(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             towers=args.towers,
             device=args.device,
             arguments=arguments,
-            progress=_progress(current, source, chosen),
+            progress=progress,
             precision=precision,
             vocabulary=vocabulary,
             finish=_kv_scales(args, calibration),
         )
         report = write_resumable(folder, target, quantizer, options)
+        if isinstance(quantizer, Calibrated) and (line := quantizer.few_tokens()):
+            current.say(line)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
@@ -400,13 +405,15 @@ def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[s
     total = 0
     for group in (g for unit in by_layer(source.tensors, quantized) for g in unit.groups):
         if group[0] in quantized:
-            before[group[0].removesuffix(".weight")] = total
+            before |= {name.removesuffix(".weight"): total for name in group}
             total += sum(prod(source.tensors[name].shape) for name in group)
 
     def progress(layer: str) -> None:
         if current.title != _TITLE:
             current.begin(_TITLE)
-        current.fraction, current.detail = before[layer] / max(total, 1), layer
+        # A layer that was quantised while it ran is named a second time when it is written.
+        current.fraction = max(current.fraction or 0.0, before[layer] / max(total, 1))
+        current.detail = layer
 
     return progress
 
