@@ -141,7 +141,11 @@ def _ask_vllm(config: Mapping[str, Any]) -> tuple[Kept, ...]:
     if not vllm_kv.is_vllm_here():
         return ()
     with step("Asking vLLM what each layer keeps of a sequence", sys.stderr):
-        return vllm_kv.ask_vllm(config)
+        kept = vllm_kv.ask_vllm(config)
+    if not kept:
+        print("vllm-nvfp4 plan: this vLLM does not build the model: its cache is computed from "
+              "config.json", file=sys.stderr)  # fmt: skip
+    return kept
 
 
 def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:
