@@ -206,15 +206,16 @@ class Source:
         kept: list[Kept],
     ) -> bool:
         info = self.tensors[name]
-        reason = _REASONS.get(place.kind, "")
+        kind = place.kind
+        if kind is Kind.TOWER and with_towers:
+            kind = Kind.LINEAR if self.model_class.is_linear(place.module) else Kind.OTHER
+        reason = _REASONS.get(kind, "")
         if info.dtype not in _16_BIT:
             reason = f"stored as {info.dtype}"
         elif matches(name.removesuffix(".weight"), ignore):
             reason = _IGNORED
-        elif place.kind is Kind.TOWER and with_towers:
-            reason = "" if self.model_class.is_linear(place.module) else _REASONS[Kind.OTHER]
         if reason:
-            kept.append(Kept(name, place.kind.value, reason, info.num_bytes))
+            kept.append(Kept(name, kind.value, reason, info.num_bytes))
         return not reason
 
     def _split_stacks(
