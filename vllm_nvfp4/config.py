@@ -247,7 +247,7 @@ class NvFp4Config(QuantizationConfig):
         draft layers without speculation, and layers of other pipeline ranks."""
         if self.census is not None and (left := self.census.unasked()):
             logger.info_once(
-                "nvfp4: in the files, and asked for by no layer of the model here: %s",
+                "nvfp4: in the files, but used by no layer of this model: %s",
                 ", ".join(f"{name} ({count})" for name, count in sorted(left.items())),
             )
 

@@ -224,7 +224,7 @@ def _patch_engine_death() -> None:
             await shutdown(*args, **kwargs)
             raise RuntimeError(
                 "the engine process of this server has died, so the server ends; the first error "
-                "above says why, and without one the process was killed, as for want of memory"
+                "above says why; if there is none, the process was killed, as for lack of memory"
             )
 
         server.shutdown = shutdown_and_fail

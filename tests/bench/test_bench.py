@@ -265,7 +265,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--against", "awq"], "is not quantised; needs an AWQ checkpoint: --against awq=MODEL"),
         (["--against", "bf16=/nowhere"], "no such folder"),
         (["--against", "stock", "--against", "stock"], "measured already"),
-        (["--out", str(ROOT)], "is there already; needs a new or an empty folder"),
+        (["--out", str(ROOT)], "exists already; needs a new or an empty folder"),
     ],
 )
 def test_bench_refuses_before_a_server_starts(tiny: Path, tmp_path, capsys, args, message):

@@ -254,7 +254,7 @@ def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
 @pytest.mark.parametrize(
     ("capability", "vllm", "path"),
     [
-        ((8, 9), "0.32.0", "FP8 (by --kv-cache-dtype nvfp4 NVFP4 too, untried, for heads of 128"),
+        ((8, 9), "0.32.0", "FP8 (with --kv-cache-dtype nvfp4 also NVFP4, untried, for heads"),
         ((8, 9), "0.31.0", "FP8"),
         ((10, 0), "0.33.0", "FP8"),
         ((8, 6), "0.33.0", "16 bits: compute capability 8.6 is below 8.9"),

@@ -139,7 +139,7 @@ def test_a_port_in_use(folder, capsys):
         port = busy.getsockname()[1]
         line = f"serve MODEL --host 127.0.0.1 --port {port}"
         assert run_here(line, folder) == 1
-    assert f"--port {port} cannot be had on 127.0.0.1" in capsys.readouterr().err
+    assert f"--port {port} cannot be used on 127.0.0.1" in capsys.readouterr().err
 
 
 def test_a_name_without_a_network_is_answered_within_ten_seconds(folder, capsys, monkeypatch):

@@ -81,7 +81,7 @@ class LoadTrace(TorchDispatchMode):
 
     def _note_write(self, target: torch.Tensor, origins: frozenset[str]) -> None:
         self._alive.append(target)
-        region = target.storage_offset(), tuple(target.shape), target.stride()
+        region = int(target.storage_offset()), tuple(target.shape), target.stride()
         self.written[_storage(target)].add(region)
         self.used |= origins
 
