@@ -61,6 +61,8 @@ WRONG = [
     ("plan Qwen3-8B --plot LATIN1", "is a file, not a folder"),
     ("inspect ./nofolder", "no such folder"),
     ("inspect LATIN1", "a folder with config.json"),
+    ("check ./nofolder", "no such folder"),
+    ("check LATIN1", "a folder with config.json"),
     ("report ./nofolder", "bench.json"),
     ("report RESULTS --out LATIN1/page.html", "is a file, not a folder"),
     ("doctor --gpu", "unrecognized arguments"),
