@@ -341,8 +341,6 @@ def test_every_limit_follows_from_what_is_stored(tmp_path: Path, family: str):
 
 @pytest.mark.vllm
 def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, monkeypatch):
-    # vLLM takes it before the flag, and engines in this process set it.
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NVFP4_ONLINE_METHOD", "rtn")  # half of the default's loading time
     cache = ROOT / ".cache" / "models"
     cache.mkdir(parents=True, exist_ok=True)
