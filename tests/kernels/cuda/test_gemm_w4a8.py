@@ -110,8 +110,8 @@ def test_folding_costs_two_percent_of_a_weight() -> None:
 
 
 def test_raised_scales_keep_small_rows_from_the_subnormals() -> None:
-    """Rows of a weight up to ten thousand times apart: what folding costs each, and the smallest product,
-    which is zero in E4M3 as it is stored."""
+    """Rows of a weight up to ten thousand times apart: what folding costs each; and the smallest
+    product, which is zero in E4M3 as it is stored."""
     torch.manual_seed(0)
     dense = torch.distributions.StudentT(4.0).sample((256, 1024))
     weight = quantize_nvfp4(dense * torch.logspace(-4, 0, 256)[:, None])
