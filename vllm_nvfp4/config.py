@@ -112,9 +112,9 @@ class NvFp4Config(QuantizationConfig):
             vllm_config = get_current_vllm_config_or_none()
             given: Any = vllm_config.additional_config if vllm_config else None
             self._options = Options.resolve(given)
-            if versions.device_capability() is not None:
-                ops.configure(self._options)
-            else:
+            on_cpu = versions.device_capability() is None
+            ops.configure(self._options, "cpu" if on_cpu else "cuda")
+            if on_cpu:
                 versions.allow_amx()
         return self._options
 
