@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints import autoround
 from vllm_nvfp4.checkpoints.compressed_tensors import CompressedTensorsDialect
 from vllm_nvfp4.checkpoints.fields import as_table, as_text
 from vllm_nvfp4.checkpoints.files import file_in_folder, read_table
@@ -18,7 +19,7 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
 WHERE = "config.json (quantization_config)"
 LEGACY = "hf_quant_config.json"
-SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4")
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "auto-round")
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
 _OTHER_FP4 = {
@@ -48,6 +49,8 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
         return FpQuantDialect(quant_config)
     if method in ("mxfp4", "gpt_oss_mxfp4"):
         return Mxfp4Dialect(quant_config)
+    if method in autoround.METHODS:
+        return autoround.AutoRoundDialect(quant_config)
     raise CheckpointError(
         WHERE,
         "quant_method",
