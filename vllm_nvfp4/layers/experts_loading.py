@@ -43,7 +43,7 @@ class _Module:
     find_layer: vLLM's layer that it belongs to
     stack:      how it is taken apart; None for one expert's layer, which is ``expert`` and ``part``
     spec:       how it is stored
-    leaves:     its tensors that have to come: file's name -> (name after the module's, as stored)
+    leaves:     its tensors: file's name -> (name after the module's, as stored)
     is_widened: its weight becomes 16 bits, once all its tensors are there
     """
 
@@ -59,6 +59,8 @@ class _Module:
     def take(self, name: str, tensor: torch.Tensor) -> None:
         """Load a tensor of the file, or keep it until the others are there."""
         leaf, stored = self.leaves[name]
+        if self.is_widened and leaf in self._useless() - {"bias"}:
+            return
         if stored.is_transposed:
             tensor = tensor.mT
         if not self.is_widened or leaf == "bias":
@@ -66,8 +68,13 @@ class _Module:
                 self._load(leaf, expert, part, value)
             return
         self.collected[leaf] = tensor
-        if len(self.collected) == sum(leaf != "bias" for leaf, _ in self.leaves.values()):
+        if self.collected.keys() | self._useless() >= {leaf for leaf, _ in self.leaves.values()}:
             self._widen()
+
+    def _useless(self) -> set[str]:
+        """Names of tensors that its weight in 16 bits does not depend on."""
+        unused = (Role.UNUSED, Role.INPUT_SCALE)
+        return {"bias", *(t.name for t in self.spec.tensors if t.role in unused)}
 
     def _split(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         if self.stack is None:
@@ -183,13 +190,11 @@ class ExpertLoading:
         stack: Stack | None = None,
         alone: tuple[int, str] = (0, ""),
     ) -> None:
-        unused = {t.name for t in module.spec.tensors if t.role in (Role.UNUSED, Role.INPUT_SCALE)}
         leaves = {}
         for leaf in module.tensors:
             name = f"{module.name}.{leaf}"
             stored = self._census.stored_as.get(name, StoredAs(name))
-            if leaf not in unused or not is_widened:
-                leaves[stored.name] = leaf, stored
+            leaves[stored.name] = leaf, stored
         entry = _Module(weakref.ref(layer), stack, *alone, module.spec, leaves, is_widened)
         self._modules |= dict.fromkeys(leaves, entry)
 
