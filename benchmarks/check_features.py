@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Run every feature of vLLM's that the README lists beside the plugin, on the device at hand.
+"""Run every feature of vLLM's that docs/features.md lists beside the plugin, on the device at hand.
 
     python benchmarks/check_features.py                  # all of vllm_nvfp4/testing/features.py
     python benchmarks/check_features.py --only Ray --only "Sleep and wake"

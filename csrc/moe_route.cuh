@@ -4,7 +4,8 @@
 // order: the same choices give the same schedule.
 //
 // One thread block per expert. Each counts all choices for itself, which costs less than a second
-// launch: they are few and lie in L2.
+// launch: they are few and lie in L2. While it counts it marks its expert's choices by a bit each
+// in shared memory, so that it has to read none of them again to write them in order.
 #pragma once
 
 #include "moe_params.cuh"
@@ -61,51 +62,84 @@ __device__ __forceinline__ void write_entries(const RouteParams& p, int expert,
   }
 }
 
-// The expert's choices in their own order: a thread's place is the number of choices of this expert
-// in the warps, and then the lanes, before it.
-template <int kThreads>
-__device__ __forceinline__ void write_choices(const RouteParams& p, int expert, int* warp_counts,
-                                              const Place& place) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const uint32_t lanes_before = (1u << threadIdx.x % 32) - 1;
-  int written = 0;
-  for (int first = 0; first < p.num_choices && written < place.count; first += kThreads) {
-    const int choice = first + static_cast<int>(threadIdx.x);
-    const bool is_here = choice < p.num_choices && moe::local_expert(p, choice) == expert;
-    const uint32_t votes = __ballot_sync(0xFFFFFFFFu, is_here);
-    if (threadIdx.x % 32 == 0) warp_counts[warp] = __popc(votes);
-    __syncthreads();
-    int before = 0, all = 0;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) {
-      before += w < warp ? warp_counts[w] : 0;
-      all += warp_counts[w];
-    }
-    if (is_here) {
-      const int at = place.first_choice + written + before + __popc(votes & lanes_before);
-      ptx::st_global_u32(p.sorted + at, choice);
-    }
-    written += all;
-    __syncthreads();
+// Marks which of the choices from `first` on, as many as the marks hold, are this expert's. With
+// counts, also counts all experts' choices.
+template <int kThreads, int kMarkWords>
+__device__ __forceinline__ void mark(const RouteParams& p, int expert, int first, uint32_t* marks,
+                                     int* counts) {
+  const int end = min(p.num_choices, first + kMarkWords * 32);
+  for (int start = first; start < end; start += kThreads) {
+    const int choice = start + static_cast<int>(threadIdx.x);
+    const int e = choice < end ? moe::local_expert(p, choice) : -1;
+    if (counts != nullptr && e >= 0) atomicAdd(counts + e, 1);
+    const uint32_t votes = __ballot_sync(0xFFFFFFFFu, e == expert);
+    if (threadIdx.x % 32 == 0 && choice < end) marks[(choice - first) / 32] = votes;
   }
 }
 
-template <int kThreads>
+// Writes the marked choices in their own order and returns how many: each thread those of a few
+// words, after all that are marked in the warps, and then the lanes, before it.
+template <int kThreads, int kMarkWords>
+__device__ __forceinline__ int write_choices(const RouteParams& p, int first, const uint32_t* marks,
+                                             int* warp_counts, int* sorted) {
+  const int words = min(kMarkWords, (p.num_choices - first + 31) / 32);
+  const int thread_words = (words + kThreads - 1) / kThreads;
+  const int begin = min(words, static_cast<int>(threadIdx.x) * thread_words);
+  const int end = min(words, begin + thread_words);
+  int count = 0;
+  for (int i = begin; i < end; ++i) count += __popc(marks[i]);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int at = count;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(0xFFFFFFFFu, at, distance);
+    if (lane >= distance) at += before;
+  }
+  if (lane == 31) warp_counts[warp] = at;
+  __syncthreads();
+  at -= count;
+  int all = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    at += w < warp ? warp_counts[w] : 0;
+    all += warp_counts[w];
+  }
+  for (int i = begin; i < end; ++i) {
+    for (uint32_t left = marks[i]; left != 0; left &= left - 1) {
+      const int choice = first + i * 32 + __ffs(static_cast<int>(left)) - 1;
+      ptx::st_global_u32(sorted + at++, choice);
+    }
+  }
+  return all;
+}
+
+template <int kThreads, int kMarkWords>
 __device__ __forceinline__ void run(const RouteParams& p) {
+  constexpr int kMarked = kMarkWords * 32;
+  static_assert(kMarked % kThreads == 0, "every thread of a warp votes on a word");
   int* counts = reinterpret_cast<int*>(ptx::dynamic_smem());
   int* warp_counts = counts + p.num_experts;
+  uint32_t* marks = reinterpret_cast<uint32_t*>(warp_counts + kThreads / 32);
   const int expert = static_cast<int>(blockIdx.x);
   for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kThreads) counts[e] = 0;
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < p.num_choices; i += kThreads) {
-    const int e = moe::local_expert(p, i);
-    if (e >= 0) atomicAdd(counts + e, 1);
+  for (int first = 0; first < p.num_choices; first += kMarked) {
+    mark<kThreads, kMarkWords>(p, expert, first, marks, counts);
   }
   __syncthreads();
   const Place place = place_of(p, counts, expert);
   if (expert == 0 && threadIdx.x == 0) ptx::st_global_u32(p.schedule, place.all_tiles);
   write_entries(p, expert, place);
-  write_choices<kThreads>(p, expert, warp_counts, place);
+  int* sorted = p.sorted + place.first_choice;
+  for (int first = 0; first < p.num_choices; first += kMarked) {
+    // More choices than marks: those that were marked last are no longer the first.
+    if (p.num_choices > kMarked) {
+      __syncthreads();
+      mark<kThreads, kMarkWords>(p, expert, first, marks, nullptr);
+      __syncthreads();
+    }
+    sorted += write_choices<kThreads, kMarkWords>(p, first, marks, warp_counts, sorted);
+  }
 }
 
 }  // namespace moe_route

@@ -85,7 +85,7 @@ def require_system_parts(with_compiler: bool) -> None:
         missing = missing_system_parts(with_compiler)
     if missing:
         raise SetupError(
-            f"missing on this system: {', '.join(missing)}. As root: {' '.join(command)}"
+            f"missing on this system: {', '.join(missing)}. Install as root: {' '.join(command)}"
         )
 
 
@@ -161,10 +161,10 @@ def choose(locks: list[Path], installer: Installer) -> tuple[Path, str]:
         pin = f"torch==={pin_of(lock, 'torch')}"
         name = pin.replace("===", " ")
         if installer.offers(pin):
-            print(f"    {name}, the CPU build: it is in reach", flush=True)
+            print(f"    {name}, the CPU build, from the configured package index", flush=True)
             return lock, ""
         if not installer.no_index and installer.offers(pin, TORCH_CPU_INDEX):
-            print(f"    {name}, the CPU build: from {TORCH_CPU_INDEX}", flush=True)
+            print(f"    {name}, the CPU build, from {TORCH_CPU_INDEX}", flush=True)
             return lock, TORCH_CPU_INDEX
         print(
             f"    torch {pin_of(plain, 'torch')} with its CUDA libraries (3 GB that a CPU has no "

@@ -148,6 +148,47 @@ def uv_environment(settings: Mapping[str, str], environ: Mapping[str, str]) -> d
     return result
 
 
+class Arriving:
+    """How far an installation is, in words: neither uv nor pip says it away from a terminal.
+
+    cache: folders in which uv has one for each package that is unpacked; empty for pip
+    site:  the environment's site-packages
+    total: packages to come; 0 for one, which is not counted
+    """
+
+    def __init__(self, cache: list[Path], site: list[Path], total: int) -> None:
+        self._cache, self._site, self._total = cache, site, total
+        self._before = self._count()
+        self._collected = 0
+        self._phase = ""
+
+    def _count(self) -> dict[str, int]:
+        unpacked = sum(len(list(folder.glob("*"))) for folder in self._cache)
+        placed = sum(len(list(folder.glob("*.dist-info"))) for folder in self._site)
+        return {"unpacked": unpacked, "installed": placed}
+
+    def read(self, line: str) -> None:
+        """A line that uv or pip printed."""
+        if line.startswith("Collecting "):  # pip
+            self._collected += 1
+            self._phase = line.split()[1]
+        elif line.startswith(("Installing collected packages", "Prepared ")):
+            self._phase = "installed"
+        elif line.lstrip().startswith(("Downloading ", "Downloaded ", "Building ")):
+            self._phase = line.strip()  # uv, for what is large
+
+    def words(self) -> str:
+        """The detail of the progress line."""
+        if not self._total:
+            return self._phase.replace("installed", "unpacking")
+        now = {kind: number - self._before[kind] for kind, number in self._count().items()}
+        if self._phase == "installed":
+            return f"{now['installed']}/{self._total} packages installed"
+        if self._cache:
+            return f"{now['unpacked']}/{self._total} packages unpacked; {self._phase}"
+        return f"{self._collected}/{self._total} {self._phase}"
+
+
 class Installer:
     """Installs into the environment of one Python.
 
@@ -237,9 +278,10 @@ class Installer:
         from vllm_nvfp4.serving.progress import step
 
         kept: list[str] = []
-        arrived = 0
         command, environment = self._command(*args, index=index)
+        arriving = Arriving(self._unpacked_by_uv() if self.uv else [], self._site_packages(), total)
         with step(title) as progress, self.log.open("a") as log:
+            progress.look = lambda: setattr(progress, "detail", arriving.words())
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -254,14 +296,7 @@ class Installer:
                         continue
                     log.write(line)
                     kept = [*kept[-200:], line]
-                    if line.startswith("Collecting "):  # pip
-                        arrived += 1
-                        name = line.split()[1]
-                        progress.detail = f"{arrived}/{total} {name}" if total else name
-                    elif line.startswith(("Installing collected packages", "Prepared ")):
-                        progress.detail = "unpacking the packages"
-                    elif line.lstrip().startswith(("Downloading ", "Downloaded ", "Building ")):
-                        progress.detail = line.strip()  # uv, for what is large
+                    arriving.read(line)
                 status = process.wait()
             except BaseException:
                 process.terminate()
@@ -271,6 +306,13 @@ class Installer:
                 output = "".join(kept)
                 kind = CertificateError if _CERTIFICATE.search(output) else SetupError
                 raise kind(f"{explain_failure(output)}\n  (log: {self.log})")
+
+    def _unpacked_by_uv(self) -> list[Path]:
+        """uv unpacks each wheel into a folder of its cache, and links it from there at the end."""
+        return [Path(self._for_uv["UV_CACHE_DIR"]) / "archive-v0"]
+
+    def _site_packages(self) -> list[Path]:
+        return list(self.python.parent.parent.glob("lib/python3*/site-packages"))
 
     def finish(self) -> None:
         """Give back what was only needed on the way. Hard links: the environment loses nothing."""

@@ -146,7 +146,7 @@ def audit() -> str:
     if not looked_up:
         raise NotRunError(
             f"the package index's advisory service answered for none of {len(skipped)} packages: "
-            "nothing is known of their vulnerabilities. Run this where the service is in reach."
+            "nothing is known of their vulnerabilities. Run this where the service can be reached."
         )
     found = [f"{name}: {vuln['id']}" for name, vulns in looked_up.items() for vuln in vulns]
     if found or skipped:

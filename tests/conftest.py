@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings for all tests; read before torch is imported."""
 
+import functools
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
@@ -16,9 +18,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
-    """Files with engines first: the last one to run would leave the other process idle."""
-    with_engines = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda item: item.path not in with_engines)
+    """The files with the most engines first: a long one that is begun last would leave the other
+    process idle."""
+    engines = Counter(item.path for item in items if item.get_closest_marker("vllm"))
+    items.sort(key=lambda item: -engines[item.path])
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm"):
+        _inspect_models_here()
+
+
+@functools.cache
+def _inspect_models_here():
+    """On a CPU, have vLLM look at the classes of models in this process.
+
+    For each that its cache does not know it starts a process, which imports all of vLLM again, so
+    as not to initialise a GPU in this one. An engine imports the class here in any case.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def pytest_addoption(parser):

@@ -42,12 +42,15 @@ from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.experts_loading import ExpertLoading
+from vllm_nvfp4.layers.keep import Kept, keep_towers, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 logger = init_logger(f"vllm.{__name__}")
+
+_LEFT_OUT = "left out by their sizes or by online_ignore"
 
 
 class NvFp4Config(QuantizationConfig):
@@ -60,6 +63,7 @@ class NvFp4Config(QuantizationConfig):
         self.census: Census | None = None  # None: the configuration alone decides
         self.tied_embeddings = False
         self._vocabulary: Vocabulary | None = None
+        self._kept = Kept()
         # vLLM's is static, and asked of an instance: this one depends on the files.
         self.get_checkpoint_weight_mapper = self._weight_mapper  # type: ignore[method-assign]
         self._options: Options | None = None
@@ -151,6 +155,8 @@ class NvFp4Config(QuantizationConfig):
     def _weight_mapper(self) -> Any:
         """vLLM's own mapper of the files' names, with what the files here need."""
         self._tell_unasked()
+        if self._kept.num_quantized:
+            logger.info_once("nvfp4: %s", self._kept.line(self.options.online_format))
         mapper = QuantizationConfig.get_checkpoint_weight_mapper()
         if self.census is not None and (stray := self.census.stray):
             mapper |= versions.mapper_without(stray)
@@ -173,21 +179,46 @@ class NvFp4Config(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         spec = self.layer_spec(prefix)
-        if spec.kind is LayerKind.ONLINE:
-            spec = online_spec(FORMATS[self.options.online_format])
-        if spec.kind is LayerKind.UNQUANTIZED or self._stays_in_16_bits(
-            spec, prefix, layer.input_size
-        ):
+        if spec.kind is LayerKind.ONLINE and self._is_kept(layer, prefix, spec):
+            return plain_linear_method(UNQUANTIZED)
+        if spec.kind is LayerKind.UNQUANTIZED:
             return plain_linear_method(spec)
         return linear_method(self.options, spec, prefix)
+
+    def _is_kept(self, layer: Any, prefix: str, spec: LayerSpec) -> bool:
+        """Whether a 16-bit layer stays so; counted either way."""
+        num_weights = layer.input_size * layer.output_size
+        config = get_current_vllm_config_or_none()
+        why = why_kept(layer, prefix, config.model_config if config else None)
+        if why is None and self._stays_in_16_bits(spec, prefix, layer.input_size):
+            why = _LEFT_OUT
+        self._count(num_weights, why)
+        return why is not None
+
+    def _count(self, num_weights: int, why: str | None) -> None:
+        if why is None:
+            self._kept.note_quantized(num_weights)
+        else:
+            self._kept.note_kept(why, num_weights)
+
+    @property
+    def _is_online(self) -> bool:
+        """Whether the checkpoint is in 16 bits, and quantised while it loads."""
+        return self.dialect.name == OnlineDialect.name
+
+    def towers_are_marked(self, model: Any) -> None:
+        """vLLM has marked encoders and connectors of the model that is being built."""
+        if self._is_online:
+            keep_towers(model, self._kept)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         experts = expert_names(layer, prefix)
         spec = self._stored_experts(layer, prefix, experts)
-        if spec.kind is LayerKind.ONLINE:
-            spec = online_spec(FORMATS[self.options.online_format])
         moe = layer.moe_config
         stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)
+        if spec.kind is LayerKind.ONLINE:
+            num_weights = 3 * moe.num_logical_experts * moe.hidden_dim * moe.intermediate_size
+            self._count(num_weights, _LEFT_OUT if stays else None)
         if spec.kind is LayerKind.UNQUANTIZED or stays:
             cpu_experts.check(layer)
             return None  # vLLM's own experts
@@ -202,25 +233,25 @@ class NvFp4Config(QuantizationConfig):
 
     def _stored_experts(self, layer: Any, prefix: str, experts: list[list[str]]) -> LayerSpec:
         """As :meth:`layer_spec`, of a layer's experts. experts: names of their linear layers"""
+        online = online_spec(FORMATS[self.options.online_format])
         if self.census is None:
-            return experts_spec(self.dialect, layer, prefix)
+            return online if self._is_online else experts_spec(self.dialect, layer, prefix)
         names = [name for expert in experts for name in expert]
         spec = self.census.experts_spec(prefix, names)
-        if self.dialect.name != OnlineDialect.name:
-            self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
-        elif not spec.is_quantized:
-            return experts_spec(self.dialect, layer, prefix)
+        if self._is_online:
+            return spec if spec.is_quantized else online
+        self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
         return spec
 
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored: as the files show, or as the configuration says
         where there are none."""
         packed = self.packed_modules_mapping
-        if self.census is None:
+        if self.census is None and not self._is_online:
             return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
-        spec = self.census.layer_spec(prefix, packed)
-        if self.dialect.name == OnlineDialect.name and not spec.is_quantized:
-            return fused_layer_spec(self.dialect, prefix, packed)
+        spec = self.census.layer_spec(prefix, packed) if self.census else UNQUANTIZED
+        if self._is_online and not spec.is_quantized:
+            return online_spec(FORMATS[self.options.online_format])
         self._tell(prefix, spec, self.census.said(prefix, packed))
         return _readable(spec, prefix)
 
@@ -228,6 +259,9 @@ class NvFp4Config(QuantizationConfig):
         """As :meth:`layer_spec`, of lm_head, which no file holds that is tied to an embedding."""
         if self.census is not None and self.census.find(prefix) is None:
             return UNQUANTIZED
+        if self._is_online:
+            stored = self.census.layer_spec(prefix, {}) if self.census else UNQUANTIZED
+            return UNQUANTIZED if stored.kind is LayerKind.ONLINE else stored
         return self.layer_spec(prefix)
 
     def embedding_spec(self, prefix: str) -> LayerSpec:
@@ -243,7 +277,7 @@ class NvFp4Config(QuantizationConfig):
         draft layers without speculation, and layers of other pipeline ranks."""
         if self.census is not None and (left := self.census.unasked()):
             logger.info_once(
-                "nvfp4: in the files, and asked for by no layer of the model here: %s",
+                "nvfp4: in the files, but used by no layer of this model: %s",
                 ", ".join(f"{name} ({count})" for name, count in sorted(left.items())),
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option: its name, default, accepted values and meaning. The README's table is made of it.
+"""Every option: its name, default, accepted values and meaning. docs/options.md is made of it.
 
 Options come through vLLM's ``--additional-config '{"nvfp4": {...}}'`` or, second, through
 environment variables ``VLLM_NVFP4_<NAME>``. The plugin merges both into ``additional_config``
@@ -200,7 +200,7 @@ _DEFAULTS = Options()
 
 
 def markdown_table() -> str:
-    """The options as a Markdown table, for the README."""
+    """The options as a Markdown table, for docs/options.md."""
     rows = [
         "| option | environment variable | default | values | meaning |",
         "| --- | --- | --- | --- | --- |",

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
@@ -63,12 +65,14 @@ def _lazy_config_class(name: str) -> type:
         def __new__(cls, *args: Any) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
+            _patch_tower_marks()
             return NvFp4Config(*args)
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
+            _patch_tower_marks()
             return NvFp4Config.for_options(config, Options.resolve(_additional_config.get()))
 
         @staticmethod
@@ -220,7 +224,7 @@ def _patch_engine_death() -> None:
             await shutdown(*args, **kwargs)
             raise RuntimeError(
                 "the engine process of this server has died, so the server ends; the first error "
-                "above says why, and without one the process was killed, as for want of memory"
+                "above says why; if there is none, the process was killed, as for lack of memory"
             )
 
         server.shutdown = shutdown_and_fail
@@ -256,6 +260,29 @@ def _patch_legacy_modelopt() -> None:
         return normalize(self, config)
 
     convertor._normalize_quantization_config = normalize_legacy
+
+
+def _patch_tower_marks() -> None:
+    """Say to the config of a model which of its parts vLLM marks as encoders and connectors.
+
+    The mark is a context around their construction, and its only trace is on the model, which a
+    config does not see.
+    """
+    from vllm.model_executor.models.interfaces import SupportsMultiModal
+
+    mark: Any = getattr(SupportsMultiModal, "_mark_tower_model", None)
+    if mark is None or getattr(mark, "nvfp4_tells", False):
+        return
+
+    @contextlib.contextmanager
+    def mark_and_tell(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with mark(self, vllm_config, *args, **kwargs):
+            yield
+        if (tell := getattr(vllm_config.quant_config, "towers_are_marked", None)) is not None:
+            tell(self)
+
+    mark_and_tell.nvfp4_tells = True  # type: ignore[attr-defined]
+    SupportsMultiModal._mark_tower_model = mark_and_tell  # type: ignore[method-assign]
 
 
 def _patch_batch_invariance() -> None:

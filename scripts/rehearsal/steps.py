@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import tarfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from rehearsal import stage
 from rehearsal.weights import compare_with_file
 from vllm_nvfp4.testing.checkpoints import (
-    FIXTURES,
     extract_fixture,
     fixture_names,
     make_legacy,
@@ -31,7 +29,6 @@ from vllm_nvfp4.testing.tiny_models import build_tokenizer, write_model
 SHORT = ("modelopt/nvfp4-kv8-llama", "moe_modelopt/nvfp4-qwen3")
 GRAPHS = ("modelopt/nvfp4-qwen3", "modelopt/mixed-llama", "moe_modelopt/nvfp4-qwen3")
 _ONLINE = ("llama", "gemma3", "qwen3_moe")
-_EXPERTS = ("moe_modelopt", "moe_compressed_tensors")
 _DTYPES = ("auto", "fp8", "nvfp4")
 # Type of the KV cache -> bits, as plan counts them.
 CACHES = {"bfloat16": 16, "fp8": 8, "nvfp4": 4}
@@ -132,13 +129,9 @@ def attention() -> str:
 
 def checkpoints() -> list[str]:
     """Every stored checkpoint, the older form of one, gpt-oss, and 16-bit models to quantise."""
-    experts = []
-    for tool in _EXPERTS:
-        with tarfile.open(FIXTURES / f"{tool}.tar.xz") as tar:
-            names = {member.name.split("/")[0] for member in tar.getmembers()}
-        experts += [f"{tool}/{name}" for name in sorted(names)]
     online = [f"16-bit/{family}" for family in _ONLINE]
-    return [*fixture_names(), *experts, "legacy/mixed-llama", "mxfp4/gpt_oss", *online]
+    stored = [*fixture_names(), *fixture_names(experts=True)]
+    return [*stored, "legacy/mixed-llama", "mxfp4/gpt_oss", *online]
 
 
 def checkpoint(name: str, folder: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 from rehearsal import stage
 
-# What torch, CUDA and NVML say where a step wants a device.
+# What torch, CUDA, NVML and vLLM say where a step wants a device.
 _WANTS_A_DEVICE = (
     "no CUDA device",
     "no CUDA-capable device",
@@ -30,6 +30,7 @@ _WANTS_A_DEVICE = (
     "Found no NVIDIA driver",
     "driver version is insufficient",
     "CUDA driver initialization failed",
+    "is out of bounds for 0 devices",  # the worker of vLLM 0.32 counts them first
 )
 
 

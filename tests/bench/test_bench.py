@@ -265,7 +265,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--against", "awq"], "is not quantised; needs an AWQ checkpoint: --against awq=MODEL"),
         (["--against", "bf16=/nowhere"], "no such folder"),
         (["--against", "stock", "--against", "stock"], "measured already"),
-        (["--out", str(ROOT)], "is there already; needs a new or an empty folder"),
+        (["--out", str(ROOT)], "exists already; needs a new or an empty folder"),
     ],
 )
 def test_bench_refuses_before_a_server_starts(tiny: Path, tmp_path, capsys, args, message):
@@ -341,8 +341,6 @@ def test_every_limit_follows_from_what_is_stored(tmp_path: Path, family: str):
 
 @pytest.mark.vllm
 def test_a_real_server_is_measured_and_ctrl_c_keeps_the_results(tmp_path: Path, monkeypatch):
-    # vLLM takes it before the flag, and engines in this process set it.
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NVFP4_ONLINE_METHOD", "rtn")  # half of the default's loading time
     cache = ROOT / ".cache" / "models"
     cache.mkdir(parents=True, exist_ok=True)

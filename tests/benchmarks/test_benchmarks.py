@@ -137,6 +137,23 @@ def test_sampled_error_sees_a_wrong_row_and_the_quantised_activations(load):
     assert gemm.sampled_error(y, a, weight) > 3e-2
 
 
+def test_quantised_activations_are_kept_for_the_same_tensor_alone(load):
+    """Not for another of the same address: fewer tokens of it, or new ones in its memory."""
+    from vllm_nvfp4.testing.kernel_cases import random_weight
+
+    call = (
+        load("gemm_backends")
+        .BACKENDS["torch-fp8"]
+        .prepare(random_weight(32, 64, "nvfp4", torch.device("cpu")), torch.bfloat16)
+    )
+    a = torch.randn(48, 64).bfloat16()
+    whole = call(a)
+    assert torch.equal(call(a[:16]), whole[:16])
+    other = a.view_as(a)
+    other.mul_(2)  # a power of two: only the scales change
+    assert torch.equal(call(other), whole * 2)
+
+
 def test_moe_routings_choose_an_expert_once_and_skewed_hits_fewer(load):
     moe = load("bench_moe")
     shape = EXPERT_LAYERS["Qwen3-30B-A3B"]

@@ -123,6 +123,14 @@ def test_a_layer_is_found_under_the_names_that_models_have_for_it(file, model):
     assert census(stored).find(model).name == file
 
 
+def test_experts_are_found_under_another_name_of_their_block():
+    found = census(experts("model.layers.2.block_sparse_moe.experts", "nvfp4", ("w1", "w2")))
+    name = "model.layers.2.mlp.experts.1.w2"
+    assert found.find(name).name == "model.layers.2.block_sparse_moe.experts.1.w2"
+    assert found.find("model.layers.1.mlp.experts.1.w2") is None
+    assert found.find("mtp.layers.2.mlp.experts.1.w2") is None
+
+
 def test_no_name_is_taken_for_another_layer_s():
     stored = {"model.layers.0.mlp.up_proj": "nvfp4", "lm_head": "bf16"}
     found = census(stored)

@@ -238,13 +238,12 @@ def test_doctor_json_agrees_with_its_exit_status():
     assert bool(report["paths"]) == report["can_serve"]
 
 
-def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
+def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path, capsys):
     source = tmp_path / "bf16"
     build_model("llama").save_pretrained(source)
     written = write_nvfp4(source, tmp_path / "nvfp4")
-    result = run_command("inspect", str(tmp_path / "nvfp4"), "--json")
-    assert result.returncode == 0, result.stderr
-    layers = json.loads(result.stdout)["layers"]
+    assert main.main(["inspect", str(tmp_path / "nvfp4"), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
     quantized = [layer for layer in layers if layer["format"] == "nvfp4"]
     assert sum(layer["count"] for layer in quantized) == len(written.quantized)
     assert sum(layer["num_bytes"] for layer in quantized) == written.layer_bytes_after
@@ -254,7 +253,7 @@ def test_inspect_json_counts_what_the_writer_wrote(tmp_path: Path):
 @pytest.mark.parametrize(
     ("capability", "vllm", "path"),
     [
-        ((8, 9), "0.32.0", "FP8 (by --kv-cache-dtype nvfp4 NVFP4 too, untried, for heads of 128"),
+        ((8, 9), "0.32.0", "FP8 (with --kv-cache-dtype nvfp4 also NVFP4, untried, for heads"),
         ((8, 9), "0.31.0", "FP8"),
         ((10, 0), "0.33.0", "FP8"),
         ((8, 6), "0.33.0", "16 bits: compute capability 8.6 is below 8.9"),
@@ -370,9 +369,10 @@ def test_serve_refuses_a_cache_that_the_cpu_cannot_hold_at_once(
 
 @pytest.mark.cpu_path
 @pytest.mark.parametrize("option", ["auto", "keep", "fp8"])
-def test_doctor_says_which_kv_cache_there_is(option: str):
-    result = run_command("doctor", "--json", VLLM_NVFP4_KV_CACHE=option)
-    report = json.loads(result.stdout)
+def test_doctor_says_which_kv_cache_there_is(option: str, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_NVFP4_KV_CACHE", option)
+    main.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
     failed = [check for check in report["checks"] if check["status"] == "fail"]
     if torch.cpu._is_avx512_supported():
         by_checkpoint = "FP8 where the checkpoint asks for it, else 16 bits"

@@ -61,6 +61,8 @@ WRONG = [
     ("plan Qwen3-8B --plot LATIN1", "is a file, not a folder"),
     ("inspect ./nofolder", "no such folder"),
     ("inspect LATIN1", "a folder with config.json"),
+    ("check ./nofolder", "no such folder"),
+    ("check LATIN1", "a folder with config.json"),
     ("report ./nofolder", "bench.json"),
     ("report RESULTS --out LATIN1/page.html", "is a file, not a folder"),
     ("doctor --gpu", "unrecognized arguments"),
@@ -137,7 +139,7 @@ def test_a_port_in_use(folder, capsys):
         port = busy.getsockname()[1]
         line = f"serve MODEL --host 127.0.0.1 --port {port}"
         assert run_here(line, folder) == 1
-    assert f"--port {port} cannot be had on 127.0.0.1" in capsys.readouterr().err
+    assert f"--port {port} cannot be used on 127.0.0.1" in capsys.readouterr().err
 
 
 def test_a_name_without_a_network_is_answered_within_ten_seconds(folder, capsys, monkeypatch):
@@ -225,15 +227,18 @@ def vllm_like_parser() -> argparse.ArgumentParser:
 
 
 @pytest.mark.vllm
-def test_vllms_own_parser_answers_in_one_line(tmp_path: Path, monkeypatch):
+def test_vllms_own_parser_answers_in_one_line(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     commands = [["m", "--enforce-eager"], ["m", "--enforce-eagr"]]
     with pytest.raises(ValueError, match="no flag --enforce-eagr; did you mean --enforce-eager"):
         launch.check_flags(commands, dict(os.environ))
-    with pytest.raises(ValueError, match="--max-model-len") as refused:
-        launch.check_flags([["m", "--max-model-len", "long"]], dict(os.environ))
-    assert len(str(refused.value).splitlines()) == 1
-    assert "usage:" not in str(refused.value)
+    # What that process runs, here.
+    wrong = json.dumps([["m", "--max-model-len", "long"]])
+    assert launch.main(["--check", wrong]) == launch.USAGE_STATUS
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith(launch.PREFIX)] == said[-1:]
+    assert "--max-model-len" in said[-1]
+    assert not any("usage:" in line for line in said)
     # From now on the names are known without vLLM.
     begin = time.monotonic()
     with pytest.raises(flags.FlagError, match="did you mean --enforce-eager"):

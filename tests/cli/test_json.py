@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from vllm_nvfp4.bench.results import Limit, Measurement, Results, VariantRecord
+from vllm_nvfp4.checking.report import Finding, LayerGroup, Report, from_json
 from vllm_nvfp4.cli import doctor, main
 from vllm_nvfp4.cli import quality as quality_command
 from vllm_nvfp4.quality.report import as_json
@@ -53,6 +54,14 @@ def test_doctor(capsys, monkeypatch):
     )
     assert main.main(["doctor", "--json"]) == 0
     check("doctor", json.loads(capsys.readouterr().out))
+
+
+def test_check():
+    finding = Finding("a.weight", "found none; needed one.")
+    group = LayerGroup("linear", "nvfp4", "CPU kernel", 2, 64)
+    report = Report("m", "A", "modelopt", 1, (group,), (finding,), (finding,), {"b.*": 2}, 0.1)
+    check("check", report.to_json())
+    assert from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_inspect(capsys, tmp_path):

@@ -109,5 +109,5 @@ def test_every_feature_has_its_test(feature):
     assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text()
 
 
-def test_the_readme_has_the_table():
-    assert table() in (ROOT / "README.md").read_text()
+def test_the_page_has_the_table():
+    assert table() in (ROOT / "docs" / "features.md").read_text()

@@ -16,7 +16,7 @@ from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.testing.emulated_gpu import emulated_gpu
 
-# Bytes for each element of a piece, at the most; the README says what that makes.
+# Bytes for each element of a piece, at the most; docs/quality.md says what that makes.
 BYTES_PER_ELEMENT = 24
 ROWS, COLS = 1024, 512
 SHARDS = [512, 256, 256]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ import torch
 from vllm_nvfp4.checkpoints import hub, read_config
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.planning import kv
+from vllm_nvfp4.planning import kv, vllm_kv
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
-from vllm_nvfp4.planning.shapes import find_shape
+from vllm_nvfp4.planning.shapes import Kept, find_shape
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model
 
 FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "mixtral")
@@ -35,6 +36,13 @@ def folders(tmp_path_factory):
         return folder
 
     return folder_of
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(request, monkeypatch):
+    """vLLM is asked in the tests that are about that."""
+    if not request.node.get_closest_marker("vllm"):
+        monkeypatch.setattr(vllm_kv, "is_vllm_here", lambda: False)
 
 
 def build_hybrid():
@@ -138,7 +146,7 @@ def test_layers_with_other_heads_are_counted_as_the_largest(tmp_path):
     shape = find_shape(str(tmp_path))
     assert shape.windows == (32, 32, 32, 0)
     assert (shape.num_key_value_heads, shape.head_dim) == (2, 64)
-    assert any("those with the most" in note for note in shape.notes)
+    assert any("layers with the largest" in note for note in shape.notes)
 
 
 @pytest.mark.vllm
@@ -148,6 +156,59 @@ def test_the_state_is_what_vllm_asks_for(folders):
     conv, state = MambaStateShapeCalculator.gated_delta_net_state_shape(1, 2, 4, 16, 32, 4, 0)
     asked = 2 * torch.Size(conv).numel() + 4 * torch.Size(state).numel()
     assert find_shape(str(folders("hybrid"))).state_bytes == 3 * asked
+
+
+# --- what vLLM's own model says ------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+def test_vllms_own_specification_is_asked_for(folders, capsys):
+    """Gated delta nets: the state's bytes in vLLM's own types, by `plan` itself."""
+    folder = folders("hybrid")
+    assert main(["plan", str(folder), "--context", "128", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    kept = vllm_kv.ask_vllm(json.loads((folder / "config.json").read_text()))
+    states = [layer for layer in kept if layer.state_bytes]
+    assert [bool(layer.token_bytes) for layer in kept].count(True) == 1
+    assert len(states) == 3
+    # The convolution's window in BF16, the state in float32 or BF16 as vLLM has it.
+    window, elements = 3 * (2 * 2 * 16 + 4 * 32) * 2, 4 * 16 * 32
+    assert {s.state_bytes for s in states} <= {window + 2 * elements, window + 4 * elements}
+    shape = replace(find_shape(str(folder)), kept=kept)
+    row = shown["recommended"]
+    assert row["kv_bytes"] == kv.sequence_bytes(shape, 128, 8, 2048 * kv.STEPS_IN_FLIGHT)
+    assert shown["notes"] == list(shape.notes)
+
+
+def test_equal_layers_take_what_the_windows_say(folders):
+    """Described by vLLM or by config.json: the same bytes, with one and two cards."""
+    for family in ("llama", "gemma3"):
+        shape = find_shape(str(folders(family)))
+        token = kv.token_bytes(shape, 16)
+        told = replace(shape, kept=tuple(Kept(w, token, 0) for w in shape.windows))
+        for context, bits, cards in ((16, 8, 1), (200, 16, 2), (256, 8, 2)):
+            asked = (context, bits, 64, cards)
+            assert kv.sequence_bytes(told, *asked) == kv.sequence_bytes(shape, *asked)
+            one = (context, bits, cards)
+            assert kv.read_bytes(told, *one) == kv.read_bytes(shape, *one)
+
+
+def test_layers_that_keep_less_of_a_token_have_more_tokens_in_a_block(folders):
+    """Three layers with a window and half the heads, one with all: pages of one size."""
+    shape = find_shape(str(folders("llama")))
+    token = kv.token_bytes(shape, 16)
+    told = replace(shape, kept=(*[Kept(32, token // 2, 0)] * 3, Kept(0, token, 0)))
+    # Groups of one layer: 100 / 16 blocks, and for each window 95 / 32 and one more.
+    assert kv.sequence_bytes(told, 100, 16, 64) == (7 + 3 * (3 + 1)) * 16 * token
+
+
+def test_a_state_takes_a_page_that_keys_fill_with_more_tokens(folders):
+    shape = find_shape(str(folders("llama")))
+    token = kv.token_bytes(shape, 16)
+    told = replace(shape, kept=(Kept(0, 0, 100 * token), Kept(0, token, 0)))
+    # 112 tokens are the first multiple of 16 with as many bytes: one page of keys, one of state.
+    assert kv.sequence_bytes(told, 100, 16, 64) == 2 * 112 * token
+    assert kv.read_bytes(told, 100, 16) == 100 * token + 2 * 100 * token
 
 
 # --- a hub ---------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ NUM_QUESTIONS = 12
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name, value in (ENVIRONMENT | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}).items():
+    variables = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    for name, value in (ENVIRONMENT | variables).items():
         monkeypatch.setenv(name, value)
     tasks = tmp_path / "tasks"
     tasks.mkdir()

@@ -249,3 +249,28 @@ def test_a_certificate_that_only_pip_trusts_means_pip(settings, tmp_path, capsys
     assert "UnknownIssuer" in log
     assert "Collecting rich===15.0.0" in log
     assert "is ignored" not in log
+
+
+@pytest.mark.parametrize("make", ["uv"], indirect=True)
+def test_uv_unpacks_where_the_progress_line_counts(make, settings, environment, tmp_path):
+    names = ["pkg_count_a", "pkg_count_b", "pkg_count_c"]
+    for name in names:
+        make_wheel(tmp_path / "here", name, "1.0")
+    settings.setenv("PIP_NO_INDEX", "1")
+    settings.setenv("PIP_FIND_LINKS", str(tmp_path / "here"))
+    made = make()
+    arriving = module.Arriving(made._unpacked_by_uv(), made._site_packages(), len(names))
+    arriving.read("Downloading pkg-count-a (1.0MiB)\n")
+    made.install("Installing", "--no-deps", *(f"{name}===1.0" for name in names))
+    assert arriving.words() == "3/3 packages unpacked; Downloading pkg-count-a (1.0MiB)"
+    arriving.read("Prepared 3 packages in 1ms\n")
+    assert arriving.words() == "3/3 packages installed"
+
+
+def test_pip_is_counted_by_what_it_collects_and_installs(tmp_path):
+    arriving = module.Arriving([], [tmp_path], 2)
+    arriving.read("Collecting torch===2.13.0\n")
+    assert arriving.words() == "1/2 torch===2.13.0"
+    arriving.read("Installing collected packages: torch, numpy\n")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    assert arriving.words() == "1/2 packages installed"

@@ -68,6 +68,8 @@ def test_nvml_describes_the_card(scripts, tmp_path):
     [
         (None, False, "ok"),
         (RuntimeError("Found no NVIDIA driver on your system"), True, "needs a device"),
+        (RuntimeError("local rank 0 is out of bounds for 0 devices."), True, "needs a device"),
+        (RuntimeError("local rank 1 is out of bounds for 1 devices."), True, "failed"),
         (RuntimeError("Found no NVIDIA driver on your system"), False, "failed"),
         (ValueError("shapes differ"), True, "failed"),
     ],

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.testing.checkpoints import (
-    FIXTURES,
     extract_fixture,
     fixture_names,
     make_legacy,
@@ -76,12 +75,8 @@ def make_seeds(scratch: Path) -> dict[str, Files]:
     """Every stored checkpoint, and what they do not have: one with its configuration in the legacy
     file, one in shards with an index, 16-bit ones, and the stacked experts of gpt-oss."""
     seeds = {"legacy": make_legacy_seed(scratch)}
-    for name in fixture_names():
-        seeds[name] = read_files(extract_fixture(name, scratch / "stored"))
-    for tool in sorted(FIXTURES.glob("moe_*.tar.xz")):
-        shutil.unpack_archive(tool, scratch / tool.name, filter="data")
-        for folder in sorted((scratch / tool.name).iterdir()):
-            seeds[f"{tool.name.split('.')[0]}/{folder.name}"] = read_files(folder)
+    for name in (*fixture_names(), *fixture_names(experts=True)):
+        seeds[name] = read_files(extract_fixture(name, scratch / "stored" / name))
     for name in ("modelopt/nvfp4-kv8-llama", "compressed_tensors/mixed-llama"):
         folder = split_into_shards(extract_fixture(name, scratch / "sharded"), 3)
         seeds[f"sharded {name}"] = read_files(folder)

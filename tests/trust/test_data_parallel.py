@@ -63,7 +63,8 @@ def test_two_data_parallel_ranks_give_the_tokens_of_one(name, is_expert_parallel
     script.write_text(RANK)
     options = {
         "dtype": "float32", "quantization": "nvfp4", "enforce_eager": True, "max_model_len": 128,
-        "max_num_seqs": 1, "additional_config": {"nvfp4": {"kv_cache": "keep"}},
+        "max_num_seqs": 1, "kv_cache_memory_bytes": 2**26,
+        "additional_config": {"nvfp4": {"kv_cache": "keep"}},
         "enable_expert_parallel": is_expert_parallel,
     }  # fmt: skip
     ranks = []

@@ -40,6 +40,11 @@ from vllm_nvfp4.checkpoints.stacks import (
 # An expert's tensor, or its module, under the name of its projection.
 PROJECTION_FIRST = re.compile(r"(^|\.)experts\.([A-Za-z_]\w*)\.(\d+)(\.|$)")
 
+# What a model calls the block that holds the experts of a layer may not be what the files do.
+_BLOCK_OF_EXPERTS = re.compile(r"(\.\d+)\.\w+\.experts(?=\.|$)")
+# Scales of a KV cache, beside a projection or the attention.
+KV_SCALES = frozenset(("k_scale", "v_scale", "q_scale", "prob_scale"))
+
 Tensors = Mapping[str, TensorHeader]
 
 
@@ -73,6 +78,14 @@ class StoredModule:
         unused = [t.name for t in spec.tensors if t.role is Role.UNUSED]
         return tuple(f"{self.name}.{leaf}" for leaf in unused if leaf in self.tensors)
 
+    @property
+    def dispensable(self) -> frozenset[str]:
+        """Tensors that the layer computes the same without: scales of activations that are not
+        used, strays, and scales of a KV cache, which may be in 16 bits."""
+        tensors = self.stored.tensors if self.stored is not None else ()
+        without = {t.name for t in tensors if t.role in (Role.UNUSED, Role.INPUT_SCALE)}
+        return frozenset(without | KV_SCALES)
+
 
 class Census:
     """Every module of a checkpoint's files, found by the file's names and by the model's.
@@ -85,6 +98,7 @@ class Census:
         self.dialect = dialect
         # The tensors of stacked experts, by the names that they have here -> as the files have them
         self.stored_as: dict[str, StoredAs]
+        self._headers = headers
         headers, self.stored_as = canonical(headers)
         # Of layers with codes: the scales of others have no groups.
         codes = {name.removesuffix("weight") for name, h in headers.items() if h.dtype == "U8"}
@@ -105,6 +119,7 @@ class Census:
         self._by_leaf: dict[tuple[str, tuple[str, ...]], list[tuple[str, StoredModule]]] | None = (
             None
         )
+        self._by_experts: dict[str, StoredModule] = {}
 
     def rename(self, mapper: Any) -> None:
         """Add the names that vLLM's WeightsMapper gives the modules; the files' own stay valid."""
@@ -117,6 +132,7 @@ class Census:
         # What the model calls a module goes before what a file calls another.
         self._by_name |= {self._names[name]: module for name, module in self.modules.items()}
         self._by_leaf = None
+        self._by_experts = {}
 
     def find(self, name: str) -> StoredModule | None:
         """The module of this name, as the model or the file has it.
@@ -124,7 +140,8 @@ class Census:
         Models nest the same layer differently than files do (language_model.model. against
         model.language_model., a wrapper of a draft layer, a bare lm_head). So where no name is
         equal, one is taken whose last part and numbers are equal and whose other parts are all in
-        the name asked for, or the other way round; the one with most parts in common.
+        the name asked for, or the other way round; the one with most parts in common. Experts are
+        found under any one name of the block that holds them (block_sparse_moe against mlp).
         """
         if (module := self._by_name.get(name)) is not None:
             return module
@@ -132,6 +149,7 @@ class Census:
             self._by_leaf = defaultdict(list)
             for known, module in self._by_name.items():
                 self._by_leaf[_key(known)].append((known, module))
+                self._by_experts.setdefault(_without_block(known), module)
         parts = Counter(name.split("."))
         best: list[tuple[int, StoredModule]] = []
         for known, module in self._by_leaf.get(_key(name), ()):
@@ -139,7 +157,7 @@ class Census:
             if others <= parts or parts <= others:
                 best.append(((others & parts).total(), module))
         if not best:
-            return None
+            return self._by_experts.get(_without_block(name)) if ".experts." in name else None
         most = max(common for common, _ in best)
         found = [module for common, module in best if common == most]
         alike = all(m.stored == found[0].stored for m in found)
@@ -244,8 +262,11 @@ class Census:
     @property
     def has_kv_scales(self) -> bool:
         """Whether scales of a KV cache are stored."""
-        leaves = {"k_scale", "v_scale"}
-        return any(leaves & module.tensors.keys() for module in self.modules.values())
+        return any(KV_SCALES & module.tensors.keys() for module in self.modules.values())
+
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """The header of every tensor, as the files have it."""
+        return self._headers
 
     @property
     def stray(self) -> tuple[str, ...]:
@@ -289,6 +310,10 @@ def unknown_form(module: StoredModule) -> CheckpointError:
 def expert_first(name: str) -> str:
     """experts.up_proj.3 -> experts.3.up_proj, which is what models ask for."""
     return PROJECTION_FIRST.sub(r"\1experts.\3.\2\4", name)
+
+
+def _without_block(name: str) -> str:
+    return _BLOCK_OF_EXPERTS.sub(r"\1.*.experts", name)
 
 
 def _key(name: str) -> tuple[str, tuple[str, ...]]:

@@ -55,7 +55,7 @@ def ask_hub(model: str, revision: str, environ: Mapping[str, str] | None = None)
         found, todo = problem
         raise CheckpointError(
             named, "model", f"no such folder, nothing in the Hugging Face cache, and {found}",
-            "a folder, or the name of a model that can be had", todo,
+            "a folder, or the name of a model on the hub", todo,
         )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def _answer_of_hub(model: str, revision: str) -> tuple[str, str] | None:
         return f"{hub} has no revision {revision} of it", "Check --revision."
     if kind in ("RepositoryNotFoundError", "GatedRepoError"):
         return (
-            f"{hub} does not show it to you",
+            f"{hub} has no model of this name that is open to you",
             "Check the name; for a private or gated model set HF_TOKEN, or log in: hf auth login",
         )
     first = (str(error).strip() or kind).splitlines()[0]

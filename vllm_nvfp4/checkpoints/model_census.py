@@ -67,8 +67,8 @@ def _remote_census(model: str, revision: str | None, dialect: Dialect) -> Census
             }
             return Census(headers, dialect)
     logger.warning(
-        "nvfp4: the headers of %s are out of reach (%s): its configuration decides which layer is "
-        "stored how",
+        "nvfp4: the headers of %s cannot be read (%s): its configuration decides how each layer is "
+        "stored",
         model,
         reason,
     )

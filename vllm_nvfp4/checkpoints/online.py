@@ -17,8 +17,8 @@ from vllm_nvfp4.checkpoints.spec import (
 )
 from vllm_nvfp4.numerics.formats import NVFP4, BlockFormat
 
-# Small against the language model, and sensitive: vision and audio encoders, their projectors,
-# and the routers of a mixture of experts.
+# What a reader of files alone takes for vision and audio encoders, their projectors, and routers.
+# An engine decides by what vLLM builds (layers/keep.py).
 SENSITIVE = (
     "*vision_tower*",
     "*vision_model*",

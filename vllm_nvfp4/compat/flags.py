@@ -41,7 +41,9 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         wrong = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
         message = _no_such_flag(wrong, flag_names(parser))
         if not wrong.startswith("-"):
-            message = f"vLLM makes nothing of {wrong!r}: one MODEL, then flags with their values."
+            message = (
+                f"vLLM does not understand {wrong!r}: give one MODEL, then flags with their values."
+            )
     raise FlagError(f"{message.rstrip()} {_MORE}")
 
 

@@ -170,6 +170,26 @@ def initialize_online_processing(layer: Any) -> None:
     initialize_online_processing(layer)
 
 
+def forget_layers(vllm_config: Any) -> None:
+    """Let the model of a configuration be built again: it notes its layers there by name."""
+    compilation = vllm_config.compilation_config
+    for name in ("static_forward_context", "static_all_moe_layers"):
+        if (noted := getattr(compilation, name, None)) is not None:
+            noted.clear()
+
+
+def forget_online_processing(layer: Any) -> None:
+    """Take back :func:`initialize_online_processing`, before anything is loaded."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    get_layerwise_info(layer).reset()
+
+
+def is_router(layer: object) -> bool:
+    """Whether vLLM builds the layer as the router of a mixture of experts."""
+    return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)
+
+
 def offloads_parameters() -> bool:
     """Whether vLLM keeps parameters of this model in the host's memory (--cpu-offload-gb and its
     like)."""

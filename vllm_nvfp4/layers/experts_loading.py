@@ -90,8 +90,18 @@ class _Module:
         self.collected.clear()
         for (expert, part), tensors in found.items():
             if self._slots(expert):
-                name = f"expert {expert}, {part} ({describe(self.spec)})"
-                self._load("weight", expert, part, dequantize_layer(self.spec, tensors, name))
+                self._load("weight", expert, part, self._value(expert, part, tensors))
+
+    def _value(self, expert: int, part: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight [N, K] that stored tensors mean; of tensors without data, one of its shape
+        that is made of them all."""
+        main = max(tensors.values(), key=torch.Tensor.numel)
+        if not main.is_meta:
+            name = f"expert {expert}, {part} ({describe(self.spec)})"
+            return dequantize_layer(self.spec, tensors, name)
+        width = 2 if self.spec.kind is LayerKind.MICROSCALED else 1
+        value = main.float().repeat(1, width)
+        return value + sum(t.float().sum() for t in tensors.values())
 
     def _slots(self, expert: int) -> list[int]:
         """The numbers under which this rank has the expert, copies to balance the load included."""

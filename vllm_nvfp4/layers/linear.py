@@ -186,6 +186,18 @@ class NvFp4OnlineLinearMethod(PlacedMethod):
         refuse_offload(self.prefix)
         add_meta_weight(layer, shape, dtype, attrs)
 
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        self._asked = args, kwargs
+        super().create_weights(layer, *args, **kwargs)
+
+    def give_back(self, layer: Any, method: LinearMethodBase) -> None:
+        """Let another method have the layer, of which nothing is loaded yet."""
+        del layer.weight
+        versions.forget_online_processing(layer)
+        args, kwargs = self._asked
+        method.create_weights(layer, *args, **kwargs)
+        layer.quant_method = method
+
     def process_weights_after_loading(self, layer: Any) -> None:
         weight: Any = getattr(layer, "weight", None)
         if getattr(weight, "nvfp4_role", None) is not Role.WEIGHT:

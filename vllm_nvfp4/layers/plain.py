@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,11 @@ class _Widening:
             place.nvfp4_stray = True
             place.weight_loader = self._collector(tensor.name)
             layer.register_parameter(tensor.name, place)
+
+    def collected(self) -> Iterator[torch.Tensor]:
+        """What was loaded and waits for the rest of the layer."""
+        for tensors in self._loaded.values():
+            yield from tensors.values()
 
     def _collector(self, name: str) -> Any:
         def collect(param: Any, loaded: torch.Tensor, *shard: Any) -> None:

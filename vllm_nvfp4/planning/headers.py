@@ -32,6 +32,7 @@ from vllm_nvfp4.planning.shapes import (
     ROUTER,
     ROWS,
     WHOLE,
+    AskVllm,
     DecoderShape,
     Latent,
     Linear,
@@ -51,8 +52,9 @@ def shape_from_headers(
     config: Mapping[str, Any],
     quant_config: Mapping[str, Any] | None,
     name: str,
+    ask: AskVllm | None = None,
 ) -> DecoderShape:
-    """The shape of the language model of a checkpoint.
+    """The shape of the language model of a checkpoint. ask: see :func:`find_shape`.
 
     Raises CheckpointError for files that validate refuses, ValueError for a model without a token
     embedding.
@@ -65,9 +67,15 @@ def shape_from_headers(
         raise ValueError(f"{name}: no token embedding in its headers; plan needs a language model.")
     own = [x for x in inventory.layers if _is_of_decoder(x, table)]
     linears = _linears([x for x in own if x is not table], text)
-    kv_heads, head_dim = _head_sizes(text, table.shape[1], notes)
     heads = _number(text, "num_attention_heads") or 1
-    windows, states = _kept_by_layer(text, notes)
+    kept = ask(config) if ask else ()
+    # What has to be assumed of the cache matters only where vLLM does not tell.
+    assumed: list[str] = []
+    kv_heads, head_dim = _head_sizes(text, table.shape[1], assumed)
+    windows, states = _kept_by_layer(text, assumed)
+    state_bytes = _state_bytes(text, states, assumed)
+    if not kept:
+        notes += assumed
     if outside := sum(x.num_bytes for x in inventory.layers) - sum(x.num_bytes for x in own):
         notes.append(
             f"{outside / 1e9:.2f} GB of tensors outside the language model (towers, extra "
@@ -97,7 +105,8 @@ def shape_from_headers(
         head=head if head in _QUANTISED else "",
         embedding=table.format if table.format in _QUANTISED else "",
         has_vision=bool(config.get("vision_config")),
-        state_bytes=_state_bytes(text, states, notes),
+        state_bytes=state_bytes,
+        kept=kept,
         notes=tuple(notes),
     )
 
@@ -133,7 +142,9 @@ def _head_sizes(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple
         if isinstance(layer, dict) and (dim := _number(layer, "head_dim")):
             sizes.add((_number(layer, "num_key_value_heads") or kv, dim))
     if len(sizes) > 1:
-        notes.append("Keys and values are counted in every layer as in those with the most.")
+        notes.append(
+            "The KV cache of every layer is counted as that of the layers with the largest."
+        )
     return max(sizes, key=lambda size: size[0] * size[1])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 
 from vllm_nvfp4.planning.shapes import DecoderShape
 
@@ -62,10 +63,13 @@ def groups_of(shape: DecoderShape) -> tuple[int, dict[int, int]]:
     kinds = Counter(shape.windows)
     if not kinds:
         return 0, {}
-    size = min(kinds.values())
-    if max(kinds.values()) < 1.5 * size:
-        size = max(kinds.values())
+    size = _group_size(kinds.values())
     return size, {window: math.ceil(count / size) for window, count in kinds.items()}
+
+
+def _group_size(counts: Collection[int]) -> int:
+    size = min(counts)
+    return max(counts) if max(counts) < 1.5 * size else size
 
 
 def blocks_per_sequence(
@@ -93,8 +97,54 @@ def sequence_bytes(
     """Bytes on one card that vLLM sets aside for one sequence of ``context`` tokens.
 
     blocks_per_sequence * layers in a group * block_size * token_bytes, and the state of the layers
-    that have one, which is cut over the cards
+    that have one, which is cut over the cards. Of layers that vLLM described: :func:`_kept_bytes`.
     """
+    if shape.kept:
+        return _kept_bytes(shape, context, bits, step_tokens, cards, block_size)
     block = groups_of(shape)[0] * block_size * token_bytes(shape, bits, cards)
     cached = blocks_per_sequence(shape, context, step_tokens, block_size) * block
     return cached + math.ceil(shape.state_bytes / cards)
+
+
+def read_bytes(shape: DecoderShape, context: int, bits: int, cards: int = 1) -> int:
+    """Bytes that one step of a sequence of ``context`` tokens reads on all cards, of states also
+    what it writes."""
+    one = token_bytes(shape, bits, cards)
+    if not shape.kept:
+        attended = sum(min(context, w) if w else context for w in shape.windows)
+        return attended * cards * one + 2 * shape.state_bytes
+    share = cards * one / token_bytes(shape, 16)
+    attended = sum(
+        x.token_bytes * (min(context, x.window) if x.window else context) for x in shape.kept
+    )
+    return math.ceil(attended * share) + 2 * sum(x.state_bytes for x in shape.kept)
+
+
+def _kept_bytes(
+    shape: DecoderShape, context: int, bits: int, step_tokens: int, cards: int, block_size: int
+) -> int:
+    """:func:`sequence_bytes` of layers that differ in what they keep.
+
+    All groups share one pool, so that all pages have one size: layers that keep less of a token
+    have more tokens in a block, and with states a block has as many tokens as fill a state's page.
+    Groups are made as in :func:`groups_of`, a state takes one block.
+    """
+    share = token_bytes(shape, bits, cards) / token_bytes(shape, 16)
+    kinds = Counter(
+        (x.window, math.ceil(x.token_bytes * share), math.ceil(x.state_bytes / cards))
+        for x in shape.kept
+    )
+    largest = max(token for _, token, _ in kinds)
+    if not largest:  # nothing but states
+        return sum(count * state for (_, _, state), count in kinds.items())
+    needed = math.ceil(max(state for *_, state in kinds) / largest)
+    block_size *= max(math.ceil(needed / block_size), 1)
+    size = _group_size(kinds.values())
+    blocks = 0
+    for (window, token, _), count in kinds.items():
+        of_one = 1
+        if token:
+            tokens = min(window - 1 + step_tokens, context) if window else context
+            of_one = math.ceil(tokens / (block_size * largest // token)) + bool(window)
+        blocks += math.ceil(count / size) * of_one
+    return blocks * size * block_size * largest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.planning.kv import token_bytes
+from vllm_nvfp4.planning import kv
 from vllm_nvfp4.planning.shapes import (
     ATTENTION,
     COLUMNS,
@@ -260,8 +260,8 @@ def decode(
 
     weight_bytes = weights.cards * (linear + head + other), of the experts the share that ``batch``
                    tokens need when each picks at random: 1 - (1 - per_token / experts)^batch
-    kv_bytes     = batch * ((tokens attended in all layers) * bytes of a token in one layer, on all
-                   cards, + 2 * state_bytes, which is read and written)
+    kv_bytes     = batch * (bytes of the tokens attended in all layers, on all cards, + 2 * those of
+                   states, which are read and written)
     linear_flops = 2 * batch * (weights that a token is multiplied with)
     other_flops  = 2 * batch * vocabulary * hidden + batch * attention
 
@@ -275,7 +275,7 @@ def decode(
     attended = sum(min(context, w) if w else context for w in shape.windows)
     return Roofline(
         batch, weights.cards * read,
-        batch * (attended * cards * token_bytes(shape, kv_bits, cards) + 2 * shape.state_bytes),
+        batch * kv.read_bytes(shape, context, kv_bits, cards),
         2.0 * batch * shape.num_active_weights,
         batch * (2.0 * shape.vocab_size * shape.hidden_size
                  + attended * _flops_per_attended(shape, is_decode=True)),
@@ -299,7 +299,7 @@ def prefill(
     pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
     return Roofline(
         prompt, weights.cards * read * math.ceil(prompt / chunk),
-        prompt * shape.num_layers * cards * token_bytes(shape, kv_bits, cards),
+        prompt * shape.num_layers * cards * kv.token_bytes(shape, kv_bits, cards),
         2.0 * prompt * shape.num_active_weights,
         2.0 * shape.vocab_size * shape.hidden_size
         + pairs * _flops_per_attended(shape, is_decode=False),

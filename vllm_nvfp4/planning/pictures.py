@@ -19,7 +19,8 @@ from vllm_nvfp4.compat.packages import install_hint
 
 # Okabe and Ito, "Color Universal Design" (2008), without yellow, which print loses.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
+# No dots: an SVG holds each of them as a curve of its own.
+HATCHES = ("", "///", "++", "\\\\\\", "xx", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _FREE = "#FFFFFF"

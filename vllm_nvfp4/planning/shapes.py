@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,20 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What one layer keeps of a sequence.
+
+    window:      tokens that its attention reaches back; 0 for all
+    token_bytes: of one token with 16-bit keys and values, on one card; 0 for a state
+    state_bytes: of one sequence, whatever its length; 0 for keys and values
+    """
+
+    window: int
+    token_bytes: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """A decoder's dimensions, named as in its config.json.
 
@@ -95,6 +109,7 @@ class DecoderShape:
     stored:     ``linears`` by the format that a quantised checkpoint has them in; else empty
     head, embedding: their formats in a quantised checkpoint; empty for 16 bits
     state_bytes: of one sequence in the layers that keep a state instead of keys and values
+    kept:       by layer, where vLLM was asked; it then decides before windows and state_bytes
     notes:      what the plan had to assume, one sentence each
     """
 
@@ -122,6 +137,7 @@ class DecoderShape:
     has_vision: bool = False
     nvfp4: str = ""
     state_bytes: int = 0
+    kept: tuple[Kept, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -145,13 +161,28 @@ class DecoderShape:
 
 
 @cache
-def built_in() -> dict[str, dict[str, Any]]:
-    """models.json: {name: {"hub", "source", "config", and the published size where known}}."""
+def models() -> dict[str, dict[str, Any]]:
+    """models.json: {name: {"hub", "nvfp4", "source", "config", the published size where known}}.
+
+    Without "config" the headers of the checkpoint that "nvfp4" names have to be read.
+    """
     return json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 
 
-def find_shape(model: str) -> DecoderShape:
+@cache
+def built_in() -> dict[str, dict[str, Any]]:
+    """Those of :func:`models` that are planned without their files."""
+    return {name: entry for name, entry in models().items() if "config" in entry}
+
+
+AskVllm = Callable[[Mapping[str, Any]], tuple[Kept, ...]]
+
+
+def find_shape(model: str, ask: AskVllm | None = None) -> DecoderShape:
     """The shape of a folder, of a model in the hub cache, or of a built-in name.
+
+    ask: tells what each layer keeps, by config.json, of a family that is not known here; it is
+         empty where nothing is known
 
     Raises ValueError, or CheckpointError, for what is none of these, and for a config.json that
     lacks a key or describes another kind of model.
@@ -166,6 +197,8 @@ def find_shape(model: str) -> DecoderShape:
             shape = replace(shape_of(entry["config"], name), **seen)
             stored = entry["config"].get("quantization_config")
             return as_stored(shape, detect(stored)) if stored else shape
+    lacking = {name.lower(): entry for name, entry in models().items() if "config" not in entry}
+    model = lacking.get(model.lower(), {"nvfp4": model})["nvfp4"]
     accepted = f"a folder with config.json, or one of {', '.join(built_in())}"
     if model.lower().endswith(".gguf"):
         raise ValueError(f"{model}: a GGUF file, whose metadata is not read; needs {accepted}.")
@@ -180,7 +213,7 @@ def find_shape(model: str) -> DecoderShape:
         if text.get("model_type") not in _FAMILIES:
             from vllm_nvfp4.planning.headers import shape_from_headers
 
-            return shape_from_headers(folder, config, quantization, model)
+            return shape_from_headers(folder, config, quantization, model, ask)
     shape = shape_of(config, model)
     if quantization is None:
         return shape

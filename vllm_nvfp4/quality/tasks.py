@@ -85,7 +85,7 @@ def evaluate(
         )
     except OSError as error:
         raise ValueError(
-            f"--tasks: the data of {', '.join(tasks.names)} cannot be had: "
+            f"--tasks: the data of {', '.join(tasks.names)} cannot be loaded: "
             f"{str(error).splitlines()[0]}. Without a hub, give files with --task-path."
         ) from error
     except ValueError as error:

@@ -193,5 +193,5 @@ def check_port(host: str, port: str | None) -> None:
         except OSError as error:
             where = f" on {host}" if host else ""
             raise OSError(
-                f"{named} cannot be had{where}: {error.strerror}; choose another with --port"
+                f"{named} cannot be used{where}: {error.strerror}; choose another with --port"
             ) from None

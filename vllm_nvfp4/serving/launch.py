@@ -3,7 +3,8 @@
 
 Runs vLLM's own command in this process. A wrong flag is answered by one line, not by pages of
 usage, and an error that ends the server by its message, not by a traceback through vLLM;
-VLLM_LOGGING_LEVEL=DEBUG shows that too. ``--check`` in front stops after the flags were read:
+VLLM_LOGGING_LEVEL=DEBUG shows that too. A model that would not load is refused before the engine
+starts (first_check.py). ``--check`` in front stops after the flags were read:
 
     python -m vllm_nvfp4.serving.launch --check [["MODEL", "--flag"], ...]
 """
@@ -18,8 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_nvfp4.compat.flags import FlagError, check_names, keep_flags, raise_flag_errors
+from vllm_nvfp4.compat.messages import message_of
 from vllm_nvfp4.options import METHOD_NAMES
-from vllm_nvfp4.serving import arguments
+from vllm_nvfp4.serving import arguments, first_check
 
 PREFIX = "vllm-nvfp4 serve: "
 MODULE = "vllm_nvfp4.serving.launch"
@@ -75,6 +77,8 @@ def _serve(argv: Sequence[str]) -> int:
                 args.revision or "main",
                 args.quantization in METHOD_NAMES,
             )
+        if args.quantization in METHOD_NAMES and not args.headless:
+            first_check.run(args)
 
     def keep_too(self: Any, subparsers: Any) -> Any:
         parser = make_parser(self, subparsers)
@@ -86,21 +90,6 @@ def _serve(argv: Sequence[str]) -> int:
     sys.argv = ["vllm", *argv]
     vllm_main.main()
     return 0
-
-
-def message_of(error: BaseException) -> str:
-    """An error of vLLM's in one line: pydantic's without its frame, others with their kind."""
-    if callable(errors := getattr(error, "errors", None)):
-        try:
-            parts = [e["msg"].removeprefix("Value error, ") for e in errors()]
-        except (TypeError, KeyError):
-            parts = []
-        if parts:
-            return " ".join("; ".join(parts).split())
-    text = " ".join(str(error).split())
-    if isinstance(error, ValueError | OSError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def check_flags(commands: Sequence[Sequence[str]], environ: dict[str, str]) -> None:

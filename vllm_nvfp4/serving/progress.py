@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -29,11 +29,13 @@ class Step:
     detail:   what the progress line says about it; a phase, a file, a layer
     fraction: how much is done, 0 to 1; None where nobody knows. With it the line says how much
               time is left: elapsed * (1 - fraction) / (fraction - the first fraction)
+    look:     called before each line, to count what nobody reports; sets the two above
     """
 
     def __init__(self, title: str, out: TextIO) -> None:
         self.title, self.out = title, out
         self.detail = ""
+        self.look: Callable[[], None] | None = None
         self._fraction: float | None = None
         self._first = 0.0
         self.started = self.begun = time.monotonic()
@@ -90,6 +92,8 @@ class Step:
     def _beat(self) -> None:
         wait = TERMINAL_SECONDS if self.is_terminal else HEARTBEAT_SECONDS
         while not self._finished.wait(wait):
+            if self.look:
+                self.look()
             with self._lock:
                 self._clear()
                 width = shutil.get_terminal_size().columns - 1 if self.is_terminal else None

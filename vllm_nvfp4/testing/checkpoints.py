@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tarfile
 from collections.abc import Callable
@@ -19,27 +20,40 @@ if TYPE_CHECKING:
     import torch
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
-TOOLS = ("modelopt", "compressed_tensors", "fp_quant")
+ARCHIVE = FIXTURES / "checkpoints.tar.xz"
 
 
-def fixture_names() -> list[str]:
-    """Every stored checkpoint, as "tool/name", e.g. "modelopt/nvfp4-kv8-llama"."""
-    names = set()
-    for tool in TOOLS:
-        with tarfile.open(FIXTURES / f"{tool}.tar.xz") as tar:
-            names |= {f"{tool}/{member.name.split('/')[0]}" for member in tar.getmembers()}
-    return sorted(names)
+@functools.cache
+def _stored_files() -> dict[str, bytes]:
+    """ "tool/name/file" -> contents. One archive, since the same weights lie in most of them."""
+    with tarfile.open(ARCHIVE) as tar:
+        return {member.name: _read(tar, member) for member in tar.getmembers()}
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(member)
+    if stream is None:
+        raise ValueError(f"{ARCHIVE}: {member.name} is not a file; write it with make_fixtures.py")
+    return stream.read()
+
+
+def fixture_names(*, experts: bool = False) -> list[str]:
+    """Every stored dense checkpoint, or every mixture of experts, as "tool/name", e.g.
+    "modelopt/nvfp4-kv8-llama"."""
+    names = {name.rpartition("/")[0] for name in _stored_files()}
+    return sorted(name for name in names if name.startswith("moe_") == experts)
 
 
 def extract_fixture(name: str, target: Path) -> Path:
-    """Unpack the stored checkpoint "tool/name" below ``target``; returns its folder."""
-    tool, _, checkpoint = name.partition("/")
-    with tarfile.open(FIXTURES / f"{tool}.tar.xz") as tar:
-        members = [m for m in tar.getmembers() if m.name.startswith(f"{checkpoint}/")]
-        tar.extractall(target, members=members, filter="data")
-    folder = target / checkpoint
-    if not members:
-        raise ValueError(f"no fixture {name!r}; there are {', '.join(fixture_names())}")
+    """Write the stored checkpoint "tool/name" below ``target``; returns its folder."""
+    folder = target / name.rpartition("/")[2]
+    files = {n: data for n, data in _stored_files().items() if n.rpartition("/")[0] == name}
+    if not files:
+        every = [*fixture_names(), *fixture_names(experts=True)]
+        raise ValueError(f"no fixture {name!r}; there are {', '.join(every)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        (folder / path.rpartition("/")[2]).write_bytes(data)
     return folder
 
 

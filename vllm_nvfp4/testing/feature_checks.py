@@ -69,9 +69,7 @@ class Setup:
 
 
 def _base(dtype: str) -> dict[str, Any]:
-    # A GPU's memory is not looked through for a cache that needs little of it.
-    cache = {} if dtype == "float32" else {"kv_cache_memory_bytes": 2**26}
-    return {"dtype": dtype, "additional_config": KEEP_KV} | cache
+    return {"dtype": dtype, "additional_config": KEEP_KV}
 
 
 def _answers(folder: Path, dtype: str, **options: Any) -> dict[int, Answer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Feature:
-    """One row of the README's table.
+    """One row of the table in docs/features.md.
 
     name:  what vLLM's users call it; also its check in feature_checks.py
     flag:  how it is asked for on the command line; "" where it is part of a request

@@ -315,7 +315,9 @@ def test_a_damaged_package_is_an_error(tmp_path):
     cubins.build([Kernel()], tmp_path / "packaged", (89,))
     path = tmp_path / "packaged/sm_89/add_one.cubin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(nvrtc.CompileError, match=r"add_one\.cubin: .*manifest.*Install vllm-nvfp4 again"):
+    with pytest.raises(
+        nvrtc.CompileError, match=r"add_one\.cubin: .*manifest.*Install vllm-nvfp4 again"
+    ):
         cubins.get_cubin(Kernel(), 89)
 
 

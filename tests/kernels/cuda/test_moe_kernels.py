@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gemm_cases import DISTRIBUTIONS
@@ -97,12 +99,19 @@ def test_the_schedule(num_tokens: int, num_choices: int, num_experts: int) -> No
     check_schedule(Routing(ids, None, num_experts))
 
 
-def check_schedule(routing: Routing, largest_tile: int = 64) -> None:
+def test_more_choices_than_the_kernel_marks_in_one_go() -> None:
+    few = replace(ROUTE_CONFIG, mark_words=16)
+    ids = choose(350, 4, 6)
+    assert ids.numel() > 2 * 32 * few.mark_words
+    check_schedule(Routing(ids, None, 6), module=build_host([few]))
+
+
+def check_schedule(routing: Routing, largest_tile: int = 64, module=None) -> None:
     local = route(routing.ids, routing.expert_map, routing.num_experts)
     entries, order = expected_schedule(local, routing.num_experts, largest_tile)
     for seed in range(2):
         schedule, choices = run_route(
-            shipped(ROUTE_CONFIG.stem), routing, HostMachine(seed=seed), largest_tile
+            module or shipped(ROUTE_CONFIG.stem), routing, HostMachine(seed=seed), largest_tile
         )
         assert schedule[0] == len(entries)
         assert schedule[4 : 4 + 4 * len(entries)].view(-1, 4).tolist() == entries
@@ -330,18 +339,16 @@ ROUTE_FAULTS = [
     ("counters not cleared together", "counts[e] = 0;\n  __syncthreads();", "counts[e] = 0;"),
     (
         "counted too early",
-        "atomicAdd(counts + e, 1);\n  }\n  __syncthreads();",
-        "atomicAdd(counts + e, 1);\n  }",
+        "marks, counts);\n  }\n  __syncthreads();",
+        "marks, counts);\n  }",
     ),
-    ("lanes out of order", "__popc(votes & lanes_before)", "0"),
+    ("lanes out of order", "lane >= distance) at", "lane < distance) at"),
     ("warps out of order", "w < warp ?", "w > warp ?"),
-    (
-        "next round before all have read",
-        "    written += all;\n    __syncthreads();",
-        "    written += all;",
-    ),
+    ("warps' sums read too early", "= at;\n  __syncthreads();", "= at;"),
+    ("another expert's choices", "e == expert", "e <= expert"),
+    ("bits of a word in another order", "left &= left - 1", "left ^= 1u << (31 - __clz(left))"),
     ("tiles of one expert over another's", "tiles += num_tiles(p, count);\n    }", "}"),
-    ("remote experts counted", "if (e >= 0) atomicAdd", "atomicAdd"),
+    ("remote experts counted", "nullptr && e >= 0) atomicAdd", "nullptr) atomicAdd"),
 ]
 
 
@@ -350,7 +357,7 @@ ROUTE_FAULTS = [
 )
 def test_planted_faults_of_the_routing(what: str, text: str, replacement: str) -> None:
     module = build_host([ROUTE_CONFIG], edits=[(text, replacement)])
-    ids = choose(300, 3, 8)
+    ids = choose(600, 3, 8)  # the marks of more than one warp
     expert_map = torch.tensor([-1, 2, -1, 0, 1, -1, -1, 3], dtype=torch.int32)
     local = route(ids, expert_map, 4)
     entries, order = expected_schedule(local, 4)

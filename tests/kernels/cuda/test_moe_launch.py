@@ -63,6 +63,24 @@ def routed(num_tokens: int, num_choices: int, num_ids: int, hidden: int, dtype=t
     return a, weights, ids.int()
 
 
+def test_where_the_result_may_lie() -> None:
+    """Rows are written 16 bytes at a time."""
+    w13, w2 = layer(2, 64, 32)
+    a, weights, ids = routed(3, 1, 2, 64)
+    memory = torch.empty(4 * 64 + 8, dtype=torch.bfloat16)
+
+    def refusal(y: torch.Tensor) -> str:
+        with pytest.raises(ValueError, match="moe: y ") as refused:
+            cuda_moe.moe(a, w13.stack, w2.stack, (weights, ids, None), SILU, False, 16, y=y)
+        return str(refused.value)
+
+    assert "y begins 2 bytes beyond a multiple of 16" in refusal(memory[1 : 1 + 192].view(3, 64))
+    assert "with strides [72, 1]; needs torch.bfloat16 [3, 64], contig" in refusal(
+        memory[: 3 * 72].view(3, 72)[:, :64]
+    )
+    assert "torch.bfloat16 [2, 64]" in refusal(memory[:128].view(2, 64))
+
+
 # --- the whole layer -----------------------------------------------------------------------------
 
 

@@ -131,16 +131,20 @@ class MoeConfig(TranslationUnit):
 
 @dataclass(frozen=True)
 class RouteConfig(TranslationUnit):
-    """The routing kernel: one thread block for each local expert."""
+    """The routing kernel: one thread block for each local expert.
+
+    mark_words: words of 32 choices that it marks in one go; it reads twice what is beyond them
+    """
 
     threads: int = 256
+    mark_words: int = 4096
     stem: str = "moe_route"
     min_arch: int = 80
 
     @property
     def smem_bytes(self) -> int:
-        """A counter for each expert, and for each warp."""
-        return 4 * (MAX_EXPERTS + self.threads // 32)
+        """A counter for each expert and for each warp, and the marks."""
+        return 4 * (MAX_EXPERTS + self.threads // 32 + self.mark_words)
 
     @property
     def symbol(self) -> str:
@@ -153,7 +157,7 @@ class RouteConfig(TranslationUnit):
             '              "moe_configs.py and moe_params.cuh disagree about the parameters");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads})\n'
             f"{self.symbol}(const __grid_constant__ RouteParams p) {{\n"
-            f"  moe_route::run<{self.threads}>(p);\n"
+            f"  moe_route::run<{self.threads}, {self.mark_words}>(p);\n"
             "}\n"
         )
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of options in README.md from vllm_nvfp4/options.py.
+"""Write the table of options in docs/options.md from vllm_nvfp4/options.py.
 
 With --check, write nothing and end with 1 if the table is not current.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 
-import readme_table
+import docs_table
 
 from vllm_nvfp4.options import markdown_table
 
-BEGIN = "<!-- options: written by scripts/readme_options.py from vllm_nvfp4/options.py -->\n"
+PAGE = "docs/options.md"
+BEGIN = "<!-- options: written by scripts/docs_options.py from vllm_nvfp4/options.py -->\n"
 END = "<!-- end of options -->\n"
 
 
 if __name__ == "__main__":
-    sys.exit(readme_table.main(__file__, BEGIN, END, markdown_table))
+    sys.exit(docs_table.main(__file__, PAGE, BEGIN, END, markdown_table))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of formats in README.md from benchmarks/results/quality_cpu.csv.
+"""Write the table of formats in docs/quality.md from benchmarks/results/quality_cpu.csv.
 
 With --check, write nothing and end with 1 if the table is not current.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 import sys
 
-import readme_table
+import docs_table
 
-RESULTS = readme_table.ROOT / "benchmarks" / "results" / "quality_cpu.csv"
-BEGIN = "<!-- formats: written by scripts/readme_quality.py -->\n"
+RESULTS = docs_table.ROOT / "benchmarks" / "results" / "quality_cpu.csv"
+PAGE = "docs/quality.md"
+BEGIN = "<!-- formats: written by scripts/docs_quality.py -->\n"
 END = "<!-- end of formats -->\n"
 _HEADER = (
     "| weights | bits | MiB | perplexity, A16 | A8 | A4 | KL, A16 | A8 | A4 |\n"
@@ -45,4 +46,4 @@ def table(results: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(readme_table.main(__file__, BEGIN, END, lambda: table(RESULTS.read_text())))
+    sys.exit(docs_table.main(__file__, PAGE, BEGIN, END, lambda: table(RESULTS.read_text())))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of speeds in README.md from benchmarks/results/smollm2_cpu/bench.json.
+"""Write the table of speeds in docs/plan-and-bench.md, from results/smollm2_cpu/bench.json.
 
 With --check, write nothing and end with 1 if the table is not current.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 
-import readme_table
+import docs_table
 
 from vllm_nvfp4.bench import results
 
-FOLDER = readme_table.ROOT / "benchmarks" / "results" / "smollm2_cpu"
-BEGIN = "<!-- speeds: written by scripts/readme_bench.py -->\n"
+FOLDER = docs_table.ROOT / "benchmarks" / "results" / "smollm2_cpu"
+PAGE = "docs/plan-and-bench.md"
+BEGIN = "<!-- speeds: written by scripts/docs_bench.py -->\n"
 END = "<!-- end of speeds -->\n"
 _HEADER = (
     "| requests at once | BF16, tok/s | NVFP4, tok/s | times as fast |\n| --- | --- | --- | --- |\n"
@@ -40,4 +41,4 @@ def table(run: results.Results) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(readme_table.main(__file__, BEGIN, END, lambda: table(results.load(FOLDER))))
+    sys.exit(docs_table.main(__file__, PAGE, BEGIN, END, lambda: table(results.load(FOLDER))))

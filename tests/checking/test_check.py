@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model is built and loaded without its data: what loads, what has no place, what is empty."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+
+from vllm_nvfp4.checking import check
+from vllm_nvfp4.checking.check import engine_arguments, examine
+from vllm_nvfp4.checking.report import from_json
+from vllm_nvfp4.cli import main
+from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.serving import first_check, launch
+from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture, fixture_names
+from vllm_nvfp4.testing.tiny_models import write_model
+
+pytestmark = pytest.mark.vllm
+
+EXPERTS = "moe_modelopt/nvfp4-qwen3"
+LAYER = "model.layers.1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        cpu_metadata.apply()
+        yield
+
+
+def report_on(folder, *flags):
+    return examine(engine_arguments(str(folder), ["--enforce-eager", *flags]))
+
+
+def edited(tmp_path, edit, name="modelopt/w4a16-llama"):
+    return edit_tensors(extract_fixture(name, tmp_path), edit)
+
+
+def of_part(report, part):
+    return [layer for layer in report.layers if layer.part == part]
+
+
+@pytest.mark.parametrize("name", [*fixture_names(), EXPERTS])
+def test_what_other_tools_wrote_will_load(name, tmp_path):
+    report = report_on(extract_fixture(name, tmp_path))
+    assert report.is_right, [str(f) for f in (*report.errors, *report.dropped)]
+    assert not report.left_out
+    quantised = [layer for layer in report.layers if "16 bits" not in layer.form]
+    assert sum(layer.count for layer in quantised) >= 4
+    assert all("kernel" in layer.path or "vLLM" in layer.path for layer in quantised)
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "gemma3", "qwen2_moe", "gpt_oss"])
+def test_16_bit_models_will_load(family, tmp_path):
+    report = report_on(write_model(tmp_path, family))
+    assert report.errors == () or family == "gpt_oss", report.errors
+    assert report.dropped == ()
+
+
+def test_each_of_two_ranks_holds_half_of_the_linear_layers(tmp_path):
+    folder = extract_fixture(EXPERTS, tmp_path)
+    one, two = report_on(folder), report_on(folder, "--tensor-parallel-size", "2")
+    cut = report_on(folder, "--tensor-parallel-size", "2", "--enable-expert-parallel")
+    assert (one.devices, two.devices, cut.devices) == (1, 2, 2)
+    assert one.is_right
+    assert two.is_right
+    assert cut.is_right
+    for part in ("linear", "experts"):
+        [whole], [half] = of_part(one, part)[:1], of_part(two, part)[:1]
+        assert whole.held_bytes / 2 <= half.held_bytes < whole.held_bytes
+    assert not cut.left_out
+    [whole], [half] = of_part(one, "experts"), of_part(cut, "experts")
+    assert half.held_bytes * 2 == whole.held_bytes
+
+
+def without(*names):
+    def edit(tensors):
+        for name in [n for n in tensors if n.startswith(names)]:
+            del tensors[name]
+
+    return edit
+
+
+MISSING = [
+    ("model.norm.weight", "model.norm.weight"),
+    (f"{LAYER}.mlp.down_proj.weight_scale_2", f"{LAYER}.mlp.down_proj"),
+    (f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn"),
+    ("lm_head.weight", "lm_head"),
+    (f"{LAYER}.input_layernorm", f"{LAYER}.input_layernorm"),
+]
+
+
+@pytest.mark.parametrize(("removed", "named"), MISSING)
+def test_what_the_files_lack_is_named(removed, named, tmp_path):
+    report = report_on(edited(tmp_path, without(removed)))
+    assert any(named in str(error) for error in report.errors), report
+    assert not report.will_load
+
+
+def test_every_fault_is_named_not_the_first_alone(tmp_path):
+    gone = ("model.norm.weight", f"{LAYER}.input_layernorm", "model.layers.0.post_attention")
+    report = report_on(edited(tmp_path, without(*gone)))
+    assert len(report.errors) == 3
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    gone = f"{LAYER}.mlp.experts.2.up_proj"
+    report = report_on(edited(tmp_path, without(gone), EXPERTS))
+    assert not report.will_load
+    assert any("experts" in str(error) for error in report.errors)
+
+
+def test_tensors_without_a_place_are_named(tmp_path):
+    def edit(tensors):
+        tensors[f"{LAYER}.self_attn.q_proj.bias"] = torch.zeros(128)
+        tensors["model.other.weight"] = torch.zeros(4, 4)
+
+    report = report_on(edited(tmp_path, edit))
+    found = [f.what for f in (*report.errors, *report.dropped)]
+    assert f"{LAYER}.self_attn.q_proj.bias" in found
+    assert "model.other.weight" in [*found, *report.left_out]
+
+
+def test_a_shape_that_does_not_fit_is_named(tmp_path):
+    def edit(tensors):
+        tensors["model.norm.weight"] = torch.ones(63)
+
+    report = report_on(edited(tmp_path, edit))
+    assert [f.what for f in report.errors][:1] == ["model.norm.weight"]
+
+
+def test_the_command(tmp_path, capsys):
+    folder = extract_fixture("modelopt/mixed-llama", tmp_path)
+    assert main.main(["check", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "It will load." in out
+    assert "LlamaForCausalLM, dialect modelopt" in out
+    edit_tensors(folder, without("model.norm.weight"))
+    assert main.main(["check", str(folder), "--json", "--", "--tensor-parallel-size", "2"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert not printed["will_load"]
+    assert printed["errors"][0]["what"] == "model.norm.weight"
+    assert main.main(["check", str(tmp_path / "nothing")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path, capsys):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    assert check.main([str(folder), "--enforce-eager"]) == 0
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    report = from_json(json.loads(printed))
+    assert report.layers == report_on(folder).layers
+    assert check.main([str(tmp_path / "none")]) == 0  # the report says that it will not load
+    assert not json.loads(capsys.readouterr().out.strip().splitlines()[-1])["will_load"]
+
+
+def test_a_server_starts_with_what_will_load_alone(tmp_path, capfd):
+    folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    args = launch.read([str(folder), "--quantization", "nvfp4", "--enforce-eager"])
+    first_check.run(args)
+    assert "vllm-nvfp4" not in capfd.readouterr().err
+    edit_tensors(folder, without("model.norm.weight", f"{LAYER}.input_layernorm"))
+    with pytest.raises(ValueError, match=r"input_layernorm.*And 1 more"):
+        first_check.run(args)
+
+
+def test_a_check_that_dies_stops_no_server():
+    def die():
+        os._exit(3)
+
+    assert "status 3" in first_check.in_a_copy(die)
+
+
+def test_nothing_is_left_behind(tmp_path):
+    from vllm.distributed import parallel_state
+
+    before = copy.copy(vars(parallel_state))
+    default = torch.get_default_dtype()
+    report_on(extract_fixture("modelopt/w4a16-llama", tmp_path))
+    assert torch.get_default_dtype() is default
+    assert all(vars(parallel_state)[n] is v for n, v in before.items() if n.isupper())

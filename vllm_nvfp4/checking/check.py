@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether vLLM, with this plugin, will load a model; from its configuration and headers alone.
+
+report = check("folder")            # in a process of its own
+report = examine(engine_args)       # in this one, which has vLLM
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_nvfp4.checking.report import Finding, Report, from_json
+from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat.messages import message_of
+
+_DOWNLOAD = "Download the missing files, or quantise the model again."
+_AGAIN = "Quantise the model again, or download it again if others can load it."
+_EXPERT = re.compile(r"(\bexperts\.(?:[A-Za-z_]\w*\.)?)\d+(?=\.)")
+
+
+def check(model: Path | str, flags: Sequence[str] = ()) -> Report:
+    """The report on a model, made in a process of its own.
+
+    model: a folder, or a hub name
+    flags: of `vllm serve`, such as --tensor-parallel-size 2
+    Raises ValueError for a model that is nowhere, and for wrong flags.
+    """
+    environ = dict(os.environ)
+    cpu_metadata.apply(environ)
+    command = [sys.executable, "-m", "vllm_nvfp4.checking.check", str(model), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environ)
+    lines = [line for line in result.stdout.splitlines() if line.startswith('{"schema"')]
+    if result.returncode or not lines:
+        said = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise ValueError(said[-1])
+    return from_json(json.loads(lines[-1]))
+
+
+def examine(engine_args: Any) -> Report:
+    """The report on what an engine with these arguments of vLLM's would load.
+
+    No weight is read, no memory is taken and no kernel is built; the process must be one that
+    starts no engine before or after.
+    """
+    from vllm.config import set_current_vllm_config
+
+    started = time.monotonic()
+    try:
+        config = engine_args.create_engine_config()
+        with set_current_vllm_config(config):
+            found = _examine_models(config)
+    except Exception as error:
+        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+            raise
+        finding = Finding(str(engine_args.model), message_of(error))
+        return Report(
+            str(engine_args.model), "", "", 1, (), (finding,), (), {}, time.monotonic() - started
+        )
+    return found(time.monotonic() - started)
+
+
+def _examine_models(config: Any) -> Callable[[float], Report]:
+    """Build and load the model, and the draft model of speculative decoding if there is one."""
+    from vllm.model_executor.model_loader import base_loader
+
+    from vllm_nvfp4.checking.groups import first_of_many
+    from vllm_nvfp4.checking.layers import layer_groups
+    from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.compat import versions
+
+    model_config, parallel = config.model_config, config.parallel_config
+    census = getattr(config.quant_config, "census", None)
+    if census is None:
+        raise ValueError(
+            f"{model_config.model}: the headers of its files are out of reach; needed: a folder, "
+            "or a hub that answers. Download it first: hf download"
+        )
+
+    def build() -> Any:
+        versions.forget_layers(config)
+        return base_loader.initialize_model(config)  # of the loader: see compat.model_weights
+
+    with first_of_many(parallel):
+        loaded = load_without_data(build, census.headers(), model_config)
+        groups = tuple(layer_groups(loaded.model))
+    errors = [Finding(name or "load", message) for name, message in loaded.refused.items()]
+    errors += [
+        Finding(
+            name,
+            f"found {filled} of {size} elements in the files; needed all of them. {_DOWNLOAD}",
+        )
+        for name, (filled, size) in loaded.empty.items()
+    ]
+    dropped, left_out = _unused(loaded.unused, census)
+    devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    architecture = type(loaded.model).__name__
+    return lambda seconds: Report(
+        str(model_config.model),
+        architecture,
+        census.dialect.name,
+        devices,
+        groups,
+        tuple(_folded(errors)),
+        tuple(_folded(dropped)),
+        left_out,
+        seconds,
+    )
+
+
+def _unused(names: Iterable[str], census: Any) -> tuple[list[Finding], dict[str, int]]:
+    """(tensors that a loaded layer is left without, layers of which nothing was loaded)."""
+    known = {stored.name: name for name, stored in census.stored_as.items()}
+    unused = {known.get(name, name) for name in names}
+    dropped: list[Finding] = []
+    left_out: Counter[str] = Counter()
+    here = {
+        _EXPERT.sub(r"\1*", name)
+        for name, module in census.modules.items()
+        if any(f"{name}.{leaf}" not in unused for leaf in module.tensors)
+    }
+    for name, module in census.modules.items():
+        tensors = {f"{name}.{leaf}" if name else leaf: leaf for leaf in module.tensors}
+        missed = {tensor: leaf for tensor, leaf in tensors.items() if tensor in unused}
+        if not missed:
+            continue
+        if len(missed) == len(tensors):
+            if _EXPERT.sub(r"\1*", name) != name and _EXPERT.sub(r"\1*", name) in here:
+                continue  # on other ranks
+            left_out[re.sub(r"\.\d+(?=\.|$)", ".*", name or next(iter(missed)))] += 1
+            continue
+        for tensor, leaf in missed.items():
+            if leaf not in module.dispensable:
+                found = "no parameter that it is loaded into, beside others of its layer that have"
+                dropped.append(Finding(tensor, f"found {found}; needed one. {_AGAIN}"))
+    return dropped, dict(left_out)
+
+
+def _folded(findings: Sequence[Finding]) -> Iterable[Finding]:
+    """One finding for what is the same of many experts."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], Finding] = {}
+    for finding in findings:
+        key = _EXPERT.sub(r"\1*", finding.what), _EXPERT.sub(r"\1*", finding.message)
+        counts[key] += 1
+        first.setdefault(key, finding)
+    for key, finding in first.items():
+        more = f" And {counts[key] - 1} more of these experts." if counts[key] > 1 else ""
+        yield Finding(finding.what, finding.message + more)
+
+
+def engine_arguments(model: str, flags: Sequence[str]) -> Any:
+    """vLLM's arguments for a model and flags of `vllm serve`; this plugin's method unless they name
+    another. Raises ValueError for wrong flags."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_nvfp4.compat.flags import raise_flag_errors
+    from vllm_nvfp4.options import METHOD_NAME
+
+    raise_flag_errors()
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-nvfp4 check"))
+    args = parser.parse_args(["--model", model, "--quantization", METHOD_NAME, *flags])
+    return EngineArgs.from_cli_args(args)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report on argv's model as one line of JSON; 1 with one line of error."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    cpu_metadata.apply()
+    try:
+        report = examine(engine_arguments(argv[0], argv[1:]))
+    except (ValueError, OSError) as error:
+        print(message_of(error), file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_json()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load that an engine would do, on the meta device: what has no place, and what stays empty."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_nvfp4.checking.trace import LoadTrace, OneDevice, Region, WithoutMemory, num_elements
+from vllm_nvfp4.checkpoints.headers import TensorHeader
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.compat import versions
+from vllm_nvfp4.compat.messages import message_of
+
+# An expert's tensor: what stands before its number, the number, and what follows.
+_EXPERT = re.compile(r"^(.*\bexperts\.(?:[A-Za-z_]\w*\.)?)(\d+)(\..*)$")
+# Errors of a load are looked for one after another, each with a load of its own.
+_MOST_ERRORS = 20
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass
+class Loaded:
+    """What a load came to.
+
+    model:   vLLM's, on the meta device
+    refused: stored tensor -> the error that ended the load at it; "" for one at no tensor
+    unused:  stored tensors that were read and written nowhere
+    empty:   parameters that were not filled whole -> (elements filled, elements)
+    """
+
+    model: Any
+    refused: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    empty: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def load_without_data(
+    build: Callable[[], Any], headers: Mapping[str, TensorHeader], model_config: Any
+) -> Loaded:
+    """Load the stored tensors of these headers into the model that ``build`` makes.
+
+    build: makes the model; called in vLLM's own frame, on the meta device
+    Whatever building raises is raised.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        with _meta_device(model_config.dtype):
+            with OneDevice():
+                model = build()
+            represented = _represented(headers, model)
+            fed = {n: h for n, h in headers.items() if n not in represented}
+            trace, last = LoadTrace(), ""
+
+            def stand_ins(trace: LoadTrace = trace, fed: Any = fed) -> Iterator[Any]:
+                nonlocal last
+                for name, header in fed.items():
+                    if name not in refused and header.dtype in TORCH_DTYPES:
+                        last = name
+                        yield name, trace.stand_in(name, header.shape, TORCH_DTYPES[header.dtype])
+
+            try:
+                with trace:
+                    names = model.load_weights(stand_ins())
+            except Exception as error:
+                said = _said(error, headers.get(last))
+                if last in refused or said in refused.values():
+                    return Loaded(model, refused)
+                refused[last] = said
+                if len(refused) < _MOST_ERRORS:
+                    continue
+                return Loaded(model, refused)
+        break
+    _take_collected(model, trace)
+    left = {name for name in fed if name not in trace.used and name not in refused}
+    unused = [name for name in headers if represented.get(name, name) in left]
+    empty = _empty_parameters(model, trace, names or (), bool(represented))
+    return Loaded(model, refused, unused, empty)
+
+
+def _said(error: Exception, header: TensorHeader | None) -> str:
+    """The error in one line; one that is no sentence of its own, with what it met."""
+    if isinstance(error, CheckpointError) or header is None:
+        return message_of(error)
+    return (
+        f"found {header.dtype} {list(header.shape)}, which the model refuses: {message_of(error)}"
+    )
+
+
+@contextlib.contextmanager
+def _meta_device(dtype: torch.dtype) -> Iterator[None]:
+    """As vLLM's loader sets torch up, but without memory; nothing is quantised while it loads."""
+    before = torch.get_default_dtype()
+    initialize = versions.initialize_online_processing
+    versions.initialize_online_processing = lambda layer: None
+    torch.set_default_dtype(dtype)
+    try:
+        with WithoutMemory():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        versions.initialize_online_processing = initialize
+
+
+def _represented(headers: Mapping[str, TensorHeader], model: Any) -> dict[str, str]:
+    """Tensors of experts for which another expert's stands: name -> the other name.
+
+    Experts of a layer that are alike are loaded alike, and a model has tens of thousands of their
+    tensors. So the first two stand for the others, but for the last one of a rank and of all.
+    """
+    counts = {
+        m.moe_config.num_logical_experts: getattr(m.moe_config, "num_local_experts", 0)
+        for m in model.modules()
+        if versions.is_moe_layer(m)
+    }
+    groups: dict[tuple[str, str], dict[int, TensorHeader]] = defaultdict(dict)
+    for name, header in headers.items():
+        if match := _EXPERT.match(name):
+            groups[match[1], match[3]][int(match[2])] = header
+    represented: dict[str, str] = {}
+    for (start, end), experts in groups.items():
+        number = len(experts)
+        forms = {(h.dtype, h.shape) for h in experts.values()}
+        if number in counts and experts.keys() == set(range(number)) and len(forms) == 1:
+            kept = {0, 1, (counts[number] or number) - 1, number - 1}
+            others = experts.keys() - kept
+            represented |= {f"{start}{e}{end}": f"{start}1{end}" for e in others}
+    return represented
+
+
+def _take_collected(model: Any, trace: LoadTrace) -> None:
+    """Methods that keep what they are given until all of it is there have used it."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        for tensor in getattr(method, "collected", list)():
+            trace.used |= trace.origins(tensor)
+
+
+def _empty_parameters(
+    model: Any, trace: LoadTrace, names: Any, is_thinned: bool
+) -> dict[str, tuple[int, int]]:
+    """Parameters that have to be filled and were not: name -> (elements filled, elements)."""
+    names = set(names)
+    empty: dict[str, tuple[int, int]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, versions.attention_classes()):
+            continue  # scales of a KV cache, which have defaults
+        is_moe = versions.is_moe_layer(module)
+        method = getattr(module, "quant_method", None)
+        collected = any(True for _ in getattr(method, "collected", list)())
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            is_ours = getattr(parameter, "nvfp4_role", None) is not None
+            is_expected = hasattr(parameter, "nvfp4_is_expected")
+            is_expected |= hasattr(parameter, "nvfp4_expected")
+            if not parameter.numel() or (is_ours and not is_expected) or collected:
+                continue
+            parts = trace.parts(parameter)
+            filled, size = _filled(parameter, parts, is_moe and is_thinned)
+            if not parts and (name in names or trace.origins(parameter)):
+                continue
+            if filled < size and (not parts or is_ours or is_moe or hasattr(module, "input_size")):
+                empty[name] = filled, size
+    return empty
+
+
+def _filled(parameter: Any, parts: set[Region], is_thinned: bool) -> tuple[int, int]:
+    """(elements filled, elements that should be); of a stack of which only some experts were
+    loaded, counted over these."""
+    if not is_thinned or parameter.dim() < 2:
+        return num_elements(parts), parameter.numel()
+    each = parameter.stride(0)
+    slots: dict[int, set[Region]] = defaultdict(set)
+    for part in parts:
+        if part[1] == tuple(parameter.shape):
+            return num_elements({part}), parameter.numel()
+        slots[part[0] // each].add(part)
+    size = parameter[0].numel()
+    return sum(num_elements(p) for p in slots.values()), size * max(len(slots), 1)

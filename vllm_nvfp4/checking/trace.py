@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A load without data: which stored tensor is written into which parameter, and how much of it.
+
+Stored tensors are stand-ins on the meta device, which have a shape and a type and no memory, and so
+are the parameters. The model's own code loads them. What it makes of a tensor (a part, another
+type, a stack) is known by its storage, so that names play no part.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import prod
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_aten = torch.ops.aten
+_COPY = _aten.copy_.default
+_TO = _aten._to_copy.default
+_ITEM = _aten._local_scalar_dense.default
+
+_COUNTS = (torch.int32, torch.int64, torch.bool)
+
+Region = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+class LoadTrace(TorchDispatchMode):
+    """Follows stored tensors through the operations of a load.
+
+    written: storage of a tensor -> the parts of it that were written, as offset, shape and strides
+    used:    names of the stored tensors that were written somewhere, or whose value was asked for
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, set[Region]] = defaultdict(set)
+        self.used: set[str] = set()
+        self._origins: dict[int, frozenset[str]] = {}
+        self._alive: list[Any] = []  # a storage's address names it for as long as it lives
+
+    def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that stands for the stored one of this name."""
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        self._remember(tensor, frozenset((name,)))
+        return tensor
+
+    def origins(self, tensor: torch.Tensor) -> frozenset[str]:
+        """The stored tensors that this one was made of."""
+        return self._origins.get(_storage(tensor), frozenset())
+
+    def parts(self, tensor: torch.Tensor) -> set[Region]:
+        """The parts of the tensor's storage that were written."""
+        return self.written.get(_storage(tensor), set())
+
+    def _remember(self, tensor: torch.Tensor, origins: frozenset[str]) -> None:
+        self._alive.append(tensor)
+        key = _storage(tensor)
+        self._origins[key] = self._origins.get(key, frozenset()) | origins
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        origins = frozenset().union(*(self.origins(t) for t in tensors))
+        if func is _ITEM:
+            self.used |= origins
+            return _some_value(args[0]) if args[0].is_meta else func(*args, **kwargs)
+        if func._schema.is_mutable:
+            target = next((t for t in (kwargs.get("out"), *args) if _is_tensor(t)), None)
+            if target is not None:
+                self._note_write(target, origins)
+        result = _run(func, args, kwargs)
+        if origins:
+            for made in tree_leaves(result):
+                if isinstance(made, torch.Tensor):
+                    self._remember(made, origins)
+        return result
+
+    def _note_write(self, target: torch.Tensor, origins: frozenset[str]) -> None:
+        self._alive.append(target)
+        region = int(target.storage_offset()), tuple(target.shape), target.stride()
+        self.written[_storage(target)].add(region)
+        self.used |= origins
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Puts new tensors on the meta device. Tables of whole numbers keep their values: a model asks
+    them which experts are here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            is_table = kwargs.get("dtype") in _COUNTS
+            kwargs = {**kwargs, "device": "cpu" if is_table else "meta"}
+        return func(*args, **kwargs)
+
+
+class OneDevice(TorchDispatchMode):
+    """Lets tensors with and without memory meet: what comes out has none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def num_elements(parts: set[Region]) -> int:
+    """Elements of parts that do not overlap."""
+    return sum(prod(shape) for _, shape, _ in parts)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operation, with all of its tensors on the meta device where one of them is."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if not any(t.is_meta for t in tensors) or all(t.is_meta for t in tensors):
+        if func is _TO and tensors[0].is_meta:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+    if func is _COPY:
+        if args[0].is_meta:
+            return func(*args, **kwargs)
+        torch.broadcast_shapes(args[0].shape, args[1].shape)
+        return args[0]
+
+    def to_meta(value: Any) -> Any:
+        is_data = isinstance(value, torch.Tensor) and not value.is_meta
+        return torch.empty_like(value, device="meta") if is_data else value
+
+    return func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+
+
+def _some_value(tensor: torch.Tensor) -> Any:
+    """In place of a value that is not read: no question about values is answered by yes."""
+    if tensor.dtype is torch.bool:
+        return False
+    return 1.0 if tensor.is_floating_point() else 1
