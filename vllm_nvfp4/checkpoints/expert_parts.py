@@ -74,8 +74,8 @@ def _is_transposed(stacks: Mapping[str, str], shapes: Mapping[str, tuple[int, ..
     _, c, d = shapes[stacks[up]]
     share = len(_PARTS[up])
     if c == share * b and d == a:
-        # Without a gate both orders fit; that of linear layers is taken, which transformers' classes
-        # without a gate have.
+        # Without a gate both orders fit; that of linear layers is taken, as transformers' classes
+        # without a gate have it.
         return False
     if d == share * a and c == b:
         return True
