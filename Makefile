@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | test | test-avx2 | test-0.28 | trust | rehearse | supply | lint | format | clean. Each sets up what it needs in .venv first.
+# make demo | test | test-avx2 | test-0.28 | trust | models | rehearse | supply | lint | format | clean. Each sets up what it needs in .venv first.
 # BACKEND=cpu or cuda and VLLM=0.32 choose another than the machine's and the newest.
 # To run with an environment of your own instead: make test PYTHON=/path/to/python
-.PHONY: demo test test-avx2 test-0.28 trust rehearse supply lint format setup clean
+.PHONY: demo test test-avx2 test-0.28 trust models rehearse supply lint format setup clean
 .DEFAULT_GOAL := demo
 
 SYSTEM_PYTHON ?= python3
@@ -37,6 +37,10 @@ test-0.28: setup
 trust: SETUP_FLAGS = --with-compiler
 trust: setup
 	@$(PYTHON) -m pytest -m trust tests/trust $(ARGS)
+
+# Every architecture of a table against stock vLLM; benchmarks/results/models.md.
+models: setup
+	@$(PYTHON) benchmarks/check_models.py $(ARGS)
 
 # vLLM for CUDA, installed for real and walked without a GPU to where it asks for one.
 rehearse:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,12 +35,13 @@ from vllm_nvfp4.checkpoints.spec import (
     fold,
     fused_layer_spec,
 )
-from vllm_nvfp4.compat import versions
+from vllm_nvfp4.compat import cpu_experts, model_weights, versions
 from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
+from vllm_nvfp4.layers.experts_loading import ExpertLoading
 from vllm_nvfp4.layers.keep import Kept, keep_towers, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
@@ -66,6 +67,21 @@ class NvFp4Config(QuantizationConfig):
         # vLLM's is static, and asked of an instance: this one depends on the files.
         self.get_checkpoint_weight_mapper = self._weight_mapper  # type: ignore[method-assign]
         self._options: Options | None = None
+        self._expert_loading: ExpertLoading | None = None
+        model_weights.install()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layers of a model, which a copy of the config is for another one of."""
+        return self.__dict__ | {"_expert_loading": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker's process, which gets the config of its parent."""
+        self.__dict__.update(state)
+        model_weights.install()
+
+    def prepare_weights(self, weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+        """What the model's own loader is to load, of the files' tensors."""
+        return weights if self._expert_loading is None else self._expert_loading.rest(weights)
 
     def get_name(self) -> Any:
         return METHOD_NAME
@@ -112,9 +128,9 @@ class NvFp4Config(QuantizationConfig):
             vllm_config = get_current_vllm_config_or_none()
             given: Any = vllm_config.additional_config if vllm_config else None
             self._options = Options.resolve(given)
-            if versions.device_capability() is not None:
-                ops.configure(self._options)
-            else:
+            on_cpu = versions.device_capability() is None
+            ops.configure(self._options, "cpu" if on_cpu else "cuda")
+            if on_cpu:
                 versions.allow_amx()
         return self._options
 
@@ -197,22 +213,36 @@ class NvFp4Config(QuantizationConfig):
             keep_towers(model, self._kept)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        if self._is_online:
-            spec = online_spec(FORMATS[self.options.online_format])
-        elif self.census is not None:
-            names = [name for expert in expert_names(layer, prefix) for name in expert]
-            spec = self.census.experts_spec(prefix, names)
-            self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
-        else:
-            spec = experts_spec(self.dialect, layer, prefix)
+        experts = expert_names(layer, prefix)
+        spec = self._stored_experts(layer, prefix, experts)
         moe = layer.moe_config
         stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)
         if spec.kind is LayerKind.ONLINE:
             num_weights = 3 * moe.num_logical_experts * moe.hidden_dim * moe.intermediate_size
             self._count(num_weights, _LEFT_OUT if stays else None)
         if spec.kind is LayerKind.UNQUANTIZED or stays:
+            cpu_experts.check(layer)
             return None  # vLLM's own experts
+        if self.census is not None:
+            if self._expert_loading is None:
+                self._expert_loading = ExpertLoading(self.census)
+            self._expert_loading.plan(layer, prefix, experts, spec)
+            if self._expert_loading.widens(prefix, experts, spec):
+                cpu_experts.check(layer)
+                return None
         return moe_method(self.options, spec, layer, prefix)
+
+    def _stored_experts(self, layer: Any, prefix: str, experts: list[list[str]]) -> LayerSpec:
+        """As :meth:`layer_spec`, of a layer's experts. experts: names of their linear layers"""
+        online = online_spec(FORMATS[self.options.online_format])
+        if self.census is None:
+            return online if self._is_online else experts_spec(self.dialect, layer, prefix)
+        names = [name for expert in experts for name in expert]
+        spec = self.census.experts_spec(prefix, names)
+        if self._is_online:
+            return spec if spec.is_quantized else online
+        self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
+        return spec
 
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored: as the files show, or as the configuration says

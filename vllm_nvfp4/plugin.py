@@ -330,13 +330,15 @@ def _patch_cpu_routing() -> None:
 
 
 def _patch_cpu_dispatch() -> None:
-    """Let mixtures of experts run data-parallel on a CPU; compat_cpu_dispatch.py says why not."""
+    """Let mixtures of experts run data-parallel and without a gate on a CPU; the modules of compat
+    say why they do not."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_nvfp4.compat import cpu_dispatch
+        from vllm_nvfp4.compat import cpu_dispatch, cpu_experts
 
         cpu_dispatch.install()
+        cpu_experts.install()
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

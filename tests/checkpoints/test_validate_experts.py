@@ -138,10 +138,19 @@ def test_more_choices_than_experts(tmp_path):
     )
 
 
-def test_quantised_experts_stacked_in_one_tensor(tmp_path):
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        ("gate_up_proj", r"gate_up_proj.weight_scale: found no such tensor; the layer has weight;"),
+        ("mixed_proj", r"mixed_proj: found quantised experts stacked in one tensor, U8"),
+    ],
+)
+def test_a_stack_that_cannot_be_read(leaf, message, tmp_path):
+    """Without its scales, or of rows that nothing says what they are."""
+
     def edit(tensors):
         without(f"{EXPERTS}.")(tensors)
-        tensors[f"{EXPERTS}.gate_up_proj"] = torch.zeros(4, 128, 32, dtype=torch.uint8)
+        tensors[f"{EXPERTS}.{leaf}"] = torch.zeros(4, 128, 32, dtype=torch.uint8)
 
     folder = edit_tensors(extract_fixture(MODELOPT, tmp_path), edit)
-    refused(folder, rf"{EXPERTS}.gate_up_proj: found quantised experts stacked in one tensor, U8")
+    refused(folder, rf"{EXPERTS}.{message}")

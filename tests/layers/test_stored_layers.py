@@ -41,6 +41,9 @@ def stored_as(form, weight):
         divisor = (1 / scales[1].double()).float().reshape(1)
         names = ("weight_packed", "weight_scale", "weight_global_scale")
         return dict(zip(names, (quantized.codes, scales[0], divisor), strict=True))
+    if form == "awq":
+        pre_scale = 0.5 + torch.arange(weight.shape[1]) / weight.shape[1]
+        return stored_as("nvfp4", weight / pre_scale) | {"pre_quant_scale": pre_scale}
     names = ("weight", "weight_scale", "weight_scale_2")
     tensors = dict(zip(names, (quantized.codes, *scales), strict=True))
     return {**tensors, "input_scale": torch.tensor(0.01)}
@@ -111,3 +114,17 @@ def test_a_shared_expert_in_no_list_and_in_16_bits(tmp_path):
     with engine(folder, dtype="float32") as llm:
         shared = layer_of(llm, "model.layers.0.mlp.shared_expert.down_proj")
         assert type(shared.quant_method).__name__ == "UnquantizedLinearMethod"
+
+
+@pytest.mark.parametrize("forms", [("fp8block", "mxfp8"), ("awq", "fp8")])
+def test_experts_in_forms_without_a_kernel(forms, tmp_path):
+    """Each layer's experts in another form: all become 16 bits, as their values are."""
+    folder = write_model(tmp_path, "qwen3_moe")
+
+    def form(name):
+        if ".experts." in name:
+            return forms[int(name.split(".")[2])]
+        return "bf16" if name.endswith(("embed_tokens", "lm_head", "mlp.gate")) else "nvfp4"
+
+    store(folder, form, NVFP4)
+    compare(folder, atol=1e-4)

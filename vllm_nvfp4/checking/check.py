@@ -70,7 +70,7 @@ def examine(engine_args: Any) -> Report:
 
 def _examine_models(config: Any) -> Callable[[float], Report]:
     """Build and load the model, and the draft model of speculative decoding if there is one."""
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.model_loader import base_loader
 
     from vllm_nvfp4.checking.groups import first_of_many
     from vllm_nvfp4.checking.layers import layer_groups
@@ -87,7 +87,7 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
 
     def build() -> Any:
         versions.forget_layers(config)
-        return initialize_model(config)
+        return base_loader.initialize_model(config)  # of the loader: see compat.model_weights
 
     with first_of_many(parallel):
         loaded = load_without_data(build, census.headers(), model_config)
@@ -118,7 +118,8 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
 
 def _unused(names: Iterable[str], census: Any) -> tuple[list[Finding], dict[str, int]]:
     """(tensors that a loaded layer is left without, layers of which nothing was loaded)."""
-    unused = set(names)
+    known = {stored.name: name for name, stored in census.stored_as.items()}
+    unused = {known.get(name, name) for name in names}
     dropped: list[Finding] = []
     left_out: Counter[str] = Counter()
     here = {

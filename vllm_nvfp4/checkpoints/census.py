@@ -30,6 +30,12 @@ from vllm_nvfp4.checkpoints.spec import (
     one_spec,
     shard_names,
 )
+from vllm_nvfp4.checkpoints.stacks import (
+    PROJECTIONS,
+    StoredAs,
+    canonical,
+    is_stack,
+)
 
 # An expert's tensor, or its module, under the name of its projection.
 PROJECTION_FIRST = re.compile(r"(^|\.)experts\.([A-Za-z_]\w*)\.(\d+)(\.|$)")
@@ -95,6 +101,10 @@ class Census:
 
     def __init__(self, headers: Mapping[str, TensorHeader], dialect: Dialect) -> None:
         self.dialect = dialect
+        # The tensors of stacked experts, by the names that they have here -> as the files have them
+        self.stored_as: dict[str, StoredAs]
+        self._headers = headers
+        headers, self.stored_as = canonical(headers)
         # Of layers with codes: the scales of others have no groups.
         codes = {name.removesuffix("weight") for name, h in headers.items() if h.dtype == "U8"}
         dialect.settle(
@@ -213,18 +223,42 @@ class Census:
                 f"{describe(specs[0])}, as {first}: the experts of a layer are one layer",
                 "Quantise again with one format for all experts of a layer, or ignore them all.",
             )
+        if stacks := self.stacks(prefix):
+            return one_spec({module.name: module.spec for module in stacks})
         if (stack := self._ask(prefix)) is not None and any(
             len(header.shape) > 2 for header in stack.tensors.values()
         ):
             return stack.spec
         # A stack under a name of the model's own beside the experts, as Granite's input_linear.
         parent = prefix.rpartition(".")[0] + "."
-        stacks = [
+        others = [
             module
             for name, module in self._by_name.items()
             if name.startswith(parent) and any(len(h.shape) > 2 for h in module.tensors.values())
         ]
-        return merged([module.spec for module in stacks]) or UNQUANTIZED
+        return merged([module.spec for module in others]) or UNQUANTIZED
+
+    def stacks(self, prefix: str) -> list[StoredModule]:
+        """The stacks of a layer's experts, under it or beside it."""
+        parent = prefix.rpartition(".")[0]
+        names = [f"{base}.{leaf}" for base in (prefix, parent) for leaf in PROJECTIONS]
+        found = {m.name: m for name in names if (m := self.find(name)) and self.is_stack(m)}
+        self._asked |= found.keys()
+        return list(found.values())
+
+    def quantised_stacks(self) -> frozenset[str]:
+        """The tensors of stacks that are quantised, as the files name them."""
+        return frozenset(
+            stored.name
+            for name, stored in self.stored_as.items()
+            if (spec := self.modules[name.rpartition(".")[0]].stored) is None or spec.is_quantized
+        )
+
+    def is_stack(self, module: StoredModule) -> bool:
+        """Whether the module is of several experts."""
+        return is_stack(
+            module.name, {f"{module.name}.{leaf}": h for leaf, h in module.tensors.items()}
+        )
 
     @property
     def has_projection_first(self) -> bool:
@@ -236,13 +270,9 @@ class Census:
         """Whether scales of a KV cache are stored."""
         return any(KV_SCALES & module.tensors.keys() for module in self.modules.values())
 
-    def headers(self) -> dict[str, TensorHeader]:
-        """The header of every tensor by its full name."""
-        return {
-            f"{name}.{leaf}" if name else leaf: header
-            for name, module in self.modules.items()
-            for leaf, header in module.tensors.items()
-        }
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """The header of every tensor, as the files have it."""
+        return self._headers
 
     @property
     def stray(self) -> tuple[str, ...]:

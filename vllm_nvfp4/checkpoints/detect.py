@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints import autoround
 from vllm_nvfp4.checkpoints.compressed_tensors import CompressedTensorsDialect
 from vllm_nvfp4.checkpoints.fields import as_table, as_text
 from vllm_nvfp4.checkpoints.files import file_in_folder, read_table
@@ -14,16 +15,15 @@ from vllm_nvfp4.checkpoints.fp_quant import FpQuantDialect
 from vllm_nvfp4.checkpoints.modelopt import ModelOptDialect
 from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect
 from vllm_nvfp4.checkpoints.online import OnlineDialect
+from vllm_nvfp4.checkpoints.quark import QuarkDialect
 from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
 WHERE = "config.json (quantization_config)"
 LEGACY = "hf_quant_config.json"
-SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4")
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "auto-round", "quark")
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
 _OTHER_FP4 = {
-    "quark": "Convert it: export it from AMD Quark as BF16, or quantise the BF16 model with "
-    "ModelOpt or llm-compressor.",
     "gguf": "Serve the BF16 model (it is quantised while it loads), or quantise that with ModelOpt "
     "or llm-compressor.",
 }
@@ -48,6 +48,10 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
         return FpQuantDialect(quant_config)
     if method in ("mxfp4", "gpt_oss_mxfp4"):
         return Mxfp4Dialect(quant_config)
+    if method in autoround.METHODS:
+        return autoround.AutoRoundDialect(quant_config)
+    if method == QuarkDialect.name:
+        return QuarkDialect(quant_config)
     raise CheckpointError(
         WHERE,
         "quant_method",

@@ -5,7 +5,7 @@ tensors."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -120,9 +120,11 @@ def form_of(tensors: Mapping[str, Stored]) -> LayerSpec | None:
 def _fp8_form(tensors: Mapping[str, Stored]) -> LayerSpec | None:
     shape = tensors["weight"].shape
     leaf = next((n for n in ("weight_scale", "weight_scale_inv") if n in tensors), None)
-    if leaf is None or len(shape) != 2:
+    if leaf is None or len(shape) not in (2, 3):
         return None
     scale = tensors[leaf]
+    if len(shape) == 3:  # a stack: its first expert stands for all
+        scale, shape = _of_one(scale, shape[0]), shape[1:]
     weight = TensorSpec("weight", Role.WEIGHT, ("F8_E4M3",))
     sizes = tuple(size for size in scale.shape if size != 1)
     if scale.dtype in ("U8", "F8_E8M0"):
@@ -148,6 +150,19 @@ def _fp8_form(tensors: Mapping[str, Stored]) -> LayerSpec | None:
         activation_bits=bits,
         algo=algo,
     )
+
+
+@dataclass(frozen=True)
+class _One:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _of_one(scale: Stored, num_experts: int) -> _One:
+    """The scale of one expert of a stack, which has values for gate and up at most where they are
+    few."""
+    is_few = prod(scale.shape) in (1, num_experts, 2 * num_experts)
+    return _One(scale.dtype, (1,) if is_few else scale.shape[1:])
 
 
 def tile_size(shape: tuple[int, ...], scales: tuple[int, ...]) -> int:

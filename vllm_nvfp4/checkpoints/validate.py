@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -188,27 +188,36 @@ def _check_shapes(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpe
         Role.PRE_SCALE: (cols,),
         Role.HADAMARD: (spec.hadamard_size,) * 2,
     }
+    # Of a stack, one value for all experts, for each, or for gate and up of each.
+    scalars = {1} if len(rows) == 1 else {1, prod(rows[:-1]), 2 * prod(rows[:-1])}
     counts = {
-        Role.GLOBAL_SCALE: prod(rows[:-1]),
-        Role.GLOBAL_DIVISOR: prod(rows[:-1]),
-        Role.WEIGHT_SCALE: prod(rows[:-1]),
-        Role.ROW_SCALE: prod(rows),
+        Role.GLOBAL_SCALE: scalars,
+        Role.GLOBAL_DIVISOR: scalars,
+        Role.WEIGHT_SCALE: scalars,
+        Role.ROW_SCALE: {prod(rows)},
     }
     for tensor in spec.tensors:
         if tensor.name not in tensors:
             continue
         header = tensors[tensor.name]
         shape, count = needed.get(tensor.role), counts.get(tensor.role)
-        if tensor.role is Role.TILE_SCALE and not tile_size((*rows, cols), header.shape):
-            shape = tuple(-(-size // 128) for size in (*rows, cols))
-        if (shape and header.shape != shape) or (count and prod(header.shape) != count):
+        if tensor.role is Role.TILE_SCALE:
+            stack = tuple(rows[:-1])  # experts, where they are stacked
+            scales = header.shape[len(stack) :] if stack else header.shape
+            if not tile_size((rows[-1], cols), scales) or header.shape[: len(stack)] != stack:
+                shape = (*stack, *(-(-size // 128) for size in (rows[-1], cols)))
+        if (shape and header.shape != shape) or (count and prod(header.shape) not in count):
             raise CheckpointError(
                 header.file,
                 f"{name}.{tensor.name}",
                 f"shape {list(header.shape)}",
-                f"{list(shape)}" if shape else f"{count} value{'s' if count != 1 else ''}",
+                f"{list(shape)}" if shape else _values(count or ()),
                 f"The weight is [N, K] = {[*rows, cols]}. {_QUANTIZE_AGAIN}",
             )
+
+
+def _values(counts: Collection[int]) -> str:
+    return " or ".join(f"{n} value{'s' if n != 1 else ''}" for n in sorted(counts))
 
 
 def _present(

@@ -141,7 +141,6 @@ def make_expert_parameter(
 
     shape: (shards, N of one shard, K) on this rank. Scalars become [E, shards]. A tensor without
     use here becomes empty, and its loader keeps nothing.
-    Raises CheckpointError, when it is loaded, for an AWQ scale: experts have no kernel for it.
     """
     shards, n, k = shape
     divisor = {Role.CODES: 2, Role.BLOCK_SCALE: spec.scale_block, Role.WEIGHT: 1}
@@ -186,17 +185,16 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
             return True if return_success else None
         slot = find_layer()._map_global_expert_id_to_local_expert_id(expert_id)
         is_here = slot != -1
-        if is_here and tensor.role is Role.PRE_SCALE:
-            raise CheckpointError(
-                "checkpoint",
-                f"{prefix}.{expert_id}.{tensor.name}",
-                "an AWQ scale of an expert",
-                "experts without",
-                "Quantise again with NVFP4 or W4A16_NVFP4 for the experts.",
-            )
+        shard = 1 if shard_id == "w3" else 0
+        if is_here and loaded_weight.dim() == 3 and param.dim() == 3:
+            # Llama-4's model hands over all the experts of this rank, from expert_id on.
+            for i, one in enumerate(loaded_weight, slot):
+                _store_expert(param.data[i], one, shard_id, shard, shards, cut.tp_rank)
+                _note(param, [(i, shard)])
+            return True if return_success else None
         if is_here and param.numel():
-            shard = 1 if shard_id == "w3" else 0
-            _store_expert(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
+            store = _store_bias if tensor.role is Role.BIAS else _store_expert
+            store(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
             _note(param, [(slot, shard)])
         return is_here if return_success else None
 
@@ -219,6 +217,23 @@ def _store_stack(param: Any, loaded: torch.Tensor, name: str) -> None:
             "Choose a --tensor-parallel-size that divides the blocks of the intermediate size.",
         )
     param.data.copy_(loaded)
+
+
+def _store_bias(
+    data: torch.Tensor,
+    loaded: torch.Tensor,
+    shard_id: str,
+    shard: int,
+    shards: int,
+    tp_rank: int,
+) -> None:
+    """Store this rank's part of a bias. That of w2 is added once, by the first rank."""
+    size = len(data) // shards
+    if shard_id == "w2":
+        data.copy_(loaded if tp_rank == 0 else torch.zeros_like(loaded))
+    else:
+        part = loaded.narrow(0, tp_rank * size, size)
+        data[shard * size : (shard + 1) * size].copy_(part)
 
 
 def _store_expert(

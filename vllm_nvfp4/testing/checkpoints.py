@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC as GPT_OSS
-from vllm_nvfp4.checkpoints.spec import Role
+from vllm_nvfp4.checkpoints.spec import LayerSpec, Role
+from vllm_nvfp4.checkpoints.stacks import StoredAs
 from vllm_nvfp4.checkpoints.validate import take_census
 
 if TYPE_CHECKING:
@@ -154,19 +155,38 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     handles = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
     for module, stored in census.modules.items():
-        tensors = {
-            leaf: handles[header.file].get_tensor(f"{module}.{leaf}" if module else leaf)
-            for leaf, header in stored.tensors.items()
-        }
+        tensors = {}
+        for leaf, header in stored.tensors.items():
+            name = f"{module}.{leaf}" if module else leaf
+            source = census.stored_as.get(name, StoredAs(name))
+            tensor = handles[header.file].get_tensor(source.name)
+            tensors[leaf] = tensor.mT if source.is_transposed else tensor
         spec = stored.spec
         unused = {t.name for t in spec.tensors if t.role is Role.UNUSED}
-        if spec.is_quantized and spec.algo != GPT_OSS.algo:
+        if census.is_stack(stored):
+            state[module] = _dequantized_stack(spec, tensors)
+            tensors = {}
+        elif spec.is_quantized and spec.algo != GPT_OSS.algo:
             state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)
             tensors = {"bias": tensors["bias"]} if "bias" in tensors else {}
         for leaf, tensor in tensors.items():
             if leaf not in unused and leaf not in ("k_scale", "v_scale"):
                 state[f"{module}.{leaf}" if module else leaf] = tensor
     return state
+
+
+def _dequantized_stack(spec: LayerSpec, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[E, N, K] of experts that are stacked in three dimensions."""
+    import torch
+
+    from vllm_nvfp4.checkpoints.convert import dequantize_layer
+
+    num_experts = max(len(t) for t in tensors.values() if t.dim() == 3)
+    experts = []
+    for e in range(num_experts):
+        one = {n: t[e] if t.numel() > 1 else t for n, t in tensors.items()}
+        experts.append(dequantize_layer(spec, one))
+    return torch.stack(experts)
 
 
 def write_dequantized(folder: Path, target: Path) -> Path:

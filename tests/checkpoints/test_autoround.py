@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoRound's configuration; its tensors are those of compressed-tensors."""
+
+import pytest
+
+from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, Role
+from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
+
+CONFIG = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:llm_compressor",
+    "bits": 4,
+    "data_type": "nv_fp",
+    "group_size": 16,
+    "sym": True,
+    "act_bits": 4,
+    "act_data_type": "nv_fp4_with_static_gs",
+    "block_name_to_quantize": "model.layers",
+    "extra_config": {
+        "model.layers.0.mlp.gate_proj": {"bits": 16, "data_type": "float"},
+        "model.layers.0.mlp.up_proj": {"bits": 8, "data_type": "mx_fp"},
+    },
+}
+
+
+class Nested:
+    """As vLLM's mapper of a model that calls its layers language_model.model."""
+
+    def apply_list(self, names):
+        return [n.replace("model.", "language_model.model.", 1) for n in names]
+
+    def apply_dict(self, table):
+        return dict(zip(self.apply_list(table), table.values(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_what_a_layer_is(prefix):
+    dialect = detect(CONFIG)
+    if prefix:
+        dialect.rename(Nested())
+    layer = dialect.layer_spec(f"{prefix}model.layers.1.mlp.up_proj")
+    assert (layer.kind, layer.fmt, layer.activation_bits) == (LayerKind.MICROSCALED, NVFP4, 4)
+    assert layer.tensor(Role.GLOBAL_DIVISOR).name == "weight_global_scale"
+    for name in ("model.layers.0.mlp.gate_proj", "model.mm_projector.0", "lm_head"):
+        assert not dialect.layer_spec(prefix + name).is_quantized
+    assert dialect.layer_spec(f"{prefix}model.layers.0.mlp.up_proj").algo == "MXFP8"
+    assert dialect.has_microscaled_layers()
+
+
+def test_mxfp4():
+    dialect = detect(CONFIG | {"data_type": "mx_fp4e2m1", "group_size": 32})
+    assert dialect.layer_spec("model.layers.1.mlp.up_proj").fmt == MXFP4
+
+
+def test_integers_are_refused():
+    with pytest.raises(CheckpointError, match="data_type: found int with 4 bits; needed nv_fp4"):
+        detect(CONFIG | {"data_type": "int"})

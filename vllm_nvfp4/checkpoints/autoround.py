@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``quant_method: auto-round`` with floating-point data types, as Intel AutoRound writes them.
+
+``data_type`` nv_fp or nv_fp4*, 4 bits: the tensors of compressed-tensors' NVFP4, whose global
+scale divides; mx_fp*, 4 bits: those of its MXFP4; mx_fp*, 8 bits: MXFP8, weight float8_e4m3fn
+[N, K] with weight_scale uint8 [N, K/32]. ``extra_config`` has what differs for a layer by its
+name; layers outside the blocks of ``block_name_to_quantize`` are in 16 bits unless it names them.
+Source: auto_round, export_to_autoround (qlinear_fp, export_to_nvfp_mxfp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_nvfp4.checkpoints import compressed_tensors
+from vllm_nvfp4.checkpoints.fields import as_table, as_text, as_texts
+from vllm_nvfp4.checkpoints.spec import (
+    UNQUANTIZED,
+    CheckpointError,
+    KvCacheSpec,
+    LayerKind,
+    LayerSpec,
+    Role,
+    TensorSpec,
+)
+
+METHODS = ("auto-round", "intel/auto-round")
+_WHERE = "config.json (quantization_config)"
+_SIXTEEN = 16
+_MXFP8 = LayerSpec(
+    LayerKind.WIDENED,
+    tensors=(
+        TensorSpec("weight", Role.WEIGHT, ("F8_E4M3",)),
+        TensorSpec("weight_scale", Role.BLOCK_SCALE, ("U8",)),
+    ),
+    algo="MXFP8",
+    scale_block=32,
+)
+
+
+class AutoRoundDialect:
+    """An AutoRound checkpoint. ``config``: ``quantization_config`` of config.json. Raises
+    CheckpointError for another data type than those above."""
+
+    name = "auto-round"
+    kv_cache = KvCacheSpec()
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._default = _spec(config, config)
+        extra = as_table(config.get("extra_config"), _WHERE, "extra_config")
+        self._extra = {
+            name: _spec(as_table(entry, _WHERE, f"extra_config.{name}"), config)
+            for name, entry in extra.items()
+        }
+        key = "block_name_to_quantize"
+        blocks = config.get(key)
+        names = blocks.split(",") if isinstance(blocks, str) else _flat(blocks)
+        self._blocks = as_texts(names, _WHERE, key)
+
+    def has_microscaled_layers(self) -> bool:
+        specs = (self._default, *self._extra.values())
+        return any(spec.kind is LayerKind.MICROSCALED for spec in specs)
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        if (spec := self._extra.get(name)) is not None:
+            return spec
+        if name.rpartition(".")[2] == "lm_head":
+            return UNQUANTIZED
+        inside = any(name.startswith(f"{block}.") for block in self._blocks)
+        return self._default if inside or not self._blocks else UNQUANTIZED
+
+    def excludes(self, name: str) -> bool:
+        spec = self._extra.get(name)
+        return spec is not None and not spec.is_quantized
+
+    def named_layers(self) -> tuple[str, ...]:
+        return ()
+
+    def settle(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """The configuration says it all."""
+
+    def rename(self, mapper: Any) -> None:
+        self._extra = mapper.apply_dict(self._extra)
+        # Blocks are parts of names: a tensor of theirs has one that the mapper knows.
+        tensor = ".0.weight"
+        renamed = mapper.apply_list([block + tensor for block in self._blocks])
+        self._blocks = [name.removesuffix(tensor) for name in renamed]
+
+
+def _spec(entry: Mapping[str, Any], config: Mapping[str, Any]) -> LayerSpec:
+    """How a layer is stored. entry: its own fields; config: those that it does not have."""
+    bits = entry.get("bits", config.get("bits"))
+    if type(bits) is int and bits >= _SIXTEEN:
+        return UNQUANTIZED
+    kind = as_text(entry.get("data_type", config.get("data_type")), _WHERE, "data_type")
+    act_bits = entry.get("act_bits", config.get("act_bits", _SIXTEEN))
+    if kind.startswith("nv_fp") and bits == 4:
+        activation_bits = act_bits if type(act_bits) is int and act_bits < _SIXTEEN else _SIXTEEN
+        return replace(compressed_tensors.NVFP4_W4A16, activation_bits=activation_bits)
+    if kind.startswith("mx_fp") and bits == 4:
+        return compressed_tensors.MXFP4_W4A16
+    if kind.startswith("mx_fp") and bits == 8:
+        return _MXFP8
+    raise CheckpointError(
+        _WHERE,
+        "data_type",
+        f"{kind or 'none'} with {bits} bits",
+        "nv_fp4 or mx_fp with 4 bits, or mx_fp with 8",
+        "Quantise the model again with AutoRound's scheme NVFP4 or MXFP4.",
+    )
+
+
+def _flat(value: object) -> list[Any]:
+    """A list of names, which AutoRound may have as a list of lists."""
+    if not isinstance(value, list):
+        return []
+    found: list[Any] = []
+    for entry in value:
+        found += _flat(entry) if isinstance(entry, list) else [entry]
+    return found

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts without a gate on a CPU: vLLM's configuration of experts refuses them there, because its
+own have no kernel for them. The plugin's have."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_nvfp4.options import METHOD_NAMES
+
+_REFUSAL = "is_act_and_mul"
+
+
+def install() -> None:
+    """Let a configuration of ungated experts be made where this plugin's method was asked for."""
+    from vllm.model_executor.layers.fused_moe import config
+
+    moe_config: Any = config.FusedMoEConfig
+    finish = moe_config.__post_init__
+    if hasattr(finish, "__wrapped__"):
+        return
+
+    @functools.wraps(finish)
+    def finish_ungated(self: Any) -> None:
+        try:
+            finish(self)
+        except NotImplementedError as error:  # raised last, when all else is set
+            if _REFUSAL not in str(error) or not _is_asked_for():
+                raise
+
+    moe_config.__post_init__ = finish_ungated
+
+
+def check(layer: Any) -> None:
+    """Raise vLLM's error for experts without a gate that are left to its own kernels on a CPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and not layer.moe_config.is_act_and_mul:
+        raise NotImplementedError(
+            f"{_REFUSAL}=False: vLLM has no kernel on a CPU for 16-bit experts without a gate"
+        )
+
+
+def _is_asked_for() -> bool:
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    model = vllm_config.model_config if vllm_config is not None else None
+    return getattr(model, "quantization", None) in METHOD_NAMES

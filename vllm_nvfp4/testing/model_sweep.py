@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One architecture served by the plugin, against stock vLLM on the same weights dequantised.
+
+Which rows of which matrix an engine has quantised is found by their values, not by their names: a
+dequantised row looks like one row of the file alone. So the twin that stock vLLM loads has the
+file's own names and stacks, and a row that the plugin put in the wrong place shows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nvfp4.testing.architectures import VOCAB_SIZE, Architecture, write_architecture
+from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
+from vllm_nvfp4.testing.engine import engine
+
+PROMPT = [int(t) for t in torch.randperm(290, generator=torch.Generator().manual_seed(1))[:20] + 4]
+FORCED = [int(t) for t in torch.randperm(290, generator=torch.Generator().manual_seed(2))[:8] + 4]
+# Rounded sums of BF16 products differ by this much between kernels; float32 by far less.
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.06}
+_SAME_ROW = 0.97  # cosine; NVFP4 leaves about 0.995, unrelated rows of 32 are below 0.9
+_SAME_LENGTH = 0.15
+_REASON_CHARS = 240
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Log-probabilities [rows, V] of the prompt after its first token, and of the tokens that
+    follow whatever the model makes of them."""
+
+    prefill: torch.Tensor
+    decode: torch.Tensor
+
+    def deviation(self, other: Forced) -> float:
+        """The largest difference of a log-probability."""
+        pairs = ((self.prefill, other.prefill), (self.decode, other.decode))
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """deviation: largest difference of a log-probability; share: the part of the matrices'
+    elements that was quantised; reference: "vLLM", or "transformers" and why"""
+
+    deviation: float
+    share: float
+    reference: str
+
+
+class Sweep:
+    """One architecture by several roads. work: a folder of its own, in which a model that is
+    there already is kept."""
+
+    def __init__(self, architecture: Architecture, work: Path) -> None:
+        self.architecture, self.work = architecture, work
+        self.plain = work / "bf16"
+        if not (self.plain / "config.json").exists():
+            shutil.rmtree(self.plain, ignore_errors=True)
+            write_architecture(self.plain, architecture)
+        self._references: list[tuple[list[torch.Tensor], Forced, str]] = []
+
+    def class_name(self) -> str:
+        """The model class that config.json asks for."""
+        config = json.loads((self.plain / "config.json").read_text())
+        return str(config["architectures"][0])
+
+    def measure(self, road: str) -> Measured:
+        """road: "online", or a dialect of `vllm-nvfp4 quantize`."""
+        folder = self.plain if road == "online" else self._quantise(road)
+        answer, held = serve(folder, self.architecture.dtype)
+        matrices = held if road == "online" else stored_matrices(folder, self.plain)
+        expected, name = self._reference(matrices)
+        share = quantised_share(matrices, self.plain)
+        return Measured(answer.deviation(expected), share, name)
+
+    def _quantise(self, dialect: str) -> Path:
+        from vllm_nvfp4.cli.main import main
+
+        folder = self.work / dialect
+        shutil.rmtree(folder, ignore_errors=True)
+        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
+        if main([*arguments, "--format", dialect]):
+            raise ValueError("quantize ended with an error")
+        return folder
+
+    def _reference(self, matrices: list[torch.Tensor]) -> tuple[Forced, str]:
+        for known, answer, name in self._references:
+            if _are_equal(known, matrices):
+                return answer, name
+        twin = self.work / "twin"
+        shutil.rmtree(twin, ignore_errors=True)
+        if lost := write_twin(self.plain, matrices, twin):
+            raise ValueError(f"{lost} rows that the engine holds are none of the file's")
+        try:
+            answer, name = serve(twin, self.architecture.dtype, quantization=None)[0], "vLLM"
+        except Exception as error:  # whatever stock vLLM cannot do on a CPU
+            answer = ask_transformers(twin, self.architecture.auto)
+            name = f"transformers; vLLM: {one_line(error)}"
+        self._references.append((matrices, answer, name))
+        return answer, name
+
+
+def one_line(error: BaseException) -> str:
+    """The error in one line, cut if long."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"[:_REASON_CHARS]
+
+
+def _are_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two lists have the same matrices, in any order, up to the rounding of a divisor."""
+    a, b = (
+        sorted((tuple(m.shape), round(float(m.double().sum()), 3)) for m in matrices)
+        for matrices in (one, other)
+    )
+    return a == b
+
+
+def serve(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.Tensor]]:
+    """(what an engine makes of PROMPT and FORCED, the matrices [N, K] that it holds quantised).
+
+    options: keywords of ``LLM``; quantization=None for stock vLLM
+    """
+    defaults: dict[str, Any] = {
+        "dtype": dtype,
+        "logits_processors": [_force_tokens()],
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
+        "additional_config": {"nvfp4": {"kv_cache": "keep"}},
+    }
+    with engine(folder, **(defaults | options)) as llm:
+        answer = _ask(llm)
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        model = executor.driver_worker.worker.model_runner.model
+        return answer, list(quantised_matrices(model))
+
+
+def _force_tokens() -> type:
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class ForceTokens(AdapterLogitsProcessor):
+        """Leaves no choice but FORCED; the log-probabilities are taken before it."""
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            def force(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+                wanted = FORCED[min(len(output), len(FORCED) - 1)]
+                forced = torch.full_like(logits, -float("inf"))
+                forced[wanted] = 0
+                return forced
+
+            return force
+
+    return ForceTokens
+
+
+def _ask(llm: Any) -> Forced:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0, max_tokens=len(FORCED), ignore_eos=True, logprobs=-1, prompt_logprobs=-1,
+        detokenize=False,
+    )  # fmt: skip
+    request = {"prompt_token_ids": PROMPT}
+    output = llm.generate([request], parameters, use_tqdm=False)[0]
+    if list(output.outputs[0].token_ids) != FORCED:
+        raise ValueError(f"decoded {output.outputs[0].token_ids}, not the tokens that were forced")
+
+    def table(rows: Iterable[Mapping[int, Any]]) -> torch.Tensor:
+        return torch.tensor([[row[t].logprob for t in range(VOCAB_SIZE)] for row in rows])
+
+    return Forced(table(output.prompt_logprobs[1:]), table(output.outputs[0].logprobs))
+
+
+def ask_transformers(folder: Path, auto: str) -> Forced:
+    """What transformers' model of a folder makes of PROMPT and FORCED, in float32."""
+    import transformers
+
+    factory = getattr(transformers, auto)
+    model = factory.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor([PROMPT + FORCED])).logits[0, :-1].float()
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return Forced(logprobs[: len(PROMPT) - 1], logprobs[len(PROMPT) - 1 :])
+
+
+def quantised_matrices(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Each matrix [N, K] that the plugin holds in fewer than 16 bits, dequantised, float32."""
+    from vllm_nvfp4.kernels import ops
+    from vllm_nvfp4.kernels.layout import PackedWeight
+    from vllm_nvfp4.layers.weights import experts_of, unpack_weight
+    from vllm_nvfp4.numerics.formats import FORMATS
+
+    for layer in model.modules():
+        if hasattr(layer, "nvfp4_shape"):
+            yield unpack_weight(layer).dequantize()
+        elif hasattr(layer, "row_scale"):
+            yield layer.weight.float() * layer.row_scale.float()[:, None]
+        elif hasattr(layer, "nvfp4_intermediate_size") and hasattr(layer, "w13_weight"):
+            inner, hidden = layer.nvfp4_intermediate_size, layer.moe_config.hidden_dim
+            fmt = FORMATS[layer.nvfp4_format]
+            gated = 2 if layer.moe_config.is_act_and_mul else 1
+            for stem, shape in (("w13", (gated * inner, hidden)), ("w2", (hidden, inner))):
+                for codes, block_scale, global_scale in zip(*experts_of(layer, stem), strict=True):
+                    packed = PackedWeight(codes, block_scale, global_scale, *shape, fmt)
+                    yield ops.backend("cpu").unpack_weight(packed).dequantize()
+
+
+def write_twin(folder: Path, matrices: Iterable[torch.Tensor], target: Path) -> int:
+    """The folder's model with each row that was quantised replaced by what became of it, float32.
+
+    matrices: [N, K], dequantised. Returns how many rows of them are nowhere in the file.
+    """
+    from safetensors.torch import load_file, save_file
+
+    by_width: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        by_width[matrix.shape[1]].append(matrix.float())
+    rows = {width: torch.cat(parts) for width, parts in by_width.items()}
+    used = {width: torch.zeros(len(r), dtype=torch.bool) for width, r in rows.items()}
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        value = tensor.float() if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point() and tensor.dim() >= 2:
+            value = _replace(value, rows, used)
+            if tensor.dim() == 3:
+                value = _replace(value.mT.contiguous(), rows, used).mT
+        state[name] = value.contiguous()
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
+    for path in folder.glob("*.json"):
+        shutil.copy(path, target / path.name)
+    config = json.loads((target / "config.json").read_text())
+    _declare_float32(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return sum(int((~u).sum()) for u in used.values())
+
+
+def _declare_float32(config: Any) -> None:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("dtype", "torch_dtype"):
+                config[key] = "float32"
+            _declare_float32(value)
+
+
+def _replace(
+    value: torch.Tensor, rows: Mapping[int, torch.Tensor], used: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    width = value.shape[-1]
+    if width not in rows:
+        return value
+    flat, found = value.reshape(-1, width).clone(), rows[width]
+    norms, found_norms = flat.norm(dim=1), found.norm(dim=1)
+    similar = flat @ found.T / (norms[:, None] * found_norms).clamp(min=1e-12)
+    best, index = similar.max(1)
+    length = (found_norms[index] / norms.clamp(min=1e-12) - 1).abs()
+    is_same = (best > _SAME_ROW) & (length < _SAME_LENGTH)
+    flat[is_same] = found[index[is_same]]
+    used[width][index[is_same]] = True
+    return flat.view_as(value)
+
+
+def stored_matrices(folder: Path, original: Path) -> list[torch.Tensor]:
+    """The matrices of a quantised folder that are not as in the original, dequantised."""
+    from safetensors import safe_open
+
+    with safe_open(original / "model.safetensors", "pt") as file:
+        same = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    found = []
+    for name, value in dequantized_state_dict(folder).items():
+        if value.dim() < 2 or not value.is_floating_point():
+            continue
+        before = same.get(name)
+        is_kept = before is not None and before.dtype == value.dtype
+        if not is_kept:
+            found.append(value.float().reshape(-1, value.shape[-1]))
+    return found
+
+
+def quantised_share(matrices: Iterable[torch.Tensor], folder: Path) -> float:
+    """The part of the file's matrix elements that the matrices are."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(n).get_shape() for n in file.keys()]  # noqa: SIM118
+    total = sum(torch.Size(s).numel() for s in shapes if len(s) > 1)
+    return sum(m.numel() for m in matrices) / total
