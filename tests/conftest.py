@@ -39,6 +39,14 @@ def pytest_runtest_setup(item):
         _inspect_models_here()
 
 
+@pytest.fixture(autouse=True)
+def _no_check_of_what_is_written(request, monkeypatch):
+    """`quantize` asks vLLM about each checkpoint, in a process of its own that imports it: once for
+    each family, in the tests that are marked so."""
+    if not request.node.get_closest_marker("checks_written"):
+        monkeypatch.setattr("vllm_nvfp4.cli._quantize_check.check_written", lambda *_: None)
+
+
 @functools.cache
 def _inspect_models_here():
     """On a CPU, have vLLM look at the classes of models in this process.

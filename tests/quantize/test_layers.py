@@ -277,3 +277,29 @@ def test_what_vllm_builds_without_quantisation_is_in_the_table():
         for name in re.findall(r"^class (\w+)\(", path.read_text(), re.MULTILINE)
     }
     assert UNQUANTIZED.keys() <= classes
+
+
+# --- whether vLLM can load it ---------------------------------------------------------------------
+
+
+@pytest.mark.checks_written
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm47_flash", "qwen3_vl_moe"])
+def test_vllm_has_a_place_for_every_tensor(models, tmp_path, capfd, family):
+    target = tmp_path / "out"
+    assert main(["quantize", str(models(family)), "-o", str(target), "--method", "rtn"]) == 0
+    assert "has a place for every tensor" in "".join(capfd.readouterr())
+
+
+@pytest.mark.checks_written
+def test_what_vllm_cannot_load_does_not_get_its_name(models, tmp_path, capfd, monkeypatch):
+    """A layer that vLLM builds in 16 bits, taken for one to quantise."""
+    monkeypatch.setattr("vllm_nvfp4.checkpoints.model_class.UNQUANTIZED", {})
+    target = tmp_path / "out"
+    arguments = ["quantize", str(models("jamba")), "-o", str(target), "--method", "rtn"]
+    assert main(arguments) == 1
+    error = capfd.readouterr().err
+    assert "mamba" in error
+    assert "--no-check" in error
+    assert not target.exists()
+    assert main([*arguments, "--no-check"]) == 0
+    assert target.is_dir()

@@ -89,6 +89,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="quantise the linear layers of vision and audio towers too",
     )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="give OUT its name without asking vLLM whether it can be loaded",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--target-bits",
@@ -289,7 +294,7 @@ def _quantize(
             progress=progress,
             precision=precision,
             vocabulary=vocabulary,
-            finish=_kv_scales(args, calibration),
+            finish=_finish(args, calibration, current),
         )
         report = write_resumable(folder, target, quantizer, options)
         if isinstance(quantizer, Calibrated) and (line := quantizer.few_tokens()):
@@ -354,14 +359,21 @@ def _memory(
     return f"memory: about {peak:.0f} MiB at the most{where}"
 
 
-def _kv_scales(
-    args: argparse.Namespace, calibration: Calibration | None
-) -> Callable[[Path], None] | None:
+def _finish(
+    args: argparse.Namespace, calibration: Calibration | None, current: Step
+) -> Callable[[Path], None]:
+    """What is done with the written folder before it gets its name."""
+    from vllm_nvfp4.cli._quantize_check import check_written
     from vllm_nvfp4.quantize.kv_scales import add_kv_scales
 
-    if args.kv_cache == "keep" or calibration is None:
-        return None
-    return lambda folder: add_kv_scales(folder, args.format, calibration, args.device)
+    def finish(folder: Path) -> None:
+        if args.kv_cache != "keep" and calibration is not None:
+            add_kv_scales(folder, args.format, calibration, args.device)
+        if not args.no_check:
+            current.begin("Checking that vLLM can load it")
+            check_written(folder, current.say)
+
+    return finish
 
 
 def _gguf_folder(target: Path) -> Path:

@@ -86,7 +86,15 @@ class Sweep:
 
         folder = self.work / dialect
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
+        arguments = [
+            "quantize",
+            str(self.plain),
+            "-o",
+            str(folder),
+            "--method",
+            "rtn",
+            "--no-check",
+        ]
         if main([*arguments, "--format", dialect]):
             raise ValueError("quantize ended with an error")
         return folder

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether vLLM has a place for every tensor of a checkpoint that was just written."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+
+
+def check_written(folder: Path, say: Callable[[str], None]) -> None:
+    """Have vLLM's class of the model load the folder without its data.
+
+    say: prints a line. Where vLLM is not installed, one line says that nothing was checked. Raises
+    CheckpointError where a tensor has no place, or a parameter no tensor.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        say("not checked against vLLM, which is not installed here: `vllm-nvfp4 check` where it is")
+        return
+    from vllm_nvfp4.checking.check import check
+
+    try:
+        report = check(folder)
+    except ValueError as error:
+        what, found = "vLLM's model", str(error)
+    else:
+        if report.is_right:
+            say(f"checked: {report.architecture} of vLLM has a place for every tensor")
+            return
+        first, *others = [*report.errors, *report.dropped]
+        more = f", and {len(others)} more" if others else ""
+        what, found = first.what, f"{first.message.rstrip('.')}{more}"
+    raise CheckpointError(
+        str(folder),
+        what,
+        found,
+        "a place in vLLM's model for every tensor",
+        "The checkpoint is written and has not got its name; the same command with --no-check "
+        "gives it that. Please report the model.",
+    )
