@@ -18,11 +18,12 @@ import json
 import shutil
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_nvfp4.quantize.calibration import Calibration
 
 NUM_EXPERTS, CHOSEN = 8, 2
 EVERY = 6
@@ -35,7 +36,7 @@ _DECODER = "model.layers"
 def slices(tokenizer: Any, length: int, steps: int) -> torch.Tensor:
     """[experts, steps, length] int64: an eighth of the built-in text for each expert, from its
     beginning and again where it ends."""
-    text = resources.files("vllm_nvfp4.quantize").joinpath("calibration.txt").read_text("utf-8")
+    text = Calibration().read()
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids)
     each = len(tokens) // NUM_EXPERTS
     parts = tokens[: each * NUM_EXPERTS].view(NUM_EXPERTS, each)
