@@ -14,6 +14,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.metadata
+import os
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ SHAPES = (
     ("Qwen3-0.6B down", 1024, 3072),
     ("Qwen3-0.6B lm_head", 151936, 1024),
 )
-LAYERS = ("nvfp4", "mxfp4", "nvfp4 a8", "fp8")
+LAYERS = ("nvfp4", "mxfp4", "nvfp4 a8", "nvfp4 int8", "fp8")
 COLUMNS = (
     "shape",
     "m",
@@ -113,7 +114,8 @@ def build_contenders(n: int, k: int, layers: tuple[str, ...], cold_bytes: int) -
             built[name] = (Contender(calls), lambda a, v=values: a.double() @ v.T, n * k)
             continue
         weight = quantize_mxfp4(dense) if name == "mxfp4" else quantize_nvfp4(dense)
-        bits = 8 if name.endswith("a8") else 16
+        variant = "int8" if name.endswith("int8") else "exact"
+        bits = 16 if name in ("nvfp4", "mxfp4") else 8
         packed = cpu.pack_weight(weight)
         num_bytes = packed.codes.numel() + packed.block_scale.numel()
         copies = [
@@ -122,10 +124,10 @@ def build_contenders(n: int, k: int, layers: tuple[str, ...], cold_bytes: int) -
             )
             for _ in range(copies_for(num_bytes, cold_bytes))
         ]
-        calls = [lambda a, p=p, b=bits: cpu.linear(a, p, None, b) for p in copies]
+        calls = [lambda a, p=p, b=bits, v=variant: cpu.linear(a, p, None, b, v) for p in copies]
         built[name] = (
             Contender(calls),
-            lambda a, w=weight, b=bits: reference_linear(a, w, None, b),
+            lambda a, w=weight, b=bits, v=variant: reference_linear(a, w, None, b, v),
             num_bytes,
         )
     return built
@@ -162,7 +164,7 @@ def measure(name: str, n: int, k: int, args: argparse.Namespace) -> list[dict]:
             values += ("yes" if matches(contender, reference, a) else "NO",)
             rows.append(dict(zip(COLUMNS, values, strict=True)))
             print(
-                f"{name:22} m={m:<4} n={n:<6} k={k:<5} {key:9} {values[6]:>9} us  "
+                f"{name:22} m={m:<4} n={n:<6} k={k:<5} {key:10} {values[6]:>9} us  "
                 f"bf16 {values[7]:>9} us  x{values[8]:<5} {values[9]:>5} GB/s "
                 f"{values[10]:>5} GFLOP/s  match {values[11]}",
                 flush=True,
@@ -217,17 +219,21 @@ def main() -> int:
             speedups = [float(r["speedup"]) for r in rows if r["layer"] == layer and r["m"] == m]
             if speedups:
                 print(
-                    f"{layer:9} m={m:<4} x bf16: geometric mean "
+                    f"{layer:10} m={m:<4} x bf16: geometric mean "
                     f"{statistics.geometric_mean(speedups):.2f}, least {min(speedups):.2f}"
                 )
     if args.csv:
         prefix = "VLLM_BATCH_INVARIANT=1 " if is_batch_invariant() else ""
+        if level := os.environ.get("ONEDNN_MAX_CPU_ISA"):  # of the BF16 product
+            prefix += f"ONEDNN_MAX_CPU_ISA={level} "
         command = f"{prefix}python " + " ".join(sys.argv)
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *machine, "command"])
+            for name, value in {**machine, "command": command}.items():
+                file.write(f"# {name}: {value}\n")
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**row, **machine, "command": command} for row in rows)
+            writer.writerows(rows)
     return 0 if all(row["match"] == "yes" for row in rows) else 1
 
 

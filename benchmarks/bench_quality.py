@@ -165,7 +165,7 @@ def scores_of(logits: Iterator[torch.Tensor], reference: list[torch.Tensor], sam
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from transformers import AutoTokenizer
 
-    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
+    from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.quality.statistics import text_rows
     from vllm_nvfp4.testing.engine import plain_model
 
@@ -173,7 +173,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     tokens = AutoTokenizer.from_pretrained(args.model)("\n\n".join(texts[::2]), verbose=False)
     samples = torch.tensor(tokens.input_ids[: args.eval_samples * args.length])
     samples = samples.view(-1, args.length)
-    quantized, _ = Source(args.model).quantizable(DEFAULT_IGNORE)
+    quantized, _ = Source(args.model).quantizable()
     layers = sorted(name.removesuffix(".weight") for name in quantized)
     model = Quantised(plain_model(args.model, torch.float32), layers)
     reference = list(model.logits(samples))

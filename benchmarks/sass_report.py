@@ -31,6 +31,8 @@ from vllm_nvfp4.kernels.cuda.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass, sass_memory
 
 ARCH = 89
+# Where INT8 activations run besides, and are held to the registers alone.
+OLDER_ARCHS = (80, 86)
 GPU_NAMES = ("RTX 4090", "L40S", "L4")
 # Where W4A16 may run too: only what memory asks of it is read from this code.
 OTHER_GPU_NAMES = ("H100 80GB HBM3", "H200")
@@ -51,8 +53,20 @@ def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
     row = format_row(config.symbol, config, machine, cost, bounds, flight)
     row += f"{tail.fences:>5} + {tail.atomics} + {tail.rounds}"
     found = sass.problems(config, machine, cost, bounds)
+    if config.stem == "gemm_w4i8":
+        found += older_problems(config)
     found += sass_memory.flight_problems(config, flight, bounds, [*cards, *gpus(OTHER_GPU_NAMES)])
     return row, found + sass_memory.tail_problems(config, tail)
+
+
+def older_problems(config: GemmConfig) -> list[str]:
+    """What a kernel that has GPUs before sm_89 to run on misses there."""
+    found = []
+    for arch in OLDER_ARCHS:
+        machine = sass.read_machine_code(compile_cubin(config, arch))
+        if machine.stack or machine.local:
+            found.append(f"sm_{arch}: {machine.stack + machine.local} bytes of local memory")
+    return found
 
 
 def format_row(

@@ -154,6 +154,35 @@ __device__ __forceinline__ void e2m1_to_e4m3(uint32_t word, uint32_t& row_g, uin
   row_g8 = and_or(word << 4, kSigns, (word << 2) & kMagnitudes);
 }
 
+// --- E2M1 to int8 --------------------------------------------------------------------------------
+
+constexpr float kUndoS8 = 0.5f;  // the bytes hold value * 2
+// 1.5 * 2^23: an integer added to these bits is added to the number.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4B400000;
+
+// (mask & b) | (~mask & a), one instruction: truth table (0xF0 & 0xCC) | (0x0F & 0xAA).
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  return ptx::lop3<(0xF0 & 0xCC) | (0x0F & 0xAA)>(mask, b, a);
+}
+
+// The eight codes of a word as the A operand of an integer MMA, times 2: row g, columns 4t..4t+3,
+// and row g + 8. Three bits of a code look a byte up, in a table for either sign; 15 instructions.
+__device__ __forceinline__ void e2m1_to_s8(uint32_t word, uint32_t& row_g, uint32_t& row_g8) {
+  constexpr uint32_t kLow = 0x03020100, kHigh = 0x0C080604;            // 0 1 2 3 | 4 6 8 12
+  constexpr uint32_t kMinusLow = 0xFDFEFF00, kMinusHigh = 0xF4F8FAFC;  // the same, negative
+  constexpr uint32_t kOdd = 0x7531, kEven = 0x6420, kSignOfBytes = 0xBA98;
+  // prmt looks at four nibbles.
+  const uint32_t first = word & 0x77777777, second = first >> 16;
+  const uint32_t plus[2] = {ptx::prmt(kLow, kHigh, first), ptx::prmt(kLow, kHigh, second)};
+  const uint32_t minus[2] = {ptx::prmt(kMinusLow, kMinusHigh, first),
+                             ptx::prmt(kMinusLow, kMinusHigh, second)};
+  row_g = select_bits(ptx::prmt(word, 0, kSignOfBytes), ptx::prmt(plus[0], plus[1], kOdd),
+                      ptx::prmt(minus[0], minus[1], kOdd));
+  row_g8 = select_bits(ptx::prmt(word << 4, 0, kSignOfBytes), ptx::prmt(plus[0], plus[1], kEven),
+                       ptx::prmt(minus[0], minus[1], kEven));
+}
+
 // --- block scales to f32 -------------------------------------------------------------------------
 
 #if defined(VNVFP4_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
@@ -198,6 +227,18 @@ __device__ __forceinline__ uint32_t fold_scale(uint32_t codes, __half2 scale) {
              << 16;
 }
 #endif
+
+// NVFP4 on any GPU, times 2^-8: scale[block][row] of the two blocks and two rows of a word. A byte
+// whose mantissa lies on top of an f16's reads as scale * 2^-8, subnormals included.
+constexpr float kUndoScaleBits = 256.0f;
+__device__ __forceinline__ void e4m3_scales_by_bits(uint32_t word, float (&scale)[2][2]) {
+  const float2 first = __half22float2(bit_cast<__half2>((word & 0x007F007F) << 7));
+  const float2 second = __half22float2(bit_cast<__half2>((word & 0x7F007F00) >> 1));
+  scale[0][0] = first.x;
+  scale[0][1] = first.y;
+  scale[1][0] = second.x;
+  scale[1][1] = second.y;
+}
 
 // 2^(e - 127) for e = 0..254: the byte is the exponent field of an f32; only 2^-127 is subnormal
 // there, bit 22 alone.

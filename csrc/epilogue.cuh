@@ -115,6 +115,7 @@ class Output {
   }
 
   __device__ __forceinline__ float a_scale(int token) const {
+    if constexpr (Config::kHasTokenScales) return 1.0f;  // multiplied already
     return p_.a_scale != nullptr ? p_.a_scale[first_token_ + token] : 1.0f;
   }
 

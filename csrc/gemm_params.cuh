@@ -8,15 +8,15 @@
 enum class Dtype { kBf16, kFp16 };
 enum class Format { kNvfp4, kMxfp4 };
 // The type in which FP8 MMA delivers the sum of one block, or no such sums: the block scales are
-// folded into the weights (gemm_w4a8.cuh).
-enum class Partial { kF32, kF16, kFolded };
+// folded into the weights (gemm_w4a8.cuh). kS32: integer MMA (gemm_w4i8.cuh).
+enum class Partial { kF32, kF16, kFolded, kS32 };
 // Whether the weights pass through shared memory (pipeline.cuh) or not (weight_stream.cuh).
 enum class Weights { kShared, kStreamed };
 
 // y[m, n] = a_scale[m] * global_scale[n] * sum_k a[m, k] * code[n, k] * block_scale[n, k] + bias[n]
 struct GemmParams {
   const void* a;               // [M, K]; rows a_stride elements apart, 16-byte aligned
-  const float* a_scale;        // [M], w4a8 only
+  const float* a_scale;        // [M] (w4a8), [M, ceil(K / 64)] (w4i8)
   const uint8_t* codes;        // fragment order, see fragments.cuh
   const uint8_t* block_scale;  // fragment order
   const float* global_scale;   // [N]
@@ -38,6 +38,8 @@ struct GemmConfig {
   static constexpr Dtype kDtype = kDtypeValue;
   static constexpr Format kFormat = kFormatValue;
   static constexpr Partial kPartial = kPartialValue;
+  // Whether a token has a scale for every packed tile, which its products need, and not one alone.
+  static constexpr bool kHasTokenScales = kPartial == Partial::kS32;
   static constexpr bool kStreamsWeights = kWeightsValue == Weights::kStreamed;
   static constexpr int BLOCK_M = kBlockM, BLOCK_N = kBlockN, BLOCK_K = kBlockK;
   static constexpr int kStages = kStagesValue;

@@ -7,7 +7,9 @@
 
 namespace pipeline {
 
-// Shared memory of one stage: codes and block scales (unless they are streamed), activation rows.
+// Shared memory of one stage: codes and block scales (unless they are streamed), activation rows,
+// and, where a token has one for every packed tile, its scales, [tile along K][token] in the order
+// of scale_place.
 // Rows are padded by kRowPad bytes so that the rows a warp reads together fall into different
 // banks.
 template <class Config, int kElementBytesValue, int kRowPad>
@@ -22,7 +24,10 @@ struct Stage {
   static constexpr int kTiles = Config::kStreamsWeights ? 0 : kTilesN * kTilesK;
   static constexpr int kScales = kCodes + kTiles * fragments::kTileCodeBytes;
   static constexpr int kActivations = kScales + kTiles * kScaleTileBytes;
-  static constexpr int kBytes = kActivations + Config::BLOCK_M * kRowPitch;
+  static constexpr int kTokenScales = kActivations + Config::BLOCK_M * kRowPitch;
+  static constexpr int kTokenScaleRow = (Config::BLOCK_M + 15) / 16 * 16 * 4;  // of a tile along K
+  static constexpr int kBytes =
+      kTokenScales + (Config::kHasTokenScales ? kTilesK * kTokenScaleRow : 0);
 
   // Where a packed tile starts in a stage.
   __device__ __forceinline__ static int codes(int tile_n, int tile_k) {
@@ -123,6 +128,67 @@ struct Copier {
   }
 };
 
+// Where a token's scale lies: a lane's four tokens of two MMA tiles, 2t and 2t + 1 of either, side
+// by side, to be one load.
+__device__ __forceinline__ int scale_place(int token) {
+  return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
+}
+
+// The scales of the tokens, one for each packed tile: a thread's share of their copies. Four bytes
+// each: a token's scales need not begin at a multiple of more.
+template <class Config, class Stage>
+struct TokenScaleCopier {
+  static constexpr int kPieces = Config::BLOCK_M * Stage::kTilesK;
+  static constexpr int kCount = (kPieces + Config::kThreads - 1) / Config::kThreads;
+  const float* from;
+  uint32_t offsets[kCount];
+  bool is_row[kCount];
+
+  __device__ __forceinline__ static int piece(int i) {
+    return static_cast<int>(threadIdx.x) + i * Config::kThreads;
+  }
+
+  template <class Work>
+  __device__ __forceinline__ TokenScaleCopier(const GemmParams& p, const Work& work) {
+    const int tiles = (p.k + fragments::kTileK - 1) / fragments::kTileK;
+    from = p.a_scale + int64_t{work.base_token()} * tiles + work.first_step * Stage::kTilesK;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = piece(i) / Stage::kTilesK;
+      is_row[i] = row < Config::BLOCK_M && work.has_token(row);
+      offsets[i] = is_row[i] ? static_cast<uint32_t>(work.token(row) * tiles) : 0;
+    }
+  }
+
+  __device__ __forceinline__ void copy_step(uint32_t stage, int columns_left) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (kPieces % Config::kThreads != 0 && piece(i) >= kPieces) continue;
+      const int tile = piece(i) % Stage::kTilesK, row = piece(i) / Stage::kTilesK;
+      const bool is_there = is_row[i] && tile * fragments::kTileK < columns_left;
+      ptx::cp_async_4(
+          stage + Stage::kTokenScales + tile * Stage::kTokenScaleRow + scale_place(row) * 4,
+          from + offsets[i] + (is_there ? tile : 0), is_there);
+    }
+    from += Stage::kTilesK;
+  }
+};
+
+// In the place of one where tokens have one scale, or none.
+struct NoTokenScales {
+  template <class Work>
+  __device__ __forceinline__ NoTokenScales(const GemmParams&, const Work&) {}
+  __device__ __forceinline__ void copy_step(uint32_t, int) {}
+};
+template <bool kIsThere, class Config, class Stage>
+struct TokenScalesOf {
+  using Type = NoTokenScales;
+};
+template <class Config, class Stage>
+struct TokenScalesOf<true, Config, Stage> {
+  using Type = TokenScaleCopier<Config, Stage>;
+};
+
 // Fills the stages of a thread block's K steps, in order.
 template <class Config, class Stage>
 class Loader {
@@ -137,6 +203,7 @@ class Loader {
   CodeCopier codes_;
   ScaleCopier scales_;
   TokenCopier activations_;
+  typename TokenScalesOf<Config::kHasTokenScales, Config, Stage>::Type token_scales_;
   int columns_left_;  // of the matrix, from the next step on
 
   // The copier of codes or block scales.
@@ -170,6 +237,7 @@ class Loader {
         scales_(packed<ScaleCopier, ScalePieces, Stage::kScaleTileBytes>(p.block_scale, p, work,
                                                                          Stage::kScales)),
         activations_(tokens(p, work)),
+        token_scales_(p, work),
         columns_left_(p.k - work.first_step * Config::BLOCK_K) {}
 
   __device__ __forceinline__ void load_next(uint32_t stage) {
@@ -178,6 +246,7 @@ class Loader {
       scales_.copy_step(stage, columns_left_);
     }
     activations_.copy_step(stage, columns_left_);
+    token_scales_.copy_step(stage, columns_left_);
     columns_left_ -= Config::BLOCK_K;
   }
 };

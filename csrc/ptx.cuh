@@ -288,7 +288,7 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3_f16(uint32_t (&d)[2], const ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]));
 }
 #endif
-// Same shapes and register counts as e4m3, native on every GPU since sm_80: a stand-in for timing.
+// IMMA, native on every GPU since sm_80, with the shapes and register counts of e4m3.
 __device__ __forceinline__ void mma_m16n8k16_s8_s32(int32_t (&d)[4], const uint32_t (&a)[2],
                                                     const uint32_t (&b)[1], const int32_t (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, "

@@ -9,12 +9,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
 import lesser_cpu
+import pytest
 
 lesser_cpu.install()
 
 # The tests run on two processes (see the Makefile). OpenMP threads of both on the same cores wait
 # for each other in busy loops, which makes a suite of small tensors several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _variant_of_8_bits_as_it_was():
+    """An engine in this process leaves its options' variant in force: not for the next test."""
+    yield
+    for name in ("cpu.linear", "cuda.devices"):
+        if module := sys.modules.get(f"vllm_nvfp4.kernels.{name}"):
+            module.use_variant("exact")
 
 
 def pytest_collection_modifyitems(items):

@@ -45,17 +45,21 @@ class Options:
         "auto",
         ("auto", "16", "8"),
         "Activation bits of the NVFP4/MXFP4 products. `16`: weights are widened to BF16/FP16 "
-        "(exact). `8`: activations are rounded to FP8 with one scale per token and run on the FP8 "
-        "tensor cores. `auto`: by the batch size, where the roofline of the GPU says. FP8 layers "
-        "of a mixed checkpoint follow it on a GPU if they were made for 8-bit activations.",
+        "(exact). `8`: activations are rounded to 8 bits, as `a8_variant` says. `auto`: by the "
+        "batch size, where the roofline of the GPU says; without FP8 tensor cores only where 8 "
+        "bits are at least 1.3 times as fast on paper. FP8 layers of a mixed checkpoint follow it "
+        "on a GPU if they were made for 8-bit activations.",
     )
     a8_variant: str = _option(
-        "exact",
-        ("exact", "f16_partials", "folded"),
-        "Of the 8-bit kernel. `f16_partials` rounds the sums of blocks to FP16 (5e-4) and runs at "
-        "GeForce's double rate. `folded` rounds each NVFP4 weight times its block scale to FP8 "
-        "(2 %) and halves the instructions: for L40S, L4 and RTX 6000 Ada. Experts and MXFP4 stay "
-        "exact under `folded`.",
+        "auto",
+        ("auto", "exact", "int8", "f16_partials", "folded"),
+        "Of 8-bit activations. `exact`: FP8 with one scale per token. `int8`: INT8 with one scale "
+        "per token and 64 columns, which is finer and needs no FP8 tensor cores. `auto`: the "
+        "faster of these two on the device. `f16_partials` rounds the sums of blocks to FP16 "
+        "(5e-4) and runs at GeForce's double rate. `folded` rounds each NVFP4 weight times its "
+        "block scale to FP8 (2 to 4 % of a row) and halves the instructions: for L40S, L4 and "
+        "RTX 6000 Ada. MXFP4 stays exact under `folded`. On a GPU experts know `exact` alone, and "
+        "16 bits where there is no FP8.",
     )
     lm_head: str = _option(
         "keep",

@@ -16,6 +16,7 @@ from vllm_nvfp4.testing.kernel_cases import KernelCase, check_case
 
 W4A16 = next(c for c in GEMM_CONFIGS if c.stem == "gemm_w4a16" and c.dtype == "bf16")
 W4A8 = next(c for c in GEMM_CONFIGS if c.stem == "gemm_w4a8" and c.dtype == "bf16")
+INT8 = next(c for c in GEMM_CONFIGS if c.stem == "gemm_w4i8" and c.dtype == "bf16")
 PARTIALS = next(c for c in GEMM_CONFIGS if c.variant == "f16_partials" and c.dtype == "bf16")
 
 
@@ -65,7 +66,7 @@ def test_bytes_are_counted(gpu):
     assert gpu.live_bytes == 0
 
 
-@pytest.mark.parametrize("config", [W4A16, W4A8, PARTIALS], ids=lambda c: c.symbol)
+@pytest.mark.parametrize("config", [W4A16, W4A8, PARTIALS, INT8], ids=lambda c: c.symbol)
 def test_a_kernel_is_loaded_by_what_runs_it(gpu, config):
     outcome = check_case(KernelCase(config, 3, 40, 96), DEVICE)
     assert outcome.is_match, outcome.report

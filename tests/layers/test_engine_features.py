@@ -15,8 +15,8 @@ pytestmark = pytest.mark.vllm
 FLOAT32 = {"dtype": "float32", "additional_config": KEEP_KV}
 
 
-@pytest.mark.parametrize("activation", ["16", "8"])
-def test_compiled_graph_gives_the_tokens_of_eager_mode(activation, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("activation", "variant"), [("16", "exact"), ("8", "int8")])
+def test_compiled_graph_gives_the_tokens_of_eager_mode(activation, variant, tmp_path, monkeypatch):
     """With 8 bits the compiled graph quantises where the activations are computed (fusion.py)."""
     folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
     # A graph from a cache has been through the pass.
@@ -25,7 +25,8 @@ def test_compiled_graph_gives_the_tokens_of_eager_mode(activation, tmp_path, mon
     split = []
     takes_8_bits = ops.takes_8_bits
     monkeypatch.setattr(ops, "takes_8_bits", lambda *a: split.append(takes_8_bits(*a)) or split[-1])
-    options = {"nvfp4": {"kv_cache": "keep", "activation": activation}}
+    options = {"kv_cache": "keep", "activation": activation, "a8_variant": variant}
+    options = {"nvfp4": options}
     answers = []
     for eager in (True, False):
         with engine(folder, enforce_eager=eager, dtype="float32", additional_config=options) as llm:

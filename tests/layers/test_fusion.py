@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.gpus import GPUS, find_gpu
-from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels import moe_ops, ops
 from vllm_nvfp4.kernels.cpu import linear as cpu
 from vllm_nvfp4.kernels.cuda import devices, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
@@ -96,6 +96,17 @@ def test_the_kernel_of_the_activation_function_quantises(layer):
     a = (torch.nn.functional.silu(gate) * up).view(-1, K)
     outcome = compare_linear(y.view(-1, N), a, weight, None, 8)
     assert outcome.is_match, outcome.report
+
+
+def test_int8_is_quantised_in_the_graph_too():
+    """By numerics' rule, written by Inductor: groups of 64 columns, the last one shorter."""
+    cpu.use_variant("int8")
+    weight = quantize_nvfp4(torch.randn(N, 144))
+    packed, x = cpu.pack_weight(weight), torch.randn(7, 144)
+    y, code = compile_with_pass(lambda x: product(x * 2, packed, None, 8), x)
+    assert "torch.ops.vllm_nvfp4.linear_a8.default" in code
+    assert "Float8" not in code
+    assert torch.equal(y, product(x * 2, packed, None, 8))
 
 
 def fp8_layer(m, dtype=torch.bfloat16):
@@ -221,11 +232,11 @@ def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "is_fp8", "bits", "path"),
     [
-        (89, False, 0, "CUDA kernel, W4A16 or W4A8 by the batch size"),
+        (89, False, 0, "CUDA kernel, W4A16, or by the batch size W4A8 in FP8 per token"),
         (86, False, 0, "CUDA kernel, W4A16 for every batch size (sm_86 has no FP8 mma.sync)"),
         (90, False, 0, "CUDA kernel, W4A16 for every batch size (sm_90 emulates FP8 mma.sync)"),
-        (90, False, 8, "CUDA kernel, W4A8 (slow: sm_90 emulates FP8 mma.sync)"),
-        (89, False, 8, "CUDA kernel, W4A8"),
+        (90, False, 8, "CUDA kernel, W4A8 in FP8 per token (slow: sm_90 emulates FP8 mma.sync)"),
+        (89, False, 8, "CUDA kernel, W4A8 in FP8 per token"),
         (89, True, 0, "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size"),
         (86, True, 16, "Triton kernel, W8A16"),
         (None, True, 16, "CPU kernel, W8A16"),
@@ -234,6 +245,25 @@ def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
 def test_the_log_names_the_path_that_runs(arch, is_fp8, bits, path):
     device = "cpu" if arch is None else "cuda"
     assert ops.describe_path(device, arch, is_fp8, bits) == path
+
+
+@pytest.mark.parametrize(
+    ("card", "bits", "path"),
+    [
+        ("RTX 4090", 0, "CUDA kernel, W4A16, or by the batch size W4A8 in INT8 per token and 64"),
+        ("RTX 4090", 8, "CUDA kernel, W4A8 in INT8 per token and 64 columns"),
+        ("L40S", 0, "CUDA kernel, W4A16, or by the batch size W4A8 in FP8 per token"),
+        ("RTX 3090", 0, "CUDA kernel, W4A16, or by the batch size W4A8 in INT8 per token and 64"),
+        ("A100 80GB PCIe", 0, "CUDA kernel, W4A16 for every batch size (on sm_80 its INT8 gains"),
+        ("A100 80GB PCIe", 8, "CUDA kernel, W4A8 in INT8 per token and 64 columns (slow: on sm_80"),
+    ],
+)
+def test_the_log_says_which_8_bits_the_card_takes(card, bits, path):
+    gpu = find_gpu(card)
+    assert ops.describe_path("cuda", gpu.arch, False, bits, "auto", gpu).startswith(path)
+    experts = moe_ops.describe_experts_path("cuda", gpu.arch, bits)
+    assert "INT8" not in experts
+    assert ("W4A8" in experts) == (gpu.arch == 89)
 
 
 def test_16_bits_stay_whole(layer):

@@ -11,7 +11,7 @@ import torch
 from serving_cases import compare, write_with_vocabulary
 
 from vllm_nvfp4.checkpoints.detect import read_config
-from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder
 from vllm_nvfp4.cli.main import main
@@ -79,7 +79,7 @@ def llama(tmp_path_factory):
 def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
     """Against transformers' model with one layer's weights replaced, tied or not."""
     source = Source(write_model(tmp_path / family, family))
-    linear, _ = source.quantizable(DEFAULT_IGNORE)
+    linear, _ = source.quantizable()
     vocabulary = source.vocabulary(with_embedding=True)
     assert len(vocabulary) == (1 if family == "gemma3" else 2)
     quantized = linear.union(vocabulary)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,35 @@ import torch
 from safetensors import safe_open
 
 from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.checkpoints.expert_parts import Part, has_bias, split
 from vllm_nvfp4.checkpoints.files import file_in_folder
 from vllm_nvfp4.checkpoints.headers import read_file_header
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, part_of
+from vllm_nvfp4.checkpoints.model_class import BLOCK, Kind, ModelClass, Place
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.formats import NVFP4
 
-# Layers that serving engines fuse: their shards share one global scale.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Layers of one parent and one input that serving engines fuse: their shards share one global scale.
+# All that any of vLLM's classes fuses; where two fuse differently, what either does.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj"),
+    ("gate_proj", "up_proj", "dense_h_to_4h"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("query", "key", "value"),
+    ("query_net", "key_net", "value_net"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("fc1", "fc3"),
+    ("c_fc_0", "c_fc_1"),
+)
 # The order in which a decoder layer computes; each shard's name stands for its whole group.
 _COMPUTED = ("q_proj", "o_proj", "gate_proj", "w1", "down_proj", "w2")
-DEFAULT_IGNORE = ("lm_head", "*embed_tokens*", "*vision*", "*visual*", "*audio*")
-_LINEAR = re.compile(r"(^|\.)layers\.\d+\..*(_proj|\.w[123])\.weight$")
-_DECODER_LAYER = re.compile(r"^(.*?\blayers\.(\d+)\.)")
+# A layer with fewer outputs than this share of its inputs is a gate or the like: it takes no room,
+# and much depends on it.
+_FEW_ROWS = 16
 _16_BIT = ("BF16", "F16", "F32")
 # safetensors' name of each dtype, and its bits.
 DTYPES = {
@@ -74,6 +91,9 @@ class Source:
             )
         self.folder = folder
         self._file_of: dict[str, Path] = {}
+        self._part_of: dict[str, Part] = {}
+        self._dtype_of: dict[str, str] = {}
+        self._chosen: tuple[object, set[str], list[Kept]] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for path in files:
             file_in_folder(folder, path.name, str(folder), "Download the model again.")
@@ -86,6 +106,8 @@ class Source:
 
     def load(self, name: str, device: torch.device | str) -> torch.Tensor:
         with safe_open(self._file_of[name], "pt") as reader:
+            if (part := self._part_of.get(name)) is not None:
+                return part.read(reader.get_slice(part.stored)).to(device)
             return reader.get_tensor(name).to(device)
 
     def load_finite(self, name: str, device: torch.device | str) -> torch.Tensor:
@@ -135,19 +157,158 @@ class Source:
             and info.shape[1] % NVFP4.block_size == 0
         )
 
-    def quantizable(self, ignore: Sequence[str]) -> tuple[set[str], list[str]]:
-        """(weights to quantise, linear layers that cannot be: K is not a multiple of 16)."""
-        linear = {n for n, i in self.tensors.items() if _is_linear(n, i, ignore)}
-        odd = {n for n in linear if self.tensors[n].shape[1] % NVFP4.block_size}
-        if linear == odd:
-            raise CheckpointError(
-                str(self.folder),
-                "weights",
-                f"{len(self.tensors)} tensors, none to quantise",
-                "linear layers under `layers.<i>.` with K a multiple of 16, in 16 or 32 bits",
-                "Check the model and the ignore patterns.",
-            )
-        return linear - odd, sorted(n.removesuffix(".weight") for n in odd)
+    @cached_property
+    def model_class(self) -> ModelClass:
+        """Raises CheckpointError where transformers has no class for the model."""
+        return ModelClass(self.folder)
+
+    def quantizable(
+        self, ignore: Sequence[str] = (), with_towers: bool = False
+    ) -> tuple[set[str], list[Kept]]:
+        """(weights to quantise; the other tensors of two or more dimensions, and why they stay).
+
+        ignore:      fnmatch patterns of layer names that stay as they are
+        with_towers: vision and audio towers are quantised too
+        Experts stacked in one tensor, where they are quantised, are from here on a tensor each.
+        """
+        if self._chosen is None or self._chosen[0] != (tuple(ignore), with_towers):
+            places = {
+                name: self.model_class.place(name, info)
+                for name, info in self.tensors.items()
+                if len(info.shape) >= 2
+            }
+            kept: list[Kept] = []
+            linear = {
+                name
+                for name, place in places.items()
+                if self._is_asked(name, place, ignore, with_towers, kept)
+            }
+            linear = self._split_stacks(linear, places, kept)
+            linear = self._of_good_shape(linear, places, kept)
+            if not linear:
+                raise CheckpointError(
+                    str(self.folder),
+                    "weights",
+                    f"{len(self.tensors)} tensors, none to quantise: "
+                    + "; ".join(sorted({f"{k.kind} ({k.reason})" for k in kept})),
+                    "linear layers in repeated blocks with K a multiple of 16, in 16 or 32 bits",
+                    "Check the model and the ignore patterns.",
+                )
+            self._chosen = (tuple(ignore), with_towers), linear, kept
+        return set(self._chosen[1]), list(self._chosen[2])
+
+    def _is_asked(
+        self,
+        name: str,
+        place: Place,
+        ignore: Sequence[str],
+        with_towers: bool,
+        kept: list[Kept],
+    ) -> bool:
+        info = self.tensors[name]
+        kind = place.kind
+        if kind is Kind.TOWER and with_towers:
+            kind = Kind.LINEAR if self.model_class.is_linear(place.module) else Kind.OTHER
+        reason = _REASONS.get(kind, "")
+        if info.dtype not in _16_BIT:
+            reason = f"stored as {info.dtype}"
+        elif matches(name.removesuffix(".weight"), ignore):
+            reason = _IGNORED
+        if reason:
+            kept.append(Kept(name, kind.value, reason, info.num_bytes))
+        return not reason
+
+    def _split_stacks(
+        self, linear: set[str], places: dict[str, Place], kept: list[Kept]
+    ) -> set[str]:
+        """The same with each stack replaced by its experts, there and in ``tensors``."""
+        layers: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in sorted(linear):
+            if places[name].kind is Kind.STACK:
+                leaf = self.model_class.parameter(name).rpartition(".")[2]
+                layers[places[name].module][leaf] = name
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        for module, stacks in layers.items():
+            linear -= set(stacks.values())
+            try:
+                if has_bias(stacks.values(), self.tensors):
+                    raise ValueError("they have biases")
+                if not self.model_class.is_concatenated(module):
+                    raise ValueError("gate and up projection are interleaved")
+                parts = split(stacks, shapes)
+            except ValueError as error:
+                kept += [
+                    Kept(n, Kind.STACK.value, str(error), self.tensors[n].num_bytes)
+                    for n in stacks.values()
+                ]
+                continue
+            for stored in stacks.values():
+                self._dtype_of[stored] = self.tensors.pop(stored).dtype
+            for name, part in parts.items():
+                self._part_of[name] = part
+                self.tensors[name] = TensorInfo(self._dtype_of[part.stored], part.shape)
+                self._file_of[name] = self._file_of[part.stored]
+                places[name] = Place(Kind.LINEAR, module)
+            linear |= parts.keys()
+        return linear
+
+    def _of_good_shape(
+        self, linear: set[str], places: dict[str, Place], kept: list[Kept]
+    ) -> set[str]:
+        """Without what NVFP4's blocks do not fit, and what is too small to be worth it; the shards
+        of a fused layer alike."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(linear):
+            groups[_fused_name(name)].append(name)
+        good: set[str] = set()
+        for names in groups.values():
+            rows = sum(self.tensors[n].shape[0] for n in names)
+            cols = self.tensors[names[0]].shape[1]
+            reason = ""
+            if cols % NVFP4.block_size:
+                reason = f"K is not a multiple of {NVFP4.block_size}"
+            elif rows * _FEW_ROWS < cols:
+                reason = "few rows: a gate"
+            if not reason:
+                good |= {*names}
+            kind = "odd shapes" if cols % NVFP4.block_size else "gates"
+            if reason:
+                kept += [Kept(n, kind, reason, self.tensors[n].num_bytes) for n in names]
+        return good
+
+
+_IGNORED = "left out as asked"
+# Why what is not quantised by default is not.
+_REASONS = {
+    Kind.ROUTER: "vLLM builds them in 16 bits",
+    Kind.HEAD: "--target-bits chooses a format for it",
+    Kind.EMBEDDING: "--target-bits with --embedding chooses a format for it",
+    Kind.TOWER: "--towers quantises them",
+    Kind.OUTSIDE: "in no repeated block: heads, poolers, projections between spaces",
+    Kind.TRANSPOSED: "vLLM transposes them while it loads, which packed codes do not bear",
+    Kind.UNQUANTIZED: "vLLM has no quantised form of them",
+    Kind.UNKNOWN: "transformers' class does not say what they are",
+    Kind.OTHER: "no linear layers",
+}
+# Kinds that stay without anybody's having asked for it, where NVFP4 might have been expected.
+UNASKED = (
+    Kind.STACK.value,
+    Kind.OUTSIDE.value,
+    Kind.TRANSPOSED.value,
+    Kind.UNQUANTIZED.value,
+    Kind.UNKNOWN.value,
+    "odd shapes",
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stored tensor that is not quantised. kind: what it is, in the plural; reason: why not."""
+
+    name: str
+    kind: str
+    reason: str
+    num_bytes: int
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -155,13 +316,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
 
 
-def _is_linear(name: str, info: TensorInfo, ignore: Sequence[str]) -> bool:
-    return (
-        _LINEAR.search(name) is not None
-        and info.dtype in _16_BIT
-        and len(info.shape) == 2
-        and not matches(name.removesuffix(".weight"), ignore)
-    )
+def fused_with(leaf: str) -> tuple[str, ...]:
+    """The leaves of the fused layer that a linear layer of this name is a shard of."""
+    return next((shards for shards in FUSED if leaf in shards), (leaf,))
+
+
+def _fused_name(name: str) -> str:
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return f"{parent}.{'+'.join(fused_with(leaf))}"
 
 
 @dataclass(frozen=True)
@@ -194,9 +356,9 @@ def by_layer(
     """
     found: dict[tuple[int, str], list[str]] = {}
     shown = quantized if linear is None else linear
-    prefixes = {m[1] for n in shown if (m := _DECODER_LAYER.match(n))}
+    prefixes = {m[1] for n in shown if (m := BLOCK.match(n))}
     for name in names:
-        match = _DECODER_LAYER.match(name)
+        match = BLOCK.match(name)
         key = (int(match[2]), match[1]) if match and match[1] in prefixes else (-1, "")
         found.setdefault(key, []).append(name)
     return [Unit(key[1], _groups(found[key], quantized)) for key in sorted(found)]
@@ -210,9 +372,9 @@ def _groups(names: Iterable[str], quantized: set[str]) -> tuple[tuple[str, ...],
     for name in names:
         key, rank[name] = name, -1
         if name in quantized:
-            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-            shards = next((shards for shards in FUSED if leaf in shards), (leaf,))
-            key = f"{parent}.{'+'.join(shards)}"
-            rank[key] = (*_COMPUTED, shards[0]).index(shards[0])
+            leaf = name.removesuffix(".weight").rpartition(".")[2]
+            key = _fused_name(name)
+            first = fused_with(leaf)[0]
+            rank[key] = (*_COMPUTED, first).index(first)
         groups.setdefault(key, []).append(name)
     return tuple(tuple(groups[key]) for key in sorted(groups, key=rank.__getitem__))

@@ -21,7 +21,7 @@ import torch
 from vllm_nvfp4.checkpoints.quantizer import DataFree, Quantizer
 from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
 from vllm_nvfp4.checkpoints.source import (
-    DEFAULT_IGNORE,
+    Kept,
     Source,
     TensorInfo,
     Unit,
@@ -49,8 +49,8 @@ _SPARE_BYTES = 64 << 20
 @dataclass
 class WriteReport:
     """What became of the model: bytes of all weights and of the quantised layers, the number of
-    weights in these and of FP8 layers among them, and names; ``odd`` are the kept
-    linear layers whose K is not a multiple of 16."""
+    weights in these and of FP8 layers among them, and names; ``reasons`` say of each tensor that is
+    no vector why it stays as it is."""
 
     bytes_before: int = 0
     bytes_after: int = 0
@@ -60,13 +60,14 @@ class WriteReport:
     num_fp8: int = 0
     quantized: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
-    odd: list[str] = field(default_factory=list)
+    reasons: list[Kept] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """stored:    how quantised layers are laid out
     ignore:    fnmatch patterns of layer names that stay as they are
+    towers:    vision and audio towers are quantised too
     device:    where weights are quantised
     arguments: what makes two runs the same, for :func:`write_resumable`
     progress:  called with the name of each layer before it is quantised
@@ -78,7 +79,8 @@ class WriteOptions:
     """
 
     stored: StoredFormat | FpQuantFormat = FORMATS["modelopt"]
-    ignore: Sequence[str] = DEFAULT_IGNORE
+    ignore: Sequence[str] = ()
+    towers: bool = False
     device: torch.device | str = "cpu"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
@@ -92,7 +94,7 @@ def write_nvfp4(
     target: Path,
     *,
     method: str = "mse",
-    ignore: Sequence[str] = DEFAULT_IGNORE,
+    ignore: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> WriteReport:
@@ -103,8 +105,8 @@ def write_nvfp4(
     target:   must not exist; it appears whole, or not at all
     method:   see :func:`vllm_nvfp4.numerics.quantize.quantize_nvfp4`
     ignore, device, progress: see :class:`WriteOptions`
-    Layers whose K is not a multiple of 16 stay as they are; ``WriteReport.kept`` names every
-    matrix that did, and so does the new checkpoint's ignore list.
+    Layers whose K is not a multiple of 16 stay as they are, and more (``WriteReport.reasons``);
+    ``WriteReport.kept`` names every matrix that did, and so does the new checkpoint's ignore list.
 
     Raises CheckpointError if ``source`` is not such a folder, is quantised already, or has no
     layer to quantise, or one that is not finite; FileExistsError if ``target`` exists; OSError if
@@ -112,14 +114,14 @@ def write_nvfp4(
     """
     options = WriteOptions(ignore=ignore, device=device, progress=progress)
     checkpoint = _checked(source, target)
-    quantized, odd = checkpoint.quantizable(ignore)
+    quantized, reasons = checkpoint.quantizable(ignore)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
         job = _Job(checkpoint, folder, DataFree(method), options, quantized)
         report = job.write(whole(checkpoint.tensors, quantized))
-        report.odd = odd
+        report.reasons = reasons
         job.complete(report)
         folder.rename(target)
     return report
@@ -135,11 +137,12 @@ def write_resumable(
     folder is another run's: of other arguments, or one that still goes on.
     """
     checkpoint = _checked(source, target)
-    quantized, odd = checkpoint.quantizable(options.ignore)
+    quantized, reasons = checkpoint.quantizable(options.ignore, options.towers)
     arguments = {
         "source": checkpoint.fingerprint(),
         "stored": options.stored.name,
         "ignore": list(options.ignore),
+        "towers": options.towers,
         "vocabulary": list(options.vocabulary),
         **options.arguments,
     }
@@ -153,7 +156,7 @@ def write_resumable(
         fp8 = {n for n in asked if formats.get(n) == "fp8"}
         job = _Job(checkpoint, folder, quantizer, options, quantized, fp8)
         report = job.write(by_layer(checkpoint.tensors, quantized, linear))
-        report.odd = odd
+        report.reasons = reasons
         job.complete(report)
         if options.finish is not None:
             options.finish(folder)

@@ -240,7 +240,9 @@ def layer_paths() -> dict[str, str]:
     caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
-        "NVFP4 and MXFP4 linear": ops.describe_path(device, arch, False, bits),
+        "NVFP4 and MXFP4 linear": ops.describe_path(
+            device, arch, False, bits, options.a8_variant, ops.gpu_figures(device)
+        ),
         "FP8 linear": ops.describe_path(device, arch, True, bits),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],

@@ -7,7 +7,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
 
 if TYPE_CHECKING:
-    from vllm_nvfp4.checkpoints.source import Source
+    from vllm_nvfp4.checkpoints.source import Kept, Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
     from vllm_nvfp4.serving.progress import Step
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _TITLE = "Quantising"
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
+# The share of a model's bytes that may stay in 16 bits unasked without a warning.
+_MUCH = 0.05
 
 
 def add_parser(subparsers: Any) -> None:
@@ -81,6 +83,11 @@ def add_parser(subparsers: Any) -> None:
         default=0,
         metavar="N",
         help="chooses the parts of the text (default: 0)",
+    )
+    parser.add_argument(
+        "--towers",
+        action="store_true",
+        help="quantise the linear layers of vision and audio towers too",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -240,7 +247,7 @@ def _quantize(
     args: argparse.Namespace, method: str, calibration: Calibration | None, target: Path
 ) -> WriteReport:
     from vllm_nvfp4.checkpoints.quantizer import DataFree
-    from vllm_nvfp4.checkpoints.source import DEFAULT_IGNORE, Source
+    from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
@@ -258,7 +265,7 @@ def _quantize(
     if is_measured:
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
     vocabulary = source.vocabulary(args.embedding) if is_measured else []
-    linear, _ = source.quantizable(DEFAULT_IGNORE)
+    linear, kept = source.quantizable((), args.towers)
     chosen = linear.union(vocabulary)
 
     with step(_TITLE, sys.stderr) as current:
@@ -268,21 +275,54 @@ def _quantize(
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
         used = calibration if method in CALIBRATED else None
+        for line in _kept_lines(source, kept, set(vocabulary)):
+            current.say(line)
+        progress = _progress(current, source, chosen)
+        if isinstance(quantizer, Calibrated):
+            quantizer.progress = progress
         current.say(_memory(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
+            towers=args.towers,
             device=args.device,
             arguments=arguments,
-            progress=_progress(current, source, chosen),
+            progress=progress,
             precision=precision,
             vocabulary=vocabulary,
             finish=_kv_scales(args, calibration),
         )
         report = write_resumable(folder, target, quantizer, options)
+        if isinstance(quantizer, Calibrated) and (line := quantizer.few_tokens()):
+            current.say(line)
     if folder == _gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
+
+
+def _kept_lines(source: Source, kept: Sequence[Kept], chosen: set[str]) -> list[str]:
+    """A line for each kind of matrix that stays in 16 bits, with its share of the bytes, and a
+    warning where much stays that nobody asked to keep. chosen: those that get a format yet."""
+    from vllm_nvfp4.checkpoints.source import UNASKED
+
+    total = sum(info.num_bytes for info in source.tensors.values())
+    kinds: dict[tuple[str, str], list[Kept]] = {}
+    for tensor in kept:
+        if tensor.name not in chosen:
+            kinds.setdefault((tensor.kind, tensor.reason), []).append(tensor)
+    lines, unasked = [], 0.0
+    for (kind, reason), tensors in kinds.items():
+        share = sum(t.num_bytes for t in tensors) / total
+        unasked += share if kind in UNASKED else 0
+        names = tensors[0].name.removesuffix(".weight")
+        if len(tensors) > 1:
+            names += f" and {len(tensors) - 1} more"
+        lines.append(f"kept in 16 bits: {kind}, {share:.1%} of the bytes ({reason}): {names}")
+    if unasked > _MUCH:
+        lines.append(
+            f"warning: {unasked:.0%} of the bytes stay in 16 bits though nothing asked for it"
+        )
+    return lines
 
 
 def _memory(
@@ -365,13 +405,15 @@ def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[s
     total = 0
     for group in (g for unit in by_layer(source.tensors, quantized) for g in unit.groups):
         if group[0] in quantized:
-            before[group[0].removesuffix(".weight")] = total
+            before |= {name.removesuffix(".weight"): total for name in group}
             total += sum(prod(source.tensors[name].shape) for name in group)
 
     def progress(layer: str) -> None:
         if current.title != _TITLE:
             current.begin(_TITLE)
-        current.fraction, current.detail = before[layer] / max(total, 1), layer
+        # A layer that was quantised while it ran is named a second time when it is written.
+        current.fraction = max(current.fraction or 0.0, before[layer] / max(total, 1))
+        current.detail = layer
 
     return progress
 
@@ -380,8 +422,6 @@ def _print_summary(report: WriteReport, target: Path, method: str, seconds: floa
     from vllm_nvfp4.quantize.memory import peak_bytes
 
     mebi = 2**20
-    for layer in report.odd:
-        print(f"kept in 16 bits: {layer} (K is not a multiple of 16)")
     bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
     formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
     print(

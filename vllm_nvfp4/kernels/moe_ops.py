@@ -44,18 +44,27 @@ def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> Non
         ops.warm_up(device, fmt, activation_bits)
 
 
-def describe_experts_path(device_type: str, arch: int | None, activation_bits: int) -> str:
+def describe_experts_path(
+    device_type: str,
+    arch: int | None,
+    activation_bits: int,
+    variant: str = "exact",
+) -> str:
     """In a few words, for the log: which kernel runs routed experts on this device.
 
-    arch, activation_bits: as in :func:`ops.describe_path`
+    The other arguments: as in :func:`ops.describe_path`
     """
     if device_type == "cpu" or arch is None:
-        return f"CPU kernel, W4A{activation_bits or 16}, one expert after another"
-    if not activation_bits and not has_fp8_mma(arch):
+        bits = ops.four_bits(activation_bits or 16, ops.cpu_variant(variant))
+        return f"CPU kernel, {bits}, one expert after another"
+    # The grouped kernels have no other 8-bit variant.
+    if activation_bits != 16 and not has_fp8_mma(arch):
+        if arch < 89:
+            return f"grouped CUDA kernel, W4A16 (sm_{arch} has no FP8 mma.sync for experts)"
         return f"grouped {ops.describe_path(device_type, arch, False, activation_bits)}"
     if activation_bits:
-        return f"grouped CUDA kernel, W4A{activation_bits}"
-    return "grouped CUDA kernel, W4A16 or W4A8 by the tokens per expert"
+        return f"grouped CUDA kernel, {ops.four_bits(activation_bits, 'exact')}"
+    return f"grouped CUDA kernel, W4A16, or by the tokens per expert {ops.four_bits(8, 'exact')}"
 
 
 def moe(

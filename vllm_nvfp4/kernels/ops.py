@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
+from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits, has_fp8_mma, resolve_variant
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import FORMATS
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_int8_per_group
 from vllm_nvfp4.options import Options
 
 # Under vLLM's logger, so that its handlers print it.
@@ -65,8 +67,11 @@ def backend(device_type: str, layer: str = "linear") -> ModuleType:
     return importlib.import_module(f"vllm_nvfp4.kernels.{device_type}.{layer}")
 
 
-def configure(options: Options) -> None:
-    """Hand the options that concern CUDA kernels to them, before weights load."""
+def configure(options: Options, device_type: str) -> None:
+    """Hand the options that concern a device's kernels to them, before weights load."""
+    if device_type == "cpu":
+        backend("cpu").use_variant(options.a8_variant)
+        return
     from vllm_nvfp4.kernels.cuda import cubins, devices
 
     if "cache_dir" in options.non_default():
@@ -81,7 +86,9 @@ def warm_up(device: torch.device, fmt: str, activation_bits: int) -> None:
     """
     if device.type == "cpu":
         dtype = torch.get_default_dtype()
-        backend("cpu").warm_up(FORMATS[fmt], dtype, activation_bits or 16)
+        kernels = backend("cpu")
+        variant = kernels.a8_variant(device)
+        kernels.warm_up(FORMATS[fmt], dtype, activation_bits or 16, variant)
 
 
 def warm_up_fp8(weight: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -105,30 +112,73 @@ def check_activation(device: torch.device, activation: str) -> None:
         backend("cuda").check_activation(device, activation)
 
 
-def describe_path(device_type: str, arch: int | None, is_fp8: bool, activation_bits: int) -> str:
+def gpu_figures(device_type: str) -> Gpu | None:
+    """What is known of the current GPU; None on a CPU, and where torch sees no GPU."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    from vllm_nvfp4.kernels.cuda import devices
+
+    return devices.figures_of(torch.cuda.current_device())
+
+
+def describe_path(
+    device_type: str,
+    arch: int | None,
+    is_fp8: bool,
+    activation_bits: int,
+    variant: str = "exact",
+    gpu: Gpu | None = None,
+) -> str:
     """In a few words, for the log and ``doctor``: which kernel runs a layer on this device.
 
     arch: compute capability times ten; None on a CPU
     activation_bits: 16, 8, or 0 where the batch size decides
+    variant: the option ``a8_variant``
+    gpu: of :func:`gpu_figures`, by which "auto" is resolved
     """
     if device_type == "cpu" or arch is None:
-        return "CPU kernel, W8A16" if is_fp8 else f"CPU kernel, W4A{activation_bits or 16}"
+        bits = "W8A16" if is_fp8 else four_bits(activation_bits or 16, cpu_variant(variant))
+        return f"CPU kernel, {bits}"
     if is_fp8:
         return {
             16: "Triton kernel, W8A16",
             8: "torch's library product, W8A8",
             0: "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size",
         }[activation_bits]
-    if not activation_bits and not has_fp8_mma(arch):
-        return f"CUDA kernel, W4A16 for every batch size ({_no_fp8_mma(arch)})"
-    if activation_bits == 8 and not has_fp8_mma(arch):
-        return f"CUDA kernel, W4A8 (slow: {_no_fp8_mma(arch)})"
-    by_size = "W4A16 or W4A8 by the batch size"
-    return f"CUDA kernel, {f'W4A{activation_bits}' if activation_bits else by_size}"
+    if gpu is not None:
+        variant = resolve_variant(gpu, variant)
+    has_switch = has_fp8_mma(arch) if gpu is None else gains_from_8_bits(gpu, variant)
+    if activation_bits:
+        why = "" if activation_bits == 16 or has_switch else f" (slow: {_no_gain(arch, variant)})"
+        return f"CUDA kernel, {four_bits(activation_bits, variant)}{why}"
+    if not has_switch:
+        return f"CUDA kernel, W4A16 for every batch size ({_no_gain(arch, variant)})"
+    return f"CUDA kernel, W4A16, or by the batch size {four_bits(8, variant)}"
 
 
-def _no_fp8_mma(arch: int) -> str:
-    """Why 8-bit activations gain nothing on an architecture."""
+def four_bits(activation_bits: int, variant: str) -> str:
+    """How four-bit weights meet activations."""
+    words = {
+        "int8": "INT8 per token and 64 columns",
+        "auto": "FP8 or INT8 by the GPU's figures",
+        "f16_partials": "FP8 per token, f16 sums of blocks",
+        "folded": "FP8 per token, folded scales",
+    }
+    if activation_bits == 16:
+        return "W4A16"
+    return f"W4A8 in {words.get(variant, 'FP8 per token')}"
+
+
+def cpu_variant(variant: str) -> str:
+    """What the option ``a8_variant`` means to the CPU's kernels: "int8" or "exact"."""
+    resolved: str = backend("cpu").resolve_variant(variant)
+    return resolved
+
+
+def _no_gain(arch: int, variant: str) -> str:
+    """Why 8-bit activations gain nothing, or too little, on an architecture."""
+    if variant == "int8":
+        return f"on sm_{arch} its INT8 gains less than 1.3 times on paper"
     return f"sm_{arch} has no FP8 mma.sync" if arch < 89 else f"sm_{arch} emulates FP8 mma.sync"
 
 
@@ -188,15 +238,24 @@ def linear_a8(
     :func:`linear` with 8-bit activations that are quantised already. A compiled graph takes it in
     the place of ``linear`` (fusion.py), so that what computes the activations quantises them.
 
-    q:       [..., K] float8_e4m3fn
-    a_scale: [..., 1] float32, one scale per token
+    q, a_scale: of the :func:`activation_quantizer`: [..., K] float8_e4m3fn and [..., 1] float32,
+             one scale per token; or [..., K] int8 and [..., ceil(K / 64)] float32
     dtype:   of the result and of bias
     Other arguments as in :func:`linear`. Returns [..., N].
     """
     packed = PackedWeight(codes, block_scale, global_scale, num_rows, num_cols, FORMATS[fmt])
     product = backend(q.device.type).linear_a8
-    y = product(q.reshape(-1, num_cols), a_scale.reshape(-1), packed, bias, dtype)
+    scales = a_scale.reshape(-1, a_scale.shape[-1])
+    y = product(q.reshape(-1, num_cols), scales, packed, bias, dtype)
     return y.view(*q.shape[:-1], num_rows)
+
+
+def activation_quantizer(
+    device: torch.device,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """numerics' rule by which :func:`linear` rounds activations to 8 bits on a device."""
+    is_int8 = backend(device.type).a8_variant(device) == "int8"
+    return quantize_int8_per_group if is_int8 else quantize_fp8_per_row
 
 
 def takes_8_bits(

@@ -187,7 +187,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             self.moe_kernel = self.make_kernel(layer, self.experts)
         moe_ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
-        kernel = moe_ops.describe_experts_path(device.type, versions.device_arch(), bits)
+        kernel = moe_ops.describe_experts_path(
+            device.type, versions.device_arch(), bits, self.options.a8_variant
+        )
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
     def make_kernel(self, layer: Any, experts: NvFp4Experts) -> Any:

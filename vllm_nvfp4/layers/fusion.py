@@ -3,7 +3,7 @@
 
 ``vllm_nvfp4::linear`` quantises its input itself: it reads what an RMSNorm or SiLU-and-multiply has
 just written. Where a graph is compiled for batches that all get 8-bit activations, this pass splits
-the op into numerics' quantize_fp8_per_row, in torch's own operations, and
+the op into numerics' rounding of activations, in torch's own operations, and
 ``vllm_nvfp4::linear_a8``, and ``fp8_linear`` likewise. Inductor then writes the quantisation into
 the Triton kernel of whatever comes before it, or makes one of it alone.
 
@@ -27,7 +27,7 @@ from torch._inductor.pattern_matcher import (
 
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
+from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits, has_fp8_mma
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.options import Options
 
@@ -78,7 +78,10 @@ def _has_a_switch(options: Options) -> bool:
     arch = versions.device_arch()
     if arch is None or (arch >= 100 and options.native_blackwell):
         return False
-    return has_fp8_mma(arch)
+    if has_fp8_mma(arch):
+        return True
+    gpu = ops.gpu_figures("cuda")
+    return gpu is not None and gains_from_8_bits(gpu, options.a8_variant)
 
 
 def _takes_8_bits(match: Match) -> bool:
@@ -107,11 +110,12 @@ def _least_tokens(a: Any) -> int:
 
 def _split(match: Match, a: Any, codes: Any, block_scale: Any, global_scale: Any, bias: Any,
            num_rows: int, num_cols: int, fmt: str, activation_bits: int) -> None:  # fmt: skip
-    """linear(a, w) -> linear_a8(quantize_fp8_per_row(a), w)"""
+    """linear(a, w) -> linear_a8(quantize(a), w)"""
     dtype = a.meta["val"].dtype
+    quantize = ops.activation_quantizer(a.meta["val"].device)
 
     def quantize_and_multiply(a: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-        q, a_scale = quantize_fp8_per_row(a)
+        q, a_scale = quantize(a)
         codes, block_scale, global_scale, *biases = weight
         return torch.ops.vllm_nvfp4.linear_a8(
             q, a_scale, codes, block_scale, global_scale, biases[0] if biases else None,

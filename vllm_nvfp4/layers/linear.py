@@ -135,7 +135,7 @@ class NvFp4LinearMethod(CheckpointLinearMethod):
         keep_offloaded(layer, layer.nvfp4_stored, LINEAR_NAMES)
         prepare_kernels(layer, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
-        log_path(self.spec, layer.weight_packed.device, bits)
+        log_path(self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.spec.tensor(Role.PRE_SCALE) is not None:
@@ -163,7 +163,7 @@ class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
             wanted = 16
         dtype = torch.get_default_dtype()
         layer.nvfp4_activation_bits = ops.fp8_activation_bits(weight, dtype, wanted)
-        log_path(self.spec, weight.device, layer.nvfp4_activation_bits)
+        log_path(self.spec, weight.device, layer.nvfp4_activation_bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         bits = layer.nvfp4_activation_bits
@@ -214,7 +214,7 @@ class NvFp4OnlineLinearMethod(PlacedMethod):
         attach_weight(layer, quantized)
         prepare_kernels(layer, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
-        log_path(self.spec, layer.weight_packed.device, bits)
+        log_path(self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return apply_weight(layer, x, bias, self.options.activation)
@@ -239,13 +239,14 @@ def add_meta_weight(
     versions.initialize_online_processing(layer)
 
 
-def log_path(spec: LayerSpec, device: torch.device, activation_bits: int) -> None:
+def log_path(spec: LayerSpec, device: torch.device, activation_bits: int, variant: str) -> None:
     """One line for each kind of layer: what was found and which path runs it."""
     found = spec.algo or spec.kind.value
     if spec.kind is LayerKind.ONLINE and spec.fmt:
         found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
     is_fp8 = spec.kind is LayerKind.FP8
-    path = ops.describe_path(device.type, versions.device_arch(), is_fp8, activation_bits)
+    arch, gpu = versions.device_arch(), ops.gpu_figures(device.type)
+    path = ops.describe_path(device.type, arch, is_fp8, activation_bits, variant, gpu)
     logger.info_once("nvfp4: %s: %s", found, path)
 
 

@@ -12,6 +12,11 @@ E4M3_MAX = 448.0
 E4M3_MIN_SUBNORMAL = 2.0**-9
 E8M0_BIAS = 127
 
+# Activations in INT8: symmetric, and so many columns of a row share a scale. 64 columns are a
+# packed tile of the CUDA kernels.
+INT8_MAX = 127.0
+INT8_GROUP = 64
+
 
 @dataclass(frozen=True)
 class BlockFormat:

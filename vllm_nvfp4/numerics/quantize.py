@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round a weight to NVFP4 or MXFP4, and activations to FP8. Torch only, on any device."""
+"""Round a weight to NVFP4 or MXFP4, and activations to FP8 or INT8. Torch only, on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_nvfp4.numerics.codes import encode_e2m1, pack_codes, round_e2m1
 from vllm_nvfp4.numerics.formats import (
@@ -13,6 +14,8 @@ from vllm_nvfp4.numerics.formats import (
     E4M3_MAX,
     E4M3_MIN_SUBNORMAL,
     E8M0_BIAS,
+    INT8_GROUP,
+    INT8_MAX,
     MXFP4,
     NVFP4,
     BlockFormat,
@@ -203,6 +206,30 @@ def quantize_fp8_per_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     amax = x.abs().amax(-1, keepdim=True)
     scale = torch.where(amax > 0, _divide(amax, E4M3_MAX), torch.ones_like(amax))
     return to_e4m3(x / scale), scale
+
+
+def quantize_int8_per_group(
+    x: torch.Tensor, group_size: int = INT8_GROUP
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q[m, k] = x[m, k] / scale[m, g] to the nearest integer, ties to even; g = k // group_size,
+    scale[m, g] = amax(|x[m]| over the group) / 127
+
+    Where amax / 127 is below float32's normal numbers, so for a group of zeros, scale is 1 and q
+    is 0. A NaN or an infinity makes its group's scale NaN or infinite and its own q 0: a product
+    with them is NaN.
+
+    x: [..., K] floating point; the last group may be shorter.
+    Returns q [..., K] int8 in -127..127 and scale [..., ceil(K / group_size)] float32.
+
+    |x - q * scale| <= amax * (1 / 254 + 2^-23): half a step, and two roundings of the quotient.
+    """
+    columns = x.shape[-1]
+    groups = pad(x.float(), (0, -columns % group_size)).unflatten(-1, (-1, group_size))
+    scale = _divide(groups.abs().amax(-1, keepdim=True), INT8_MAX)
+    is_lost = scale < torch.finfo(torch.float32).smallest_normal
+    scale = torch.where(is_lost, torch.ones_like(scale), scale)
+    q = (groups / scale).round().nan_to_num(nan=0.0).to(torch.int8)
+    return q.flatten(-2)[..., :columns].contiguous(), scale.squeeze(-1)
 
 
 def _check_blocks(weight: torch.Tensor, fmt: BlockFormat) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.formats import INT8_GROUP, INT8_MAX
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_int8_per_group
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 
@@ -21,18 +22,43 @@ def reference_linear(
     """y[m, n] = sum_k A[m, k] * w[n, k] + bias[n], in float64.
 
     a:               [M, K] floating point
-    activation_bits: 16 takes A = a; 8 takes A = a rounded to E4M3 with one scale per row
-    variant:         "folded" takes w = :func:`folded_weight`
+    activation_bits: 16 takes A = a; 8 takes A = :func:`rounded_activations`
+    variant:         of 8 bits: "int8" rounds a to INT8 with one scale per row and 64 columns, any
+                     other to E4M3 with one per row; "folded" takes w = :func:`folded_weight`
     Returns [M, N] float64.
     """
-    if activation_bits == 8:
-        q, scale = quantize_fp8_per_row(a)
-        activations = q.double() * scale.double()
-    else:
-        activations = a.double()
+    activations = rounded_activations(a, variant) if activation_bits == 8 else a.double()
     w = folded_weight(weight) if variant == "folded" else weight.dequantize(torch.float64)
     y = activations @ w.T
     return y if bias is None else y + bias.double()
+
+
+def rounded_activations(a: torch.Tensor, variant: str = "exact") -> torch.Tensor:
+    """What 8-bit activations of a variant stand for: q * scale, [M, K] float64."""
+    if variant != "int8":
+        q, scale = quantize_fp8_per_row(a)
+        return q.double() * scale.double()
+    q, scale = quantize_int8_per_group(a)
+    return q.double() * _by_column(scale.double(), a.shape[-1])
+
+
+def int8_error_bound(a: torch.Tensor, weight: BlockScaledWeight) -> torch.Tensor:
+    """bound[m, n] = sum_k step[m, k] * |w[n, k]|, step = amax of k's group * (1 / 254 + 2^-23)
+
+    What rounding activations to INT8 changes in a product at most: half a step of each one. The
+    expected change is far less: errors are spread evenly over half a step to either side, so their
+    root mean square is step / sqrt(3), and they add with random signs.
+
+    a: [M, K] finite. Returns [M, N] float64.
+    """
+    _, scale = quantize_int8_per_group(a)
+    step = _by_column(scale.double(), a.shape[-1]) * (0.5 + INT8_MAX * 2.0**-23)
+    return step @ weight.dequantize(torch.float64).abs().T
+
+
+def _by_column(scale: torch.Tensor, num_cols: int) -> torch.Tensor:
+    """[M, groups] -> [M, K]"""
+    return scale.repeat_interleave(INT8_GROUP, -1)[..., :num_cols]
 
 
 def folded_weight(weight: BlockScaledWeight) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_nvfp4.numerics.codes import decode_e2m1, unpack_codes
-from vllm_nvfp4.numerics.formats import E8M0_BIAS, BlockFormat
+from vllm_nvfp4.numerics.formats import E4M3_MAX, E8M0_BIAS, BlockFormat
 
 
 def decode_block_scale(
@@ -64,3 +64,26 @@ class BlockScaledWeight:
         scale = decode_block_scale(self.block_scale, self.fmt, torch.float64)
         value = value.view(self.num_rows, -1, self.fmt.block_size) * scale[..., None]
         return (value.flatten(1) * self.global_scale.double()[:, None]).to(dtype)
+
+
+def raise_block_scales(weight: BlockScaledWeight) -> BlockScaledWeight:
+    """The same NVFP4 weight with the block scales of each row as large as E4M3 allows:
+
+    block_scale[n, b] * 2^r[n] and global_scale[n] / 2^r[n],
+    r[n] = floor(log2(448 / max over b of block_scale[n, b]))
+
+    Nothing is rounded: scaling up by a power of two only moves exponents, out of the subnormal
+    numbers where it meets them. A row of zeros stays as it is.
+    """
+    scale = weight.block_scale.view(torch.float8_e4m3fn).float()
+    largest = scale.amax(1)
+    # frexp: x = mantissa * 2^exponent with mantissa in [0.5, 1): floor(log2(x)) = exponent - 1.
+    _, exponent = torch.frexp(torch.full_like(largest, E4M3_MAX) / largest)
+    power = torch.where(largest > 0, exponent - 1, 0)
+    factor = torch.ldexp(torch.ones_like(largest), power)
+    return BlockScaledWeight(
+        weight.codes,
+        (scale * factor[:, None]).to(torch.float8_e4m3fn),
+        weight.global_scale / factor,
+        weight.fmt,
+    )

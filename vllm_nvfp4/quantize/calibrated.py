@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.quantizer import DataFree
-from vllm_nvfp4.checkpoints.source import FUSED, Source, Unit
+from vllm_nvfp4.checkpoints.source import Source, Unit
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
@@ -28,6 +29,7 @@ from vllm_nvfp4.quantize.hessian import (
     shifted_target,
 )
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
+from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, quantize_routed
 
 METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
@@ -69,6 +71,7 @@ class Calibrated:
         self._follows_exact = method != "hessian"
         self._rotation = hadamard(rotation).to(device) if rotation else None
         self._samples = calibration.samples(source.folder)
+        source.quantizable()  # takes stacked experts apart
         self._model, self._hidden = self._embedded({})  # through the quantised layers
         self._exact_hidden = self._hidden  # through the source's
         self._index = 0
@@ -78,6 +81,10 @@ class Calibrated:
         self._output: torch.Tensor | None = None  # its output with these
         self._exact = _Exact()
         self._adds_to: dict[str, str] = {}
+        # Called with the name of each layer before it is quantised.
+        self.progress: Callable[[str], None] | None = None
+        # Tokens of the text that each routed expert of a layer got.
+        self.expert_tokens: dict[str, list[int]] = {}
 
     def _embedded(self, weights: Mapping[str, torch.Tensor]) -> tuple[LayerwiseModel, torch.Tensor]:
         """(The model, what goes into its first layer: all samples in one tensor, so that each layer
@@ -106,7 +113,8 @@ class Calibrated:
     ) -> None:
         """Run the layer once. Each module waits for its input, is quantised for it, and goes on."""
         self._by_weights.start(unit, quantized, fp8, representable)
-        self._is_layer = bool(unit.prefix)
+        # A draft model's layers, or a tower's, are rounded by their weights alone too.
+        self._is_layer = unit.prefix in self._model.prefixes
         if not self._is_layer:
             return
         if unit.prefix != self._model.prefix(self._index):
@@ -119,30 +127,93 @@ class Calibrated:
             )
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
+        experts = self._routed(groups)
+        plain = [group for group in groups if self._model.expert(self._index, group[0]) is None]
         if self._follows_exact:
-            self._run_exact(layer, [self._module(group[0]) for group in groups])
+            self._run_exact(layer, [*map(self._module, (g[0] for g in plain)), *experts])
         seen: dict[str, torch.Tensor] = {}
 
-        def quantize_before(names: list[str]) -> Callable[[torch.Tensor], None]:
-            def hook(x: torch.Tensor) -> None:
+        def quantize_before(names: list[str]) -> Callable[..., None]:
+            def hook(x: torch.Tensor, *rest: torch.Tensor) -> None:
                 if names[0] in {**self._found, **self._fp8}:  # by the hook on another shard
                     return
                 target, hessian = self._target(names, x, seen)
-                if names[0] in fp8:
-                    weights = self._quantize_fp8(names, target, hessian)
-                else:
-                    self._input_amax |= dict.fromkeys(names, self._amax(x))
-                    weights = self._quantize(names, target, hessian, representable)
+                weights = self._round(names, target, hessian, x, names[0] in fp8, representable)
                 for name, weight in weights.items():
                     layer.get_parameter(f"{self._module(name)}.weight").copy_(weight)
 
             return hook
 
-        hooks = {self._module(n): quantize_before(group) for group in groups for n in group}
+        def quantize_experts(name: str) -> Callable[..., None]:
+            def hook(*inputs: torch.Tensor) -> None:
+                self._quantize_experts(layer, name, experts[name], inputs, fp8, representable)
+
+            return hook
+
+        hooks = {self._module(n): quantize_before(group) for group in plain for n in group}
+        hooks |= {name: quantize_experts(name) for name in experts}
         for name in self._adds_to.values():
             if name:
-                hooks[name] = lambda x, name=name: seen.update({name: x})  # type: ignore[misc]
+                hooks[name] = lambda x, *rest, name=name: seen.update({name: x})  # type: ignore[misc]
         self._output = self._model.watch(layer, self._index, self._hidden, hooks)
+
+    def _routed(self, groups: list[list[str]]) -> dict[str, dict[str, ExpertPlace]]:
+        """The modules of routed experts in the layer -> where each of their weights stands."""
+        found: dict[str, dict[str, ExpertPlace]] = {}
+        for name in (n for group in groups for n in group):
+            if (place := self._model.expert(self._index, name)) is not None:
+                found.setdefault(place.module, {})[name] = place
+        return found
+
+    def _quantize_experts(
+        self,
+        layer: torch.nn.Module,
+        module: str,
+        places: dict[str, ExpertPlace],
+        inputs: tuple[torch.Tensor, ...],
+        fp8: set[str],
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        full = f"{self._model.prefix(self._index)}{module}"
+        routing = Routing.of(full, inputs)
+        stack = Stack(full, layer.get_submodule(module), places)
+        stack.check(routing)
+        groups: dict[int, tuple[list[str], list[str]]] = {}
+        for name, place in sorted(places.items(), key=lambda p: (p[1].expert, p[1].index)):
+            pair = groups.setdefault(place.expert, ([], []))
+            pair[place.leaf == "down_proj"].append(name)
+
+        def quantize(
+            names: list[str], moments: Moments, x: torch.Tensor
+        ) -> dict[str, torch.Tensor]:
+            target = self._weights(names, moments.hessian)
+            if moments.shift is not None:
+                target = shifted_target(target, moments.hessian, moments.shift)
+            is_fp8 = names[0] in fp8
+            return self._round(names, target, moments.hessian, x, is_fp8, representable)
+
+        exact = None
+        if self._follows_exact:
+            exact = self._exact.inputs[module].flatten(0, -2)
+        counts = quantize_routed(stack, routing, exact, groups, quantize)
+        self.expert_tokens[full] = [counts[e] for e in sorted(counts)]
+
+    def _round(
+        self,
+        names: list[str],
+        target: torch.Tensor,
+        hessian: torch.Tensor,
+        x: torch.Tensor,
+        is_fp8: bool,
+        representable: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Shards as they are stored, as numbers, [N, K] float32."""
+        if self.progress is not None:
+            self.progress(names[0].removesuffix(".weight"))
+        if is_fp8:
+            return self._quantize_fp8(names, target, hessian)
+        self._input_amax |= dict.fromkeys(names, self._amax(x))
+        return self._quantize(names, target, hessian, representable)
 
     def _module(self, name: str) -> str:
         """A weight's module, by its name in the layer."""
@@ -153,16 +224,17 @@ class Calibrated:
         inputs: dict[str, torch.Tensor] = {}
         modules = dict(layer.named_modules())
         outputs: dict[str, torch.Tensor] = {}
-        writers = [n for n in _ADDS_TO if {*_ADDS_TO, *_ADDS_TO.values()} <= set(modules)]
+        writers = [n for n, stream in _ADDS_TO.items() if {n, stream} <= modules.keys()]
 
         def note_output(name: str) -> Callable[..., None]:
             return lambda module, args, output: outputs.update({name: output[:1].cpu()})
 
-        def note_input(name: str) -> Callable[[torch.Tensor], None]:
-            return lambda x: inputs.update({name: x.to(self._exact_hidden.dtype).cpu()})
+        def note_input(name: str) -> Callable[..., None]:
+            return lambda x, *rest: inputs.update({name: x.to(self._exact_hidden.dtype).cpu()})
 
         handles = [modules[n].register_forward_hook(note_output(n)) for n in writers]
-        watched = {*asked, *(_ADDS_TO[n] for n in writers if _ADDS_TO[n])}
+        streams = [n for n in _ADDS_TO.values() if n in modules and n]
+        watched = {*asked, *streams}
         hooks = {name: note_input(name) for name in sorted(watched)}
         try:
             output = self._model.watch(layer, self._index, self._exact_hidden, hooks)
@@ -170,23 +242,21 @@ class Calibrated:
             for handle in handles:
                 handle.remove()
         self._exact = _Exact(inputs, output)
-        self._adds_to = {}
-        if writers and self._is_sum(outputs, inputs, output):
-            self._adds_to = dict(_ADDS_TO)
+        self._adds_to = {n: _ADDS_TO[n] for n in writers if self._adds(n, outputs, inputs, output)}
 
-    def _is_sum(
+    def _adds(
         self,
+        writer: str,
         outputs: dict[str, torch.Tensor],
         inputs: dict[str, torch.Tensor],
         output: torch.Tensor,
     ) -> bool:
         """_ADDS_TO holds where the layer is built so: found by adding up, on the first sample."""
-        middle = inputs[_ADDS_TO["mlp.down_proj"]][:1]
-        sums = (
-            (self._exact_hidden[:1] + outputs["self_attn.o_proj"], middle),
-            (middle + outputs["mlp.down_proj"], output[:1]),
-        )
-        return all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in sums)
+        stream = _ADDS_TO[writer]
+        before = inputs[stream][:1] if stream else self._exact_hidden[:1]
+        streams = [n for n in _ADDS_TO.values() if n and n in inputs]
+        after = output[:1] if stream or not streams else inputs[streams[0]][:1]
+        return torch.allclose(before + outputs[writer], after, rtol=1e-2, atol=1e-2)
 
     def _target(
         self, names: list[str], x: torch.Tensor, seen: dict[str, torch.Tensor]
@@ -197,16 +267,8 @@ class Calibrated:
         weight is quantised in fewer, larger steps than several.
         """
         module = self._module(names[0])
-        target = torch.cat([self._source.load_finite(n, self._device).float() for n in names])
         hessian = second_moment(x)
-        if not hessian.isfinite().all():
-            raise CheckpointError(
-                names[0],
-                "inputs on the calibration text",
-                "NaN or infinite numbers",
-                "finite ones",
-                "Check the checkpoint's embedding, norms and biases.",
-            )
+        target = self._weights(names, hessian)
         if not self._follows_exact:
             return target, hessian
         input_shift = difference_moment(self._exact.inputs[module], x, x)
@@ -216,6 +278,18 @@ class Calibrated:
             theirs = self._exact.inputs[stream] if stream else self._exact_hidden
             output_shift = difference_moment(theirs, seen[stream] if stream else self._hidden, x)
         return shifted_target(target, hessian, input_shift, output_shift), hessian
+
+    def _weights(self, names: list[str], hessian: torch.Tensor) -> torch.Tensor:
+        """The source's shards, [N, K] float32; hessian: of their inputs, which has to be finite."""
+        if not hessian.isfinite().all():
+            raise CheckpointError(
+                names[0],
+                "inputs on the calibration text",
+                "NaN or infinite numbers",
+                "finite ones",
+                "Check the checkpoint's embedding, norms and biases.",
+            )
+        return torch.cat([self._source.load_finite(n, self._device).float() for n in names])
 
     def _bounds(self, names: list[str]) -> list[int]:
         return [self._source.tensors[name].shape[0] for name in names]
@@ -260,8 +334,23 @@ class Calibrated:
         self._fp8 |= found
         return {name: codes.float() * scale for name, (codes, scale) in found.items()}
 
+    def few_tokens(self) -> str:
+        """One line on experts that got few tokens of the text, or "" where none did."""
+        counts = [n for of_layer in self.expert_tokens.values() for n in of_layer]
+        few = sum(n < FEW_TOKENS for n in counts)
+        if not few:
+            return ""
+        unreached = sum(n == 0 for n in counts)
+        return (
+            f"{few} of {len(counts)} experts got fewer than {FEW_TOKENS} tokens of the text, "
+            f"{unreached} of them none: theirs are the inputs of their layer's experts together, "
+            "the fewer tokens the more; --samples gives more"
+        )
+
     def _amax(self, x: torch.Tensor) -> float:
         """Of the inputs, rotated as the weight is."""
+        if not len(x):
+            return 0.0
         return max(float(self._rotate(sample.float()).abs().amax()) for sample in x)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
@@ -283,9 +372,9 @@ class Calibrated:
         return self._input_amax.get(name)
 
     def finish(self, unit: Unit, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
-        if not unit.prefix:
+        if unit.prefix not in self._model.prefixes:
             # The layers make up for an embedding that is not the source's.
-            stored = weights()
+            stored = {} if unit.prefix else weights()
             if self._model.embedding_name in stored:
                 self._hidden = self._embedded(stored)[1]
             return
@@ -317,10 +406,3 @@ def forward_dtype(device: str) -> torch.dtype:
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
-
-
-def input_module(name: str) -> str:
-    """The module of a fused layer's first shard: all its shards have the same input."""
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    shards = next((shards for shards in FUSED if leaf in shards), (leaf,))
-    return f"{parent}.{shards[0]}"

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_nvfp4.checkpoints.model_class import BLOCK, ExpertPlace, ModelClass
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 _NEEDED = "a decoder that transformers builds with one module for each stored layer"
@@ -31,15 +33,37 @@ class _Recorder(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        # Some models ask a layer which mask it wants.
-        self.attention_type = getattr(layer, "attention_type", None)
-        self.options: dict[str, Any] = {}
+        # In a list, so that it is no part of this module. Some models ask a layer which mask it
+        # wants, or of what kind it is.
+        self._stands_for = [layer]
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.input: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stands_for[0], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if args:
-            raise TypeError("the decoder passes a layer more than its input by position")
-        self.options = options
+        self.calls.append((args, options))
+        self.input = hidden_states
         return hidden_states
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """What one call with all samples passes, of what a call for each passed: what is equal in all
+    of them as it is, other tensors one after another."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        if all(p is first or torch.equal(p, first) for p in parts[1:]):
+            return first
+        return torch.cat(list(parts))
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(part) for part in zip(*parts, strict=True))
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    return first
 
 
 class LayerwiseModel:
@@ -71,21 +95,37 @@ class LayerwiseModel:
         self._load = load
         self._names = set(names)
         self._folder = folder
+        self._class = ModelClass(folder)
         try:
-            config = _plain_config(folder)
-            with torch.device("meta"):
-                model = _from_config(config)
-            decoder = model.get_decoder()
+            decoder = self._class.model.get_decoder()
             self._layers = decoder.layers
-            stem = next(n for n, m in model.named_modules() if m is decoder.layers)
-            first = self._first_layer_only(config)
+            modules = self._class.model.named_modules()
+            self._stem = next(n for n, m in modules if m is decoder.layers)
+            self._stored_as = self._stored_names()
+            self._prefixes = [self._find_prefix(i) for i in range(len(self._layers))]
+            first = self._first_layer_only()
         except (ValueError, KeyError, AttributeError, StopIteration, ImportError, OSError) as error:
             raise self._unknown(str(error).split("\n")[0]) from error
-        self._stem = stem
-        self._options: list[dict[str, Any]] = []
-        self.hidden = self._embed(first, config, samples)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden = self._embed(first, decoder.config, samples)
         del first
         gc.collect()
+
+    def _stored_names(self) -> dict[str, list[str]]:
+        """The class's parameters (and buffers) -> the stored tensors that they are made of."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self._names):
+            found[self._class.parameter(name)].append(name)
+        return dict(found)
+
+    def _find_prefix(self, index: int) -> str:
+        """What the stored tensors of a decoder layer begin with."""
+        start = f"{self._stem}.{index}."
+        stored = next(names for p, names in self._stored_as.items() if p.startswith(start))
+        match = BLOCK.match(stored[0])
+        if match is None:
+            raise ValueError(f"{stored[0]} of decoder layer {index} has no number")
+        return match[1]
 
     def _unknown(self, found: str) -> CheckpointError:
         return CheckpointError(
@@ -96,29 +136,42 @@ class LayerwiseModel:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """:meth:`prefix` of every layer."""
+        return tuple(self._prefixes)
+
     def prefix(self, index: int) -> str:
         """What the names of a decoder layer's tensors begin with, e.g. "model.layers.0."."""
-        return f"{self._stem}.{index}."
+        return self._prefixes[index]
 
     def module(self, index: int, weight: str) -> str:
         """The module of a stored weight, by its name in the decoder layer."""
-        return weight.removeprefix(self.prefix(index)).removesuffix(".weight")
+        parameter = self._class.parameter(weight)
+        return parameter.removeprefix(f"{self._stem}.{index}.").rpartition(".")[0]
 
-    @staticmethod
-    def _first_layer_only(config: Any) -> torch.nn.Module:
+    def expert(self, index: int, weight: str) -> ExpertPlace | None:
+        """Where a stored weight stands in a stack of experts; its module is named in the layer."""
+        place = self._class.expert(weight)
+        if place is None:
+            return None
+        module = place.module.removeprefix(f"{self._stem}.{index}.")
+        return replace(place, module=module)
+
+    def _first_layer_only(self) -> torch.nn.Module:
         """The decoder with its first layer alone: its embedding and rotary tables are real."""
-        short = copy.deepcopy(config)
+        decoder = self._class.model.get_decoder()
+        short = copy.deepcopy(decoder.config)
         short.num_hidden_layers = 1
-        return _from_config(short).get_decoder()
+        return _from_config(type(decoder), short)
 
     def _embed(self, decoder: Any, config: Any, samples: torch.Tensor) -> list[torch.Tensor]:
         recorders = [_Recorder(layer) for layer in self._layers]
         decoder.layers = torch.nn.ModuleList(recorders)
         decoder.config = config
-        decoder.norm = torch.nn.Identity()
         stem = self._stem.removesuffix("layers")
         state = {
-            name: self._stored(stem + name) for name, _ in decoder.named_parameters(recurse=True)
+            name: self._value(stem + name, {}) for name, _ in decoder.named_parameters(recurse=True)
         }
         decoder.load_state_dict(state, strict=False)
         decoder.float().eval().to(self._device)
@@ -128,11 +181,16 @@ class LayerwiseModel:
             for sample in samples:
                 tokens = sample[None].to(self._device)
                 try:
-                    output = decoder(input_ids=tokens, use_cache=False)
+                    decoder(input_ids=tokens, use_cache=False)
                 except (TypeError, AttributeError, KeyError) as error:
                     raise self._unknown(str(error)) from error
-                hidden.append(output.last_hidden_state.cpu().to(self._dtype))
-        self._options = [self._cast(recorder.options) for recorder in recorders]
+                # Not what comes out: that has been through the final norm.
+                first = recorders[0].input
+                if first is None:
+                    raise self._unknown("a decoder that does not run its first layer")
+                hidden.append(first.cpu().to(self._dtype))
+        calls = [_joined(recorder.calls) for recorder in recorders]
+        self._calls = [(self._cast(args), self._cast(options)) for args, options in calls]
         return hidden
 
     def _cast(self, value: Any) -> Any:
@@ -145,22 +203,45 @@ class LayerwiseModel:
             return {name: self._cast(v) for name, v in value.items()}
         return value
 
-    def _stored(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise self._unknown(f"no tensor {name}")
-        return self._load(name).float()
+    def _value(self, parameter: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A parameter of the class, float32, of the stored tensors; ``weights`` (by their names)
+        in place of some."""
+        stored = self._stored_as.get(parameter)
+        if stored is None:
+            raise self._unknown(f"no tensor {parameter}")
+
+        def load(name: str) -> torch.Tensor:
+            return weights[name] if name in weights else self._load(name).float()
+
+        places = {name: self._class.expert(name) for name in stored}
+        shape = self._class.shape(parameter)
+        if len(stored) == 1 and places[stored[0]] is None:
+            value = load(stored[0])
+            if shape is not None and tuple(value.shape) != shape:
+                raise self._unknown(f"{stored[0]} {list(value.shape)} for {list(shape)}")
+            return value
+        if shape is None:
+            raise self._unknown(f"{parameter} is made of {len(stored)} tensors")
+        made = torch.empty(shape, dtype=torch.float32)
+        filled = 0
+        for name, place in places.items():
+            if place is None:
+                raise self._unknown(f"{parameter} is made of {len(stored)} tensors")
+            weight = load(name)
+            place.view(made, len(weight)).copy_(weight)
+            filled += weight.numel()
+        if filled != made.numel():
+            raise self._unknown(f"{parameter} of {made.numel()} numbers, {filled} stored")
+        return made
 
     def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """The layer with its stored weights, and ``weights`` (by full name) in place of some."""
         layer = copy.deepcopy(self._layers[index]).to_empty(device=self._device)
-        prefix = self.prefix(index)
-        state = {}
-        for name in layer.state_dict():
-            full = prefix + name
-            state[name] = weights[full] if full in weights else self._stored(full)
+        prefix = f"{self._stem}.{index}."
+        state = {name: self._value(prefix + name, weights) for name in layer.state_dict()}
         buffers = {name for name, _ in layer.named_buffers()} - set(state)
         if buffers:
-            raise self._unknown(f"{prefix}{min(buffers)}, which no checkpoint holds")
+            raise self._unknown(f"{self.prefix(index)}{min(buffers)}, which no checkpoint holds")
         layer.load_state_dict(state)
         return layer.to(self._dtype).requires_grad_(False).eval()
 
@@ -171,11 +252,11 @@ class LayerwiseModel:
 
         cache: what the attention puts its keys and values into, if anything (``update``)
         """
-        options = self._options[index]
+        args, options = self._calls[index]
         if cache is not None:
             options = options | {"past_key_values": cache, "use_cache": True}
         with torch.inference_mode():
-            output = layer(hidden.to(self._device), **options)
+            output = layer(hidden.to(self._device), *args, **options)
         return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def watch(
@@ -183,13 +264,13 @@ class LayerwiseModel:
         layer: torch.nn.Module,
         index: int,
         hidden: torch.Tensor,
-        hooks: Mapping[str, Callable[[torch.Tensor], None]],
+        hooks: Mapping[str, Callable[..., None]],
     ) -> torch.Tensor:
         """:meth:`run`, in which each of some modules, by name in the layer, calls a function with
-        its input before it computes."""
+        its inputs before it computes."""
 
         def call(name: str) -> Callable[..., None]:
-            return lambda module, args: hooks[name](args[0].detach())
+            return lambda module, args: hooks[name](*(x.detach() for x in args))
 
         with self._hooked(layer, index, "register_forward_pre_hook", {n: call(n) for n in hooks}):
             return self.run(layer, index, hidden)
@@ -205,7 +286,7 @@ class LayerwiseModel:
         found: dict[str, torch.Tensor] = {}
 
         def note(name: str) -> Callable[[torch.Tensor], None]:
-            return lambda x: found.update({name: x})
+            return lambda x, *rest: found.update({name: x})
 
         output = self.watch(layer, index, hidden, {name: note(name) for name in modules})
         return found, output
@@ -224,7 +305,8 @@ class LayerwiseModel:
 
         hooks = {name: note(name) for name in modules}
         with self._hooked(layer, index, "register_forward_hook", hooks), torch.enable_grad():
-            output = layer(hidden, **self._options[index])
+            args, options = self._calls[index]
+            output = layer(hidden, *args, **options)
         return found, output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -264,21 +346,26 @@ class LayerwiseModel:
     @property
     def embedding_name(self) -> str:
         """The stored name of the token embedding."""
-        return f"{self._stem.removesuffix('layers')}embed_tokens.weight"
+        decoder = self._class.model.get_decoder()
+        table = decoder.get_input_embeddings()
+        leaf = next(n for n, m in decoder.named_modules() if m is table)
+        parameter = f"{self._stem.removesuffix('layers')}{leaf}.weight"
+        return self._stored_as.get(parameter, [parameter])[0]
 
     def head(self) -> Head:
         """What makes logits of what comes out of the last layer."""
-        short = copy.deepcopy(_plain_config(self._folder))
-        short.num_hidden_layers = 1
-        model = _from_config(short)
-        norm, lm_head = model.get_decoder().norm, model.get_output_embeddings()
+        decoder = self._class.model.get_decoder()
+        norm, lm_head = decoder.norm, self._class.model.get_output_embeddings()
+        norm, lm_head = (copy.deepcopy(m).to_empty(device="cpu") for m in (norm, lm_head))
         stem = self._stem.removesuffix("layers")
-        norm.load_state_dict({n: self._stored(f"{stem}norm.{n}") for n in norm.state_dict()})
+        norm.load_state_dict({n: self._value(f"{stem}norm.{n}", {}) for n in norm.state_dict()})
         name = HEAD_NAME if HEAD_NAME in self._names else self.embedding_name
-        lm_head.load_state_dict({"weight": self._stored(name)})
+        lm_head.load_state_dict({"weight": self._load(name).float()})
+        norm, lm_head = norm.float(), lm_head.float()
         for parameter in (*norm.parameters(), *lm_head.parameters()):
             parameter.requires_grad_(False)
-        return Head(norm, lm_head, getattr(short, "final_logit_softcapping", None), name)
+        cap = getattr(decoder.config, "final_logit_softcapping", None)
+        return Head(norm, lm_head, cap, name)
 
 
 @dataclass(frozen=True)
@@ -306,13 +393,6 @@ class Head:
         return found
 
 
-def _plain_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
-def _from_config(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+def _from_config(decoder: Any, config: Any) -> Any:
+    kind = "sdpa" if decoder._supports_sdpa else "eager"
+    return decoder._from_config(config, attn_implementation=kind, dtype=torch.float32)

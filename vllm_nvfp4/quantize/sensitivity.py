@@ -28,7 +28,7 @@ from vllm_nvfp4.checkpoints.quantizer import quantize_in_pieces
 from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
-from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype, input_module
+from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import HEAD_NAME, Head, LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
@@ -117,11 +117,11 @@ def measure(
         modules = {n: model.module(i, n) for g in groups for n in g}
         moments = {}
         if measurement.method in METHODS:
-            asked = {input_module(n.removeprefix(prefix)) for n in modules}
+            asked = {modules[group[0]] for group in groups}
             moments = _second_moments(model, layer, i, others, sorted(asked))
         changes: Changes = {}
         for group in groups:
-            moment = moments.get(input_module(group[0].removeprefix(prefix)))
+            moment = moments.get(modules[group[0]])
             changes |= _changes(source, group, measurement.method, moment)
         sums, gradients = _backward(model, layer, i, samples, gradients, modules, changes)
         found.append([_sensitivity(source, g, _divergences(sums, g, count)) for g in groups])

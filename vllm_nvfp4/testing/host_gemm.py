@@ -14,6 +14,7 @@ from vllm_nvfp4.kernels.cuda import configs
 from vllm_nvfp4.kernels.cuda.configs import GemmConfig, GemmParams, QuantizeConfig, QuantizeParams
 from vllm_nvfp4.kernels.cuda.moe_configs import AnyMoeConfig
 from vllm_nvfp4.kernels.layout import PackedWeight
+from vllm_nvfp4.numerics.formats import INT8_GROUP
 from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule, build, csrc_dir
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +81,8 @@ def run_gemm(
 ) -> torch.Tensor:
     """y[M, N] of one launch with the K loop cut into ``splits`` parts.
 
-    a:        [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8); contiguous
-    a_scale:  [M] float32 (w4a8)
+    a:        [M, K] bf16 or fp16 (w4a16), float8_e4m3fn (w4a8), int8 (w4i8); contiguous
+    a_scale:  float32, [M] (w4a8) or [M, ceil(K / 64)] (w4i8)
     partials: [splits, tiles, block_m, block_n] float32, to see the sums that the splits leave
     Raises HostKernelError where the kernel misbehaves, SemaphoreError where it leaves a semaphore
     other than zero.
@@ -135,10 +136,12 @@ def run_quantize(
     a: torch.Tensor,
     machine: HostMachine | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q [M, K] float8_e4m3fn, a_scale [M] float32) of one launch of the activation quantiser."""
+    """(q, a_scale) of one launch of an activation quantiser: [M, K] float8_e4m3fn and [M] float32,
+    or int8 and [M, ceil(K / 64)]."""
     m, k = a.shape
+    is_int8 = config.stem == "quantize_i8"
     q = torch.full((m, k), 0x7F, dtype=torch.uint8)
-    a_scale = torch.full((m,), torch.nan)
+    a_scale = torch.full((m, -(-k // INT8_GROUP)) if is_int8 else (m,), torch.nan)
     params = QuantizeParams(
         a=a.data_ptr(),
         q=q.data_ptr(),
@@ -158,7 +161,7 @@ def run_quantize(
         outputs={"q", "a_scale"},
         machine=machine,
     )
-    return q.view(torch.float8_e4m3fn), a_scale
+    return q.view(torch.int8 if is_int8 else torch.float8_e4m3fn), a_scale
 
 
 def shipped(config: configs.KernelConfig) -> HostModule:

@@ -15,7 +15,7 @@ import torch
 from vllm_nvfp4.kernels.cuda import dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
-from vllm_nvfp4.kernels.cuda.devices import Device, current_stream
+from vllm_nvfp4.kernels.cuda.devices import INT8_QUANTIZERS, Device, current_stream
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
@@ -155,6 +155,8 @@ def prepared(config: GemmConfig, device: torch.device) -> Device:
     loaded = cuda.prepare(device, config.fmt_name, (TORCH_DTYPES[config.dtype],))
     with torch.cuda.device(device):
         loaded.load([config])
+        if config.stem == "gemm_w4i8":
+            loaded.load([INT8_QUANTIZERS[config.dtype]])
     return loaded
 
 

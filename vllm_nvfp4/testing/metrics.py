@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
-from vllm_nvfp4.numerics.reference import reference_linear
+from vllm_nvfp4.numerics.reference import reference_linear, rounded_activations
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 
 # Half a unit in the last place of a result rounded to nearest: 2^-p for p significant bits.
@@ -44,19 +43,23 @@ def linear_tolerance(
     K/16 f32 additions for 16-bit activations; for 8 bits one FP8 accumulator of 16 products and
     then f32 additions; the variant "f16_partials" rounds each of those sums to f16 besides, and may
     add up to four in f16 before they go on in f32; "folded" chains the accumulator over 128
-    products. Subnormal outputs add half of the smallest step.
+    products; "int8" has exact sums of blocks, and rounds four times in a group of 64 columns and
+    twice for each group. Subnormal outputs add half of the smallest step.
     """
     if activation_bits == 8:
-        q, scale = quantize_fp8_per_row(a)
-        a_abs = (q.double() * scale.double()).abs()
-        loss = _FP8_MMA_LOSS
+        a_abs = rounded_activations(a, variant).abs()
+        loss = 0.0 if variant == "int8" else _FP8_MMA_LOSS
         if variant == "f16_partials":
             loss += 5 * UNIT_ROUNDOFF[torch.float16]
         if variant == "folded":
             loss *= _FOLDED_CHAIN // 16
     else:
         a_abs, loss = a.double().abs(), 0.0
-    loss += max(a.shape[1] // 16, 1) * _F32_MMA_LOSS
+    if variant == "int8":
+        # And a multiplier or two at the end, and warps or splits that are added.
+        loss += (a.shape[1] // 64 + 24) * UNIT_ROUNDOFF[torch.float32]
+    else:
+        loss += max(a.shape[1] // 16, 1) * _F32_MMA_LOSS
     # Folding rounds a weight by at most 1/16: within the room that its loss leaves.
     absolute_sum = a_abs @ weight.dequantize(torch.float64).abs().T
     smallest = torch.finfo(a.dtype).smallest_normal * UNIT_ROUNDOFF[a.dtype]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.kernels.cuda.configs import MAX_SMEM_BYTES, GemmConfig
 from vllm_nvfp4.kernels.cuda.moe_configs import MoeConfig
 
@@ -31,6 +31,11 @@ _SMEM_PER_BLOCK_RESERVED = 1024
 # What the kernels have to reach on paper.
 MIN_DECODE_DRAM_RATIO = 2.5
 MAX_W4A8_ISSUE_LOAD = 0.5
+# Of INT8 activations, for many tokens: times the bound of FP8 with f32 accumulators on an RTX 4090,
+# and of BF16 on an RTX 3090.
+MIN_INT8_OVER_FP8 = 1.25
+MIN_INT8_OVER_BF16 = 2.3
+MANY_TOKENS = 128
 DECODE_BLOCK_M = 16
 
 _LINE = re.compile(
@@ -162,7 +167,7 @@ class LoopCost:
 def mma_k_of(config: GemmConfig) -> int:
     """The K of one MMA: 32 of FP8 where the blocks are, or where none is scaled by itself."""
     is_wide = config.fmt_name == "mxfp4" or config.variant == "folded"
-    return 32 if config.stem == "gemm_w4a8" and is_wide else 16
+    return 32 if config.stem != "gemm_w4a16" and is_wide else 16
 
 
 def mmas_of_step(config: GemmConfig) -> int:
@@ -276,6 +281,8 @@ def bound(config: GemmConfig, cost: LoopCost, gpu: Gpu) -> Bound:
     """From instructions to rates. One MMA is 16 rows x 8 tokens x mma_k columns."""
     if config.stem == "gemm_w4a16":
         tflops = gpu.bf16_tflops
+    elif config.stem == "gemm_w4i8":
+        tflops = gpu.int8_tops
     else:
         tflops = gpu.fp8_f16_tflops if config.variant == "f16_partials" else gpu.fp8_f32_tflops
     clocks = gpu.num_sms * gpu.boost_ghz * 1e9
@@ -311,14 +318,20 @@ def problems(
     if config.stem == "gemm_w4a8":
         kind = "F16" if config.variant == "f16_partials" else "F32"
         opcode = f"QMMA.168{cost.mma_k}.{kind}.E4M3"
+    if config.stem == "gemm_w4i8":
+        opcode = f"IMMA.168{cost.mma_k}.S8.S8"
     strangers = Counter(i.opcode for i in machine.instructions if i.is_mma)
     if any(not name.startswith(opcode) for name in strangers):
         found.append(f"MMAs other than {opcode}: {dict(strangers)}")
     copies = Counter(i.opcode for i in machine.instructions if i.opcode.startswith("LDGSTS"))
     if config.streams_weights and not machine.count("LDG.E.128"):
         found.append("no 16-byte loads of weights")
+    if config.stem == "gemm_w4i8":
+        copies.pop("LDGSTS.E", None)  # the tokens' scales, four bytes each
     if not copies or any(not name.endswith(".128") for name in copies):
         found.append(f"copies to shared memory other than 16 bytes: {dict(copies)}")
+    if config.stem == "gemm_w4i8":
+        found += int8_problems(config, cost)
     if config.stem == "gemm_w4a8" and config.variant == "exact" and config.block_m >= 64:
         found += [
             f"{b.gpu}: {b.issue_load:.0%} of the issue slots, at most {MAX_W4A8_ISSUE_LOAD:.0%}"
@@ -333,3 +346,27 @@ def problems(
             if b.dram_ratio < MIN_DECODE_DRAM_RATIO
         ]
     return found
+
+
+def tops(config: GemmConfig, cost: LoopCost, gpu: Gpu) -> float:
+    """What the main loop reaches if nothing but issue slots and tensor cores limit it, 10^12/s."""
+    load = bound(config, cost, gpu).issue_load
+    return gpu.int8_tops / max(load, 1.0)
+
+
+def int8_problems(config: GemmConfig, cost: LoopCost) -> list[str]:
+    """Where a kernel of INT8 activations for many tokens is not worth its place on paper."""
+    if config.block_m < MANY_TOKENS:
+        return []
+    ada, ampere = find_gpu("RTX 4090"), find_gpu("RTX 3090")
+    if ada is None or ampere is None:
+        raise RuntimeError("gpus.py has lost the cards that bound the INT8 kernels")
+    ratios = (
+        (ada, tops(config, cost, ada) / ada.fp8_f32_tflops, "FP8", MIN_INT8_OVER_FP8),
+        (ampere, tops(config, cost, ampere) / ampere.bf16_tflops, "BF16", MIN_INT8_OVER_BF16),
+    )
+    return [
+        f"{gpu.name}: {ratio:.2f} x {other}'s bound, at least {least}"
+        for gpu, ratio, other, least in ratios
+        if ratio < least
+    ]

@@ -109,7 +109,7 @@ def test_f16_partials_switch_no_later_on_geforce_and_not_earlier_elsewhere():
     assert dispatch.choose(
         RTX4090, 4096, 4096, 4096, "nvfp4", "bf16", "auto", "f16_partials"
     ).config.variant == "f16_partials"  # fmt: skip
-    with pytest.raises(ValueError, match=r"'rounded'.*exact, f16_partials, folded"):
+    with pytest.raises(ValueError, match=r"'rounded'.*exact, int8, f16_partials, folded"):
         dispatch.reachable("nvfp4", "bf16", 8, "rounded")
 
 
@@ -123,6 +123,48 @@ def test_the_instruction_counts_are_those_of_the_machine_code():
             unpack, token = dispatch._INSTRUCTIONS[config.stem, "exact", config.fmt_name]
             model = unpack * config.warps_m + token * config.block_m
             assert model == pytest.approx(counted[config.block_m, config.fmt_name], rel=0.07)
+    counted = {(64, "nvfp4"): 14.9, (128, "nvfp4"): 25.6, (192, "nvfp4"): 36.3,
+               (64, "mxfp4"): 10.6, (128, "mxfp4"): 16.7, (192, "mxfp4"): 23.1}  # fmt: skip
+    for (block_m, fmt), count in counted.items():
+        unpack, token = dispatch._INSTRUCTIONS["gemm_w4i8", "int8", fmt]
+        assert unpack + token * block_m == pytest.approx(count, rel=0.07)
+
+
+def test_auto_takes_the_faster_of_int8_and_exact_fp8():
+    found = {g.name: dispatch.resolve_variant(g, "auto") for g in GPUS}
+    assert {found[g.name] for g in GPUS if "GeForce" in g.name} == {"int8"}
+    for name in ("L4", "L40S", "RTX 6000 Ada Generation", "H100 80GB HBM3", "H200", "B200"):
+        assert found[name] == "exact"
+    assert all(dispatch.resolve_variant(RTX4090, v) == v for v in dispatch.VARIANTS[1:])
+    choice = dispatch.choose(RTX4090, 4096, 4096, 4096, "nvfp4", "bf16", "auto", "auto")
+    assert choice.config.stem == "gemm_w4i8"
+    assert choice.activation_bits == 8
+    # No later than exact FP8, which is slower.
+    for n, k in LAYERS:
+        exact, finer = (dispatch.activation_switch(RTX4090, n, k, "nvfp4", v)
+                        for v in ("exact", "auto"))  # fmt: skip
+        assert finer <= exact
+
+
+def test_without_fp8_int8_is_taken_where_it_gains_much():
+    """An A100's f32 units are half as many, an A40's BF16 MMA runs at its full rate."""
+    rtx3090 = gpus.find_gpu("RTX 3090")
+    a40 = gpus.estimate_gpu("NVIDIA A40", 86, 84, 1.74, 696, 48)
+    assert dispatch.gains_from_8_bits(rtx3090, "auto")
+    for card in (A100, a40):
+        assert not dispatch.gains_from_8_bits(card, "auto")
+        by_name = dispatch.choose(card, 64, 4096, 4096, "nvfp4", "bf16", "8", "auto")
+        assert by_name.config.stem == "gemm_w4i8"
+        unasked = dispatch.choose(card, 4096, 4096, 4096, "nvfp4", "bf16", "auto", "auto")
+        assert unasked.activation_bits == 16
+    assert not dispatch.gains_from_8_bits(rtx3090, "exact")
+    switch = dispatch.activation_switch(rtx3090, 4096, 4096, "nvfp4", "auto")
+    assert 16 < switch < 128
+    bits = [
+        dispatch.choose(rtx3090, m, 4096, 4096, "nvfp4", "fp16", "auto", "auto").activation_bits
+        for m in (int(switch), int(switch) + 1)
+    ]
+    assert bits == [16, 8]
 
 
 def test_8_bits_by_name():

@@ -22,9 +22,13 @@ from vllm_nvfp4.kernels.cuda.configs import GemmConfig, imma_stand_in
 from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.reference import folded_weight, reference_linear
-from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
+from vllm_nvfp4.numerics.weight import (
+    BlockScaledWeight,
+    decode_block_scale,
+    raise_block_scales,
+)
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, shipped
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
 from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance, relative_error
@@ -103,6 +107,33 @@ def test_folding_costs_two_percent_of_a_weight() -> None:
     weight = make_weight(config, 256, 2048)
     exact = weight.dequantize(torch.float64)
     assert 0.015 < relative_error(folded_weight(weight), exact) < 0.025
+
+
+def test_raised_scales_keep_small_rows_from_the_subnormals() -> None:
+    """Rows of a weight up to ten thousand times apart: what folding costs each; and the smallest
+    product, which is zero in E4M3 as it is stored."""
+    torch.manual_seed(0)
+    dense = torch.distributions.StudentT(4.0).sample((256, 1024))
+    weight = quantize_nvfp4(dense * torch.logspace(-4, 0, 256)[:, None])
+    exact = weight.dequantize(torch.float64)
+    raised = raise_block_scales(weight)
+    assert torch.equal(raised.dequantize(torch.float64), exact)
+    worst = [
+        float(((folded_weight(w) - exact).norm(dim=1) / exact.norm(dim=1)).max())
+        for w in (weight, raised)
+    ]
+    assert worst[1] < 0.04
+    assert worst[0] > 0.08
+    config = smallest("gemm_w4a8", "nvfp4", "bf16", "folded")
+    scale = torch.full((16, 4), 2.0**-6).to(torch.float8_e4m3fn)
+    codes = pack_codes(torch.ones(16, 64, dtype=torch.uint8))  # 0.5 times 2^-6: 2^-10 when folded
+    small = BlockScaledWeight(codes, scale, torch.ones(16), FORMATS["nvfp4"])
+    one_hot, ones = torch.eye(64)[:1].to(torch.float8_e4m3fn), torch.ones(1)
+    for w, expected in ((small, 0.0), (raise_block_scales(small), 2.0**-7)):
+        y = run_gemm(shipped(config), config, one_hot, pack_weight(w), a_scale=ones)
+        assert (y == expected).all()
+    zeros = BlockScaledWeight(codes * 0, (scale.float() * 0).to(scale.dtype), torch.ones(16), w.fmt)
+    assert torch.equal(raise_block_scales(zeros).global_scale, zeros.global_scale)
 
 
 def positive_weight(n: int, k: int) -> BlockScaledWeight:

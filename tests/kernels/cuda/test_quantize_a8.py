@@ -19,7 +19,10 @@ def assert_matches_spec(config: QuantizeConfig, a: torch.Tensor) -> None:
     assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
 
 
-@pytest.mark.parametrize("config", QUANTIZE_CONFIGS, ids=lambda c: c.symbol)
+CONFIGS = [c for c in QUANTIZE_CONFIGS if c.stem == "quantize_a8"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)
 @pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 2064), (2, 4096)])
 def test_same_bits_as_the_spec(config: QuantizeConfig, m: int, k: int) -> None:
     torch.manual_seed(m * k)
@@ -27,7 +30,7 @@ def test_same_bits_as_the_spec(config: QuantizeConfig, m: int, k: int) -> None:
     assert_matches_spec(config, a.to(DTYPES[config.dtype]))
 
 
-@pytest.mark.parametrize("config", QUANTIZE_CONFIGS, ids=lambda c: c.symbol)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)
 def test_zero_rows_tiny_rows_and_signed_zeros(config: QuantizeConfig) -> None:
     dtype = DTYPES[config.dtype]
     a = torch.zeros(4, 64, dtype=dtype)
@@ -37,7 +40,7 @@ def test_zero_rows_tiny_rows_and_signed_zeros(config: QuantizeConfig) -> None:
     assert_matches_spec(config, a)
 
 
-@pytest.mark.parametrize("config", QUANTIZE_CONFIGS, ids=lambda c: c.symbol)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)
 def test_every_16_bit_number(config: QuantizeConfig) -> None:
     """All finite values, in rows of like magnitude so that the codes spread."""
     bits = torch.arange(0x10000, dtype=torch.int32).to(torch.int16)
@@ -48,7 +51,7 @@ def test_every_16_bit_number(config: QuantizeConfig) -> None:
 
 
 def test_a_missing_barrier_is_noticed() -> None:
-    config = QUANTIZE_CONFIGS[0]
+    config = CONFIGS[0]
     module = build_host([config], edits=[("  __syncthreads();\n", "")])
     with pytest.raises(HostKernelError, match=config.symbol):
         run_quantize(module, config, torch.ones(1, 4096, dtype=torch.bfloat16))

@@ -33,7 +33,12 @@ from vllm_nvfp4.kernels.cpu import linear as cpu
 from vllm_nvfp4.kernels.cuda.configs import QUANTIZE_CONFIGS, GemmConfig, QuantizeConfig
 from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS, MoeConfig
 from vllm_nvfp4.numerics.formats import FORMATS
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import (
+    quantize_fp8_per_row,
+    quantize_int8_per_group,
+    quantize_mxfp4,
+    quantize_nvfp4,
+)
 from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, run_quantize, shipped
 from vllm_nvfp4.testing.metrics import compare_linear
@@ -90,9 +95,11 @@ def test_the_quantiser_keeps_tokens_apart(config: QuantizeConfig, name: str) -> 
     for before, after in zip(clean, bad, strict=True):
         assert torch.equal(before[[0, 2, 3]].float(), after[[0, 2, 3]].float())
     if is_finite_stress(name):
-        q, scale = quantize_fp8_per_row(stressed(a, name))
+        is_int8 = config.stem == "quantize_i8"
+        quantize = quantize_int8_per_group if is_int8 else quantize_fp8_per_row
+        q, scale = quantize(stressed(a, name))
         assert torch.equal(bad[0].float(), q.float())
-        assert torch.equal(bad[1], scale[:, 0])
+        assert torch.equal(bad[1], scale if is_int8 else scale[:, 0])
 
 
 @pytest.mark.parametrize("config", GEMMS, ids=lambda c: c.symbol)

@@ -10,6 +10,12 @@ import torch
 from vllm_nvfp4.kernels.cpu.activations import round_name, write_round
 from vllm_nvfp4.kernels.cpu.fp4 import Fp4Spec, write_fp4
 from vllm_nvfp4.kernels.cpu.fp8 import Fp8Spec, write_fp8
+from vllm_nvfp4.kernels.cpu.int8 import (
+    Int8Spec,
+    quantize_name,
+    write_int8,
+    write_quantize,
+)
 from vllm_nvfp4.kernels.cpu.jit import Cpu, compile_function, force_isa, host_cpu, thread_pool
 from vllm_nvfp4.numerics.formats import BlockFormat
 
@@ -21,6 +27,8 @@ _TILES_BF16 = (1, 2, 3, 4, 6, 8, 10, 12)
 _TILES_F32_AVX512 = (1, 2, 3, 4, 6, 8)
 _TILES_F32 = (1, 2, 3, 4)
 _TILES_FP8 = (1, 2, 3, 4)
+_TILES_INT8_AVX512 = (1, 2, 4, 8, 12)
+_TILES_INT8 = (1, 2, 4)
 # Tiles that sum as one token does: in two chains.
 _TILES_INVARIANT = (1, 2, 3, 4)
 _TILES_FP8_PANEL = (6,)
@@ -36,9 +44,12 @@ _MATMUL_TOKENS = 48
 
 
 @functools.cache
-def compile_kernel(spec: Fp4Spec | Fp8Spec, cpu: Cpu) -> int:
+def compile_kernel(spec: Fp4Spec | Fp8Spec | Int8Spec, cpu: Cpu) -> int:
     """The address of a kernel, compiled on first use."""
-    text = write_fp4(spec, cpu) if isinstance(spec, Fp4Spec) else write_fp8(spec, cpu)
+    if isinstance(spec, Fp4Spec):
+        text = write_fp4(spec, cpu)
+    else:
+        text = write_int8(spec, cpu) if isinstance(spec, Int8Spec) else write_fp8(spec, cpu)
     return compile_function(spec.name, text, cpu)
 
 
@@ -98,6 +109,24 @@ def fp8_kernel(
     return fp8_compiled(tile, out, bf16_dot, is_panel), is_panel
 
 
+def int8_tiles() -> tuple[int, ...]:
+    return _TILES_INT8_AVX512 if host_cpu().has_avx512 else _TILES_INT8
+
+
+@functools.lru_cache(maxsize=4096)
+def int8_kernel(fmt: BlockFormat, tokens: int, out: str) -> int:
+    """The kernel for M = tokens of INT8. Every tile forms the same sums."""
+    tile = best_tile(tokens, int8_tiles())
+    return compile_kernel(Int8Spec(fmt.scale_type, fmt.block_size, tile, out), host_cpu())
+
+
+@functools.cache
+def int8_quantizer(source: str, fmt: BlockFormat) -> int:
+    """source: "bf16", "f16", "f32" or "i8", see ``int8``."""
+    name, text = quantize_name(source, fmt.block_size), write_quantize(source, fmt.block_size)
+    return compile_function(name, text, host_cpu())
+
+
 def fp4_bf16_dot(dtype: torch.dtype, activation_bits: int) -> bool:
     """Whether four-bit weights meet these activations in the BF16 dot product."""
     return host_cpu().has_bf16_dot and (dtype == torch.bfloat16 or activation_bits == 8)
@@ -151,14 +180,30 @@ def use_isa(isa: str | None) -> None:
     comparisons: one of ``cpu_jit.ISA_LEVELS``; None undoes it. ValueError for one it lacks.
     """
     force_isa(isa)
-    for chosen in (fp4_kernel, fp8_kernel, round_kernel, decode_kernel):
+    for chosen in (
+        fp4_kernel,
+        fp8_kernel,
+        int8_kernel,
+        int8_quantizer,
+        round_kernel,
+        decode_kernel,
+    ):
         chosen.cache_clear()
 
 
-def warm_up(fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16) -> None:
+def warm_up(
+    fmt: BlockFormat, dtype: torch.dtype, activation_bits: int = 16, variant: str = "exact"
+) -> None:
     """Compile what ``linear`` and ``gather_rows`` need for this weight and activation type."""
     thread_pool()
     out = OUT_NAME[dtype]
+    if activation_bits == 8 and variant == "int8":
+        decode_kernel("gather", fmt, out)
+        for source in (out, "i8"):  # i8: of linear_a8, in a compiled graph
+            int8_quantizer(source, fmt)
+        for tile in int8_tiles():
+            int8_kernel(fmt, tile, out)
+        return
     bf16_dot = fp4_bf16_dot(dtype, activation_bits)
     decode_kernel("gather", fmt, out)
     tile_type = operand_type(dtype, bf16_dot, by_matmul=True)

@@ -38,6 +38,7 @@ class Cpu:
     has_bf16_dot: the AVX-512 BF16 dot product
     has_byte_tables: 512-bit table look-ups over bytes
     has_avx2:   256-bit table look-ups over 32-bit lanes
+    has_byte_dot: the dot product of unsigned with signed bytes, as wide as the other two say
     """
 
     name: str
@@ -46,6 +47,7 @@ class Cpu:
     has_bf16_dot: bool
     has_byte_tables: bool
     has_avx2: bool
+    has_byte_dot: bool
 
 
 # The levels of instructions that kernels are written for, best first; the option ``cpu_isa``.
@@ -109,6 +111,7 @@ def detect_cpu(isa: str | None = None) -> Cpu:
         has_bf16_dot=rank == 0,
         has_byte_tables=rank <= 1 and bool(features.get("avx512vbmi")),
         has_avx2=have["avx2"] and rank <= 2,
+        has_byte_dot=bool(features.get({2: "avxvnni", 3: ""}.get(rank, "avx512vnni"))),
     )
 
 

@@ -17,6 +17,8 @@ from vllm_nvfp4.kernels.cpu.dispatch import (
     fp8_bf16_dot,
     fp8_dequantize_kernel,
     fp8_kernel,
+    int8_kernel,
+    int8_quantizer,
     operand_type,
     round_kernel,
     uses_matmul,
@@ -25,13 +27,16 @@ from vllm_nvfp4.kernels.cpu.dispatch import (
 )
 from vllm_nvfp4.kernels.cpu.emit import ARGS
 from vllm_nvfp4.kernels.cpu.fp8 import panel_bytes
-from vllm_nvfp4.kernels.cpu.jit import thread_pool
+from vllm_nvfp4.kernels.cpu.int8 import row_layout
+from vllm_nvfp4.kernels.cpu.jit import host_cpu, thread_pool
 from vllm_nvfp4.kernels.cpu.layout import ROWS, pack_weight, unpack_weight
 from vllm_nvfp4.kernels.layout import PackedWeight
+from vllm_nvfp4.numerics.formats import INT8_GROUP
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row as quantize
 from vllm_nvfp4.options import is_batch_invariant
 
 __all__ = [
+    "a8_variant",
     "fp8_linear",
     "gather_fp8_rows",
     "gather_rows",
@@ -39,7 +44,9 @@ __all__ = [
     "linear_a8",
     "pack_weight",
     "quantize",
+    "resolve_variant",
     "unpack_weight",
+    "use_variant",
     "warm_up",
     "warm_up_fp8",
 ]
@@ -52,6 +59,28 @@ _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
 _SERIAL_CODES = 16384
 _SPREAD_TOKENS = 6
+_INT8_SOURCE = {torch.int8: "i8"}
+
+_variant = "exact"
+
+
+def use_variant(variant: str) -> None:
+    """Take this variant of 8-bit activations from now on, as :func:`resolve_variant` has it."""
+    global _variant
+    _variant = resolve_variant(variant)
+
+
+def resolve_variant(variant: str) -> str:
+    """What an option means here: "int8", or "exact", which is E4M3 whatever the GPU's kernels would
+    round. "auto" takes INT8, the faster and finer one, where there are byte tables for it."""
+    if variant == "auto":
+        variant = "int8" if host_cpu().has_avx2 or host_cpu().has_avx512 else "exact"
+    return "int8" if variant == "int8" else "exact"
+
+
+def a8_variant(device: torch.device | None = None) -> str:
+    """The variant in force."""
+    return _variant
 
 
 def linear(
@@ -59,13 +88,17 @@ def linear(
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
     activation_bits: int = 16,
+    variant: str | None = None,
 ) -> torch.Tensor:
     """y[m, n] = sum_k A[m, k] * w[n, k] + bias[n], accumulated in f32.
 
     a:               [M, K] bf16, fp16 or f32; made contiguous if it is not
     bias:            [N] floating point, or None
-    activation_bits: 16 takes A = a; 8 takes A = a rounded to E4M3 with one scale per row
-    Returns [M, N] of a's dtype; on a processor with BF16 tile hardware (AMX), a bf16 result of
+    activation_bits: 16 takes A = a; 8 takes A = a rounded to E4M3 with one scale per row, or
+                     to INT8 with one per row and 64 columns
+    variant:         of 8 bits: "int8", or else E4M3; default the one in force
+    Returns [M, N] of a's dtype. INT8 gives the same bits on every processor and for any M; for
+    the others, on a processor with BF16 tile hardware (AMX), a bf16 result of
     many tokens is rounded before multiplier and bias as well as after them. Raises ValueError for
     a shape or a dtype that does not fit.
     """
@@ -77,6 +110,8 @@ def linear(
     y = torch.empty(m, n, dtype=out_dtype)
     if m == 0:
         return y
+    if activation_bits == 8 and (variant or a8_variant()) == "int8":
+        return _int8_product(a.contiguous(), None, packed, bias, y)
     a_type = _operand_type(out_dtype, activation_bits, m)
     if activation_bits == 8:
         rounded, a_scale = _round_per_token(a.contiguous(), a_type)
@@ -95,13 +130,15 @@ def linear_a8(
 
     :func:`linear` with 8-bit activations, of activations that are quantised already.
 
-    q:       [M, K] float8_e4m3fn
-    a_scale: [M] or [M, 1] float32
+    q:       [M, K] float8_e4m3fn, or int8 of numerics' quantize_int8_per_group
+    a_scale: [M] or [M, 1] float32; [M, ceil(K / 64)] for int8
     bias:    [N] floating point, or None
     dtype:   of the result: bfloat16, float16 or float32
     Returns [M, N]. Raises ValueError for a shape or a dtype that does not fit.
     """
     n, m = packed.num_rows, q.shape[0]
+    if q.dtype == torch.int8:
+        return _int8_product_of(q, a_scale, packed, bias, dtype)
     if q.dtype != torch.float8_e4m3fn or q.shape[1:] != (packed.num_cols,) or a_scale.numel() != m:
         raise ValueError(
             f"linear_a8: q is {list(q.shape)} {q.dtype}, a_scale {list(a_scale.shape)}; needs "
@@ -112,6 +149,48 @@ def linear_a8(
         return y
     a = _dequantize_fp8(q.contiguous().view(torch.uint8), _operand_type(dtype, 8, m))
     return _product(a, a_scale.reshape(-1).contiguous(), packed, bias, y, 8)
+
+
+def _int8_product_of(
+    q: torch.Tensor,
+    a_scale: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`linear_a8` of INT8."""
+    (m, k), groups = q.shape, -(-packed.num_cols // INT8_GROUP)
+    if k != packed.num_cols or a_scale.shape != (m, groups) or a_scale.dtype != torch.float32:
+        raise ValueError(
+            f"linear_a8: q is {list(q.shape)} {q.dtype}, a_scale {list(a_scale.shape)} "
+            f"{a_scale.dtype}; needs [M, {packed.num_cols}] and [M, {groups}] in float32"
+        )
+    y = torch.empty(m, packed.num_rows, dtype=dtype)
+    if m == 0:
+        return y
+    return _int8_product(q.contiguous(), a_scale.contiguous(), packed, bias, y)
+
+
+def _int8_product(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    """y = int8(a) @ w^T + bias. a: contiguous; with a_scale, q already."""
+    (m, n), k, fmt = y.shape, packed.num_cols, packed.fmt
+    *_, end = row_layout(k, fmt)
+    # Whole cache lines, an odd number of them: rows then fall into different cache sets.
+    stride = (-(-end // 64) | 1) * 64
+    rows = torch.empty(m, stride, dtype=torch.uint8)
+    quantizer = int8_quantizer(_INT8_SOURCE.get(a.dtype) or OUT_NAME[a.dtype], fmt)
+    no_weight = (a, a, packed.global_scale)  # these words are not read
+    _run(quantizer, _Shape(m, stride, k, m), no_weight, a, rows, a_scale)
+    weight = (packed.codes, packed.block_scale, packed.global_scale)
+    function = int8_kernel(fmt, m, OUT_NAME[y.dtype])
+    _run(function, _product_shape(m, n, k), weight, rows, y, None, bias)
+    return y
 
 
 def _operand_type(dtype: torch.dtype, activation_bits: int, m: int) -> torch.dtype:

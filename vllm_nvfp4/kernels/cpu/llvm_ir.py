@@ -64,6 +64,10 @@ class Value:
     def __rshift__(self, other: Value | int) -> Value:
         return self._binary(other, "lshr") if other != 0 else self
 
+    def shift_right_signed(self, places: int) -> Value:
+        """This integer shifted right, its sign kept."""
+        return self._binary(places, "ashr")
+
     def __and__(self, other: Value | int) -> Value:
         return self._binary(other, "and")
 

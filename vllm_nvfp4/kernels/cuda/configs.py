@@ -29,7 +29,7 @@ _ELEMENT_BYTES = {"bf16": 2, "fp16": 2}
 # Activation rows in shared memory are padded by one access unit, so that the eight rows a warp
 # reads at once fall into different banks: 32 bytes for 8-byte loads (half a warp reads 4 rows of
 # 32 bytes), 16 bytes for ldmatrix (8 rows of 16 bytes).
-_ROW_PAD_BYTES = {"gemm_w4a16": 32, "gemm_w4a8": 16}
+_ROW_PAD_BYTES = {"gemm_w4a16": 32, "gemm_w4a8": 16, "gemm_w4i8": 16}
 # Floats that pad a row of the epilogue's tile: rows 2t of a fragment then differ by 8 banks.
 _EPILOGUE_PAD = 4
 # Split-K: how many partial sums an output may have, the K steps below which a split does not pay,
@@ -69,8 +69,9 @@ class TranslationUnit:
 class GemmParams(ctypes.Structure):
     """The one argument of a GEMM kernel; mirrors ``GemmParams`` of csrc/gemm_params.cuh.
 
-    a:            [M, K] activations; bf16 or fp16 (w4a16), e4m3 (w4a8); rows 16-byte aligned
-    a_scale:      [M] float32, multiplies (w4a8; else 0)
+    a:            [M, K] activations; bf16 or fp16 (w4a16), e4m3 (w4a8), int8 (w4i8); rows 16-byte
+                  aligned
+    a_scale:      float32, multiplies: [M] (w4a8), [M, ceil(K / 64)] (w4i8); else 0
     codes, block_scale: the tensors of a :class:`~vllm_nvfp4.kernels.layout.PackedWeight`
     global_scale: [N] float32, multiplies
     bias:         [N] in y's dtype, or 0
@@ -91,8 +92,8 @@ class QuantizeParams(ctypes.Structure):
     """The one argument of the activation quantiser; mirrors csrc/quantize_a8.cuh.
 
     a:       [M, K] bf16 or fp16, rows a_stride elements apart, 16-byte aligned
-    q:       [M, K] e4m3, rows q_stride bytes apart, 16-byte aligned
-    a_scale: [M] float32
+    q:       [M, K] e4m3 or int8, rows q_stride bytes apart, 16-byte aligned
+    a_scale: float32, [M] or, for int8, [M, ceil(K / 64)]
     """
 
     _fields_ = argument_fields(
@@ -105,7 +106,7 @@ class QuantizeParams(ctypes.Structure):
 class GemmConfig(TranslationUnit):
     """One instantiation of a GEMM kernel.
 
-    stem:       "gemm_w4a16" or "gemm_w4a8", the .cuh file
+    stem:       "gemm_w4a16", "gemm_w4a8" or "gemm_w4i8", the .cuh file
     dtype:      "bf16" or "fp16": of y and bias, and of a where the activations are 16 bits wide
     fmt_name:   "nvfp4" or "mxfp4"
     block_m:    tokens of a thread block's tile
@@ -114,7 +115,7 @@ class GemmConfig(TranslationUnit):
     stages:     pipeline depth
     warps_m, warps_n, warps_k: how the warps divide the tile; warps_k > 1 splits a K step
     blocks_per_sm: the occupancy the registers must allow
-    variant:    "exact"; or for w4a8
+    variant:    "exact"; for w4i8 "int8"; or for w4a8
                 "f16_partials": sums of one to four blocks are rounded to f16, for twice the MMA
                 rate on GeForce cards; opt-in, at most 5e-4 relative
                 "folded": the weights are code * block scale rounded to e4m3, for MMAs of twice the
@@ -147,7 +148,7 @@ class GemmConfig(TranslationUnit):
     def symbol(self) -> str:
         """The C name: sm89_<format>_<stem>_<dtype>_m<tokens>n<rows>k<step>s<stages>_w<m>x<n>x<k>"""
         variant = "_streamed" if self.streams_weights else ""
-        variant += "" if self.variant == "exact" else f"_{self.variant}"
+        variant += "" if self.variant in ("exact", "int8") else f"_{self.variant}"
         return (
             f"sm89_{self.fmt_name}_{self.stem}_{self.dtype}"
             f"_m{self.block_m}n{self.block_n}k{self.block_k}s{self.stages}"
@@ -178,7 +179,9 @@ class GemmConfig(TranslationUnit):
     @property
     def cpp_type(self) -> str:
         """The instantiation of gemm_params.cuh's GemmConfig."""
-        partial = {"f16_partials": "kF16", "folded": "kFolded"}.get(self.variant, "kF32")
+        partial = {"f16_partials": "kF16", "folded": "kFolded", "int8": "kS32"}.get(
+            self.variant, "kF32"
+        )
         weights = "kStreamed" if self.streams_weights else "kShared"
         return (
             f"GemmConfig<Dtype::{CPP_NAMES[self.dtype]}, Format::{CPP_NAMES[self.fmt_name]},"
@@ -202,15 +205,19 @@ class GemmConfig(TranslationUnit):
     @property
     def activation_bytes(self) -> int:
         """Bytes of one element of a."""
-        return 1 if self.stem == "gemm_w4a8" else _ELEMENT_BYTES[self.dtype]
+        return _ELEMENT_BYTES[self.dtype] if self.stem == "gemm_w4a16" else 1
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one pipeline stage: codes, block scales, activations."""
+        """Shared memory of one pipeline stage: codes, block scales, activations and, where a token
+        has several, their scales."""
         weights = 0 if self.streams_weights else self.block_n * self.block_k
         codes, scales = weights // 2, weights // self.fmt.block_size
         row = self.block_k * self.activation_bytes + _ROW_PAD_BYTES[self.stem]
-        return codes + scales + self.block_m * row
+        # A scale of four bytes for each token, in sixteens, and packed tile.
+        token_scales = -(-self.block_m // 16) * 64 * (self.block_k // TILE_K)
+        token_scales *= self.stem == "gemm_w4i8"
+        return codes + scales + self.block_m * row + token_scales
 
     @property
     def smem_bytes(self) -> int:
@@ -220,14 +227,16 @@ class GemmConfig(TranslationUnit):
 
 
 CPP_NAMES = {"bf16": "kBf16", "fp16": "kFp16", "nvfp4": "kNvfp4", "mxfp4": "kMxfp4"}
-_NAMESPACE = {"gemm_w4a16": "w4a16", "gemm_w4a8": "w4a8"}
+_NAMESPACE = {"gemm_w4a16": "w4a16", "gemm_w4a8": "w4a8", "gemm_w4i8": "w4i8"}
 
 
 @dataclass(frozen=True)
 class QuantizeConfig(TranslationUnit):
-    """The per-token FP8 activation quantiser: q = e4m3(a / a_scale), a_scale = amax(|a|) / 448.
+    """An activation quantiser, one thread block per token: grid (M, 1, 1).
 
-    One thread block per token: grid (M, 1, 1). Shared memory: one float per warp.
+    stem: "quantize_a8": q = e4m3(a / a_scale), a_scale = amax(|a|) / 448 of a row; or
+          "quantize_i8": numerics' quantize_int8_per_group
+    smem_bytes: one float per warp, where the maximum is the whole row's
     """
 
     dtype: str
@@ -244,10 +253,10 @@ class QuantizeConfig(TranslationUnit):
     def definition(self) -> str:
         return (
             f"static_assert(sizeof(QuantizeParams) == {ctypes.sizeof(QuantizeParams)},\n"
-            '              "configs.py and quantize_a8.cuh disagree about the parameters");\n'
+            f'              "configs.py and {self.stem}.cuh disagree about the parameters");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads})\n'
             f"{self.symbol}(const __grid_constant__ QuantizeParams p) {{\n"
-            f"  quantize_a8::run<Dtype::{CPP_NAMES[self.dtype]}, {self.threads}>(p);\n"
+            f"  {self.stem}::run<Dtype::{CPP_NAMES[self.dtype]}, {self.threads}>(p);\n"
             "}\n"
         )
 
@@ -269,6 +278,12 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
     ]
     # A warp has all tokens of its rows: unpacking and folding them is shared most widely.
     w4a8_folded = [(64, 128, 128, 4, 1, 8, 1, 1), (128, 128, 128, 3, 1, 8, 1, 1)]
+    # Here too; and the more tokens, the fewer issue slots for each, which are the bound.
+    w4i8 = [
+        (64, 128, 128, 3, 1, 8, 1, 1),
+        (128, 128, 128, 3, 1, 8, 1, 1),
+        (192, 128, 64, 4, 1, 8, 1, 1),
+    ]
     # MXFP4 keeps the sums of a block beside the accumulators: here a shorter step makes room.
     w4a16_mxfp4 = [t if t[:2] != (16, 128) else (16, 128, 128, 4, 1, 4, 2, 2) for t in w4a16]
     families = (
@@ -279,6 +294,8 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
         ("gemm_w4a8", "nvfp4", "f16_partials", w4a8),
         ("gemm_w4a8", "mxfp4", "f16_partials", w4a8),
         ("gemm_w4a8", "nvfp4", "folded", w4a8_folded),
+        ("gemm_w4i8", "nvfp4", "int8", w4i8),
+        ("gemm_w4i8", "mxfp4", "int8", w4i8),
     )
     return tuple(
         GemmConfig(stem, dtype, fmt, *tile, variant, tile[0] <= STREAMING_BLOCK_M)
@@ -289,7 +306,12 @@ def _gemm_configs() -> tuple[GemmConfig, ...]:
 
 
 GEMM_CONFIGS = _gemm_configs()
-QUANTIZE_CONFIGS = (QuantizeConfig("bf16"), QuantizeConfig("fp16"))
+QUANTIZE_CONFIGS = (
+    QuantizeConfig("bf16"),
+    QuantizeConfig("fp16"),
+    QuantizeConfig("bf16", stem="quantize_i8", smem_bytes=0, min_arch=80),
+    QuantizeConfig("fp16", stem="quantize_i8", smem_bytes=0, min_arch=80),
+)
 KernelConfig = GemmConfig | QuantizeConfig
 ALL_CONFIGS: tuple[KernelConfig, ...] = GEMM_CONFIGS + QUANTIZE_CONFIGS
 

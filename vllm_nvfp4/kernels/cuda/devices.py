@@ -27,7 +27,8 @@ from vllm_nvfp4.options import is_batch_invariant
 logger = logging.getLogger(f"vllm.{__name__}")
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-QUANTIZERS = {config.dtype: config for config in QUANTIZE_CONFIGS}
+QUANTIZERS = {c.dtype: c for c in QUANTIZE_CONFIGS if c.stem == "quantize_a8"}
+INT8_QUANTIZERS = {c.dtype: c for c in QUANTIZE_CONFIGS if c.stem == "quantize_i8"}
 # Streams that get semaphores of their own; the next one takes the first one's again.
 _SEMAPHORE_SETS = 64
 _SET_BYTES = 4 * dispatch.MAX_SPLIT_TILES
@@ -81,8 +82,8 @@ class Device:
         return self.gpu, self._variant
 
     def use_variant(self, variant: str) -> None:
-        """Take this variant of the 8-bit kernel from now on."""
-        self._variant = variant
+        """Take this variant of the 8-bit kernel from now on, "auto" as this GPU has it."""
+        self._variant = dispatch.resolve_variant(self.gpu, variant)
         self._choices.clear()
 
     @property
@@ -158,7 +159,7 @@ def prepare(
     if dtypes is None:
         default = torch.get_default_dtype()
         dtypes = (default,) if default in DTYPE_NAMES else tuple(DTYPE_NAMES)
-    if dispatch.variant_of(fmt_name, _variant) != _variant:
+    if _variant != "auto" and dispatch.variant_of(fmt_name, _variant) != _variant:
         _say_variant(fmt_name, _variant)
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
@@ -167,7 +168,7 @@ def prepare(
             if loaded is None:
                 loaded = _devices[index] = _open_device(index)
                 loaded.use_variant(_variant)
-        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes, _variant))
+        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes, loaded.figures[1]))
     return loaded
 
 
@@ -188,8 +189,19 @@ def wanted_kernels(
         name = DTYPE_NAMES[dtype]
         wanted += dispatch.reachable(fmt_name, name, 16)
         wanted += dispatch.reachable(fmt_name, name, 8, variant)
+        # FP8's in any case: of FP8 layers and of experts.
         wanted.append(QUANTIZERS[name])
+        if variant == "int8":
+            wanted.append(INT8_QUANTIZERS[name])
     return [config for config in wanted if arch >= config.min_arch]
+
+
+def figures_of(index: int) -> Gpu:
+    """The figures of a GPU of this machine."""
+    if (loaded := _devices.get(index)) is not None:
+        return loaded.gpu
+    properties = torch.cuda.get_device_properties(index)
+    return describe(properties.name, properties.total_memory, driver().device_attributes(index))
 
 
 def _open_device(index: int) -> Device:

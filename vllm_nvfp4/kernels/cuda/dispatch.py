@@ -21,8 +21,10 @@ ACTIVATIONS = ("auto", "16", "8")
 # Of the 8-bit kernel: "f16_partials" rounds sums of blocks to f16 (at most 5e-4 relative) and runs
 # at the f16 accumulator's rate, twice the other on GeForce cards. "folded" rounds each weight times
 # its block scale to e4m3 (about 2 %) and spends half of the issue slots, which are what limits the
-# exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada.
-VARIANTS = ("exact", "f16_partials", "folded")
+# exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada. "int8" has activations in
+# INT8 with a scale per token and 64 columns, which are finer, and needs no FP8 tensor cores. "auto"
+# is the faster one of "exact" and "int8" (resolve_variant).
+VARIANTS = ("auto", "exact", "int8", "f16_partials", "folded")
 
 # A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
 # then be allocated once.
@@ -59,7 +61,16 @@ _INSTRUCTIONS = {
     ("gemm_w4a8", "f16_partials", "nvfp4"): (0.9, 0.099),
     ("gemm_w4a8", "f16_partials", "mxfp4"): (0.9, 0.095),
     ("gemm_w4a8", "folded", "nvfp4"): (3.8, 0.021),
+    ("gemm_w4i8", "int8", "nvfp4"): (4.2, 0.167),
+    ("gemm_w4i8", "int8", "mxfp4"): (4.4, 0.096),
 }
+# Those of them, for each token, that add or multiply in f32: sm_80 takes two clocks for each.
+_FLOAT_INSTRUCTIONS = {("int8", "nvfp4"): 0.141, ("int8", "mxfp4"): 0.078}
+_HALF_RATE_FLOAT_ARCH = 80
+# Tokens that share the unpacking of a weight where there are many.
+_MANY_TOKENS = 128
+# A GPU without FP8 gets 8 bits unasked only where they are so many times faster on paper.
+_MIN_GAIN = 1.3
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,12 @@ def choose(
     dtype:      "bf16" or "fp16"
     activation: "auto", "16" or "8"
     variant:    of the 8-bit kernel, one of ``VARIANTS``
-    Raises ValueError: a shape, format or option outside what the kernels take, 8-bit activations
-    on a GPU without FP8.
+    Raises ValueError: a shape, format or option outside what the kernels take, activations in FP8
+    on a GPU without it.
     """
     _check(m, n, k, fmt_name, dtype)
     bits = choose_activation_bits(gpu, m, n, k, fmt_name, activation, variant)
-    candidates = reachable(fmt_name, dtype, bits, variant)
+    candidates = reachable(fmt_name, dtype, bits, resolve_variant(gpu, variant))
     config = min(candidates, key=lambda c: (estimate_us(gpu, c, m, n, k), c.symbol))
     return launch_geometry(gpu, config, m, n, k)
 
@@ -136,7 +147,7 @@ def launch_geometry(
 
 def activation_bits_of(config: GemmConfig) -> int:
     """16 or 8."""
-    return 8 if config.stem == "gemm_w4a8" else 16
+    return 16 if config.stem == "gemm_w4a16" else 8
 
 
 def choose_activation_bits(
@@ -155,10 +166,11 @@ def choose_activation_bits(
     if activation == "16":
         return 16
     if activation == "8":
-        if gpu.arch < _FIRST_FP8_ARCH:
+        if gpu.arch < _FIRST_FP8_ARCH and resolve_variant(gpu, variant) != "int8":
             raise ValueError(
-                f"activation=8: {gpu.name} (sm_{gpu.arch}) has no FP8 tensor cores; they come with "
-                f"sm_{_FIRST_FP8_ARCH}. Use activation=auto or 16"
+                f"activation=8, a8_variant={variant}: {gpu.name} (sm_{gpu.arch}) has no FP8 tensor "
+                f"cores; they come with sm_{_FIRST_FP8_ARCH}. Use a8_variant=auto or int8, or "
+                "activation=auto or 16"
             )
         return 8
     return 8 if m >= activation_switch(gpu, n, k, fmt_name, variant, quantized_rows) else 16
@@ -173,16 +185,76 @@ def has_fp8_mma(arch: int) -> bool:
 def activation_switch(
     gpu: Gpu, n: int, k: int, fmt_name: str, variant: str = "exact", quantized_rows: float = 1.0
 ) -> float:
-    """The M from which 8-bit activations are faster; infinity where they never are."""
-    if not has_fp8_mma(gpu.arch) or not gpu.fp8_f32_tflops:
+    """The M from which 8-bit activations are faster; infinity where they never are, and on a GPU
+    without FP8 where they gain little."""
+    variant = variant_of(fmt_name, resolve_variant(gpu, variant))
+    if variant != "int8" and not _has_fp8(gpu):
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
-    # The scaling of partial sums may take more issue slots than the MMA takes time.
-    _, per_token = _INSTRUCTIONS["gemm_w4a8", variant_of(fmt_name, variant), fmt_name]
-    issue_us_per_m = n * k * per_token / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
-    us8_per_m = max(2 * n * k / _tensor_flops_per_us(gpu, 8, variant), issue_us_per_m)
+    us8_per_m = n * k * _us_per_weight_8(gpu, fmt_name, variant)
+    if not _has_fp8(gpu) and _gain_on_paper(gpu, fmt_name) < _MIN_GAIN:
+        return math.inf
     return _crossing(gpu, k, memory_us, us16_per_m, us8_per_m, quantized_rows)
+
+
+def _has_fp8(gpu: Gpu) -> bool:
+    """Whether 8-bit activations in FP8 can gain anything."""
+    return has_fp8_mma(gpu.arch) and gpu.fp8_f32_tflops > 0
+
+
+def _us_per_weight_8(gpu: Gpu, fmt_name: str, variant: str) -> float:
+    """Microseconds for each weight and token of a product with many tokens of 8 bits.
+
+    The scaling of partial sums may take more issue slots than the MMA takes time.
+    """
+    unpack, per_token = _INSTRUCTIONS[_stem_8(variant), variant, fmt_name]
+    issue = unpack / _MANY_TOKENS + _issue_of_token(gpu, variant, fmt_name, per_token)
+    issue_us = issue / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
+    return max(2 / _tensor_flops_per_us(gpu, 8, variant), issue_us)
+
+
+def _gain_on_paper(gpu: Gpu, fmt_name: str) -> float:
+    """How many times as fast a product with many tokens is in INT8 as in 16 bits, if nothing but
+    tensor cores and issue slots bounds it and they reach their peaks."""
+    unpack, per_token = _INSTRUCTIONS["gemm_w4i8", "int8", fmt_name]
+    issue = unpack / _MANY_TOKENS + _issue_of_token(gpu, "int8", fmt_name, per_token)
+    issue_rate = gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e9 / issue
+    return min(gpu.int8_tops * 1e12 / 2, issue_rate) / (gpu.bf16_tflops * 1e12 / 2)
+
+
+def _issue_of_token(gpu: Gpu, variant: str, fmt_name: str, per_token: float) -> float:
+    """Lane instructions for each weight and token; on a GPU with half as many f32 lanes, what their
+    instructions take instead, if that is more."""
+    if gpu.arch != _HALF_RATE_FLOAT_ARCH:
+        return per_token
+    return max(per_token, 2 * _FLOAT_INSTRUCTIONS.get((variant, fmt_name), 0.0))
+
+
+def gains_from_8_bits(gpu: Gpu, variant: str) -> bool:
+    """Whether any batch of a large layer takes 8-bit activations unasked."""
+    return activation_switch(gpu, 8192, 8192, "nvfp4", variant) < math.inf
+
+
+@functools.lru_cache(maxsize=256)
+def resolve_variant(gpu: Gpu, variant: str) -> str:
+    """What "auto" stands for on a GPU: of the variants that are at least as exact as FP8 with one
+    scale per token, or INT8 with one per token and 64 columns, the fastest for NVFP4 on paper.
+
+    "int8" on a GPU without FP8; "exact" where 8 bits in FP8 are emulated: nothing is gained there.
+    """
+    check_variant(variant)
+    if variant != "auto":
+        return variant
+    if gpu.arch < _FIRST_FP8_ARCH:
+        return "int8"
+    if not _has_fp8(gpu):
+        return "exact"
+    return min(("exact", "int8"), key=lambda v: _us_per_weight_8(gpu, "nvfp4", v))
+
+
+def _stem_8(variant: str) -> str:
+    return "gemm_w4i8" if variant == "int8" else "gemm_w4a8"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -223,7 +295,7 @@ def reachable(
 ) -> tuple[GemmConfig, ...]:
     """Every configuration that :func:`choose` may return for these: what a load has to prepare."""
     variant = variant_of(fmt_name, variant)
-    wanted = ("gemm_w4a8", variant) if activation_bits == 8 else ("gemm_w4a16", "exact")
+    wanted = (_stem_8(variant), variant) if activation_bits == 8 else ("gemm_w4a16", "exact")
     return tuple(
         c
         for c in GEMM_CONFIGS
@@ -238,7 +310,10 @@ def check_variant(variant: str) -> None:
 
 
 def variant_of(fmt_name: str, variant: str) -> str:
-    """The variant that runs a format: MXFP4's scales leave e4m3's range and are never folded."""
+    """The variant that runs a format: MXFP4's scales leave e4m3's range and are never folded.
+
+    variant: one of ``VARIANTS``, but "auto", which depends on the GPU (:func:`resolve_variant`)
+    """
     check_variant(variant)
     return "exact" if (fmt_name, variant) == ("mxfp4", "folded") else variant
 
@@ -276,6 +351,7 @@ def estimate_us(gpu: Gpu, config: GemmConfig, m: int, n: int, k: int) -> float:
     # The stand-in and other variants of timing only count as the exact kernel.
     variant = config.variant if config.variant in VARIANTS else "exact"
     unpack, per_token = _INSTRUCTIONS[config.stem, variant, config.fmt_name]
+    per_token = _issue_of_token(gpu, variant, config.fmt_name, per_token)
     instructions = weights * (unpack * config.warps_m + per_token * config.block_m)
     issue_us = instructions / (_LANES_PER_CLOCK * clocks_per_us)
     parts = (dram_us, l2_us, blocks_per_sm * tensor_us, blocks_per_sm * issue_us)
@@ -288,6 +364,8 @@ def _dram_bytes_per_us(gpu: Gpu) -> float:
 
 
 def _tensor_flops_per_us(gpu: Gpu, activation_bits: int, variant: str) -> float:
+    if activation_bits == 8 and variant == "int8":
+        return gpu.int8_tops * 1e6 * _TENSOR_SHARE * _MMA_SYNC_SHARE.get(gpu.arch, 1.0)
     # FP8 on a chip that emulates it is only ever asked for by name, and the 16-bit rate is what
     # the emulation can reach at best.
     is_native = gpu.fp8_f32_tflops > 0 and has_fp8_mma(gpu.arch)

@@ -22,6 +22,7 @@ from vllm_nvfp4.kernels.cuda import dispatch
 from vllm_nvfp4.kernels.cuda.configs import GemmParams, QuantizeParams
 from vllm_nvfp4.kernels.cuda.devices import (
     DTYPE_NAMES,
+    INT8_QUANTIZERS,
     QUANTIZERS,
     Device,
     current_stream,
@@ -32,9 +33,11 @@ from vllm_nvfp4.kernels.cuda.dispatch import Choice
 from vllm_nvfp4.kernels.cuda.triton import fp8_linear, gather_rows, warm_up_fp8, warm_up_gather
 from vllm_nvfp4.kernels.layout import PackedWeight, unpack_weight
 from vllm_nvfp4.kernels.layout import pack_weight as reorder_weight
-from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.numerics.formats import INT8_GROUP, NVFP4
+from vllm_nvfp4.numerics.weight import BlockScaledWeight, raise_block_scales
 
 __all__ = [
+    "a8_variant",
     "check_activation",
     "fp8_linear",
     "fp8_takes_8_bits",
@@ -60,13 +63,16 @@ _ROW_ALIGNMENT = 16
 
 
 def pack_weight(weight: BlockScaledWeight) -> PackedWeight:
-    """The weight in kernel order, on its own device; loads the kernels that will read it.
+    """The weight in kernel order, on its own device; loads the kernels that will read it. For the
+    variant "folded" its block scales are raised first, so that few are lost to E4M3's subnormals.
 
     Raises CompileError where no cubin can be had for the device, ValueError for a shape that the
     kernels do not take.
     """
     if weight.codes.is_cuda:
-        prepare(weight.codes.device, weight.fmt.name)
+        _, variant = prepare(weight.codes.device, weight.fmt.name).figures
+        if variant == "folded" and weight.fmt == NVFP4:
+            weight = raise_block_scales(weight)
     return reorder_weight(weight)
 
 
@@ -77,7 +83,8 @@ def linear(
 
     a:               [M, K] bf16 or fp16 on a CUDA device; rows may be strided
     bias:            [N] of a's dtype, or None
-    activation_bits: 16; 8 rounds a to E4M3 with one scale per row; 0 lets the batch size decide
+    activation_bits: 16; 8 rounds a to E4M3 with one scale per row, or to INT8 with one per row and
+                     64 columns, as the variant in force has it; 0 lets the batch size decide
     Returns [M, N] of a's dtype. Sums are formed in float32, in an order that depends on the shape
     alone. Raises ValueError for a dtype, device or shape that does not fit.
     """
@@ -111,17 +118,22 @@ def linear_a8(
     The 8-bit product of activations that are quantised already (by :func:`quantize`, or by what a
     compiled graph made of numerics' quantize_fp8_per_row).
 
-    q:       [M, K] float8_e4m3fn on a CUDA device
-    a_scale: [M] or [M, 1] float32
+    q:       [M, K] on a CUDA device: float8_e4m3fn, or int8 where the variant in force is "int8"
+    a_scale: [M] or [M, 1] float32; for int8 [M, ceil(K / 64)]
     bias:    [N] of ``dtype``, or None
     dtype:   of the result: bfloat16 or float16
     Returns [M, N]. Raises ValueError for a dtype, device or shape that does not fit.
     """
     m, n, k = q.shape[0], packed.num_rows, packed.num_cols
-    if q.dtype != torch.float8_e4m3fn or a_scale.dtype != torch.float32 or a_scale.numel() != m:
+    num_scales = m * -(-k // INT8_GROUP) if q.dtype == torch.int8 else m
+    if (
+        q.dtype not in (torch.float8_e4m3fn, torch.int8)
+        or a_scale.dtype != torch.float32
+        or a_scale.numel() != num_scales
+    ):
         raise ValueError(
             f"linear_a8: q is {q.dtype}, a_scale {a_scale.dtype} {list(a_scale.shape)}; needs "
-            f"float8_e4m3fn and float32 [{m}]"
+            f"float8_e4m3fn and float32 [{m}], or int8 and float32 [{m}, {-(-k // INT8_GROUP)}]"
         )
     _check_operands("linear_a8", q, dtype, packed, bias)
     y = torch.empty((m, n), dtype=dtype, device=q.device)
@@ -133,6 +145,10 @@ def linear_a8(
             return linear_a8(q, a_scale, packed, bias, dtype)
     device = loaded_device(device_idx, packed.fmt.name)
     choice = device.choose(m, n, k, packed.fmt.name, DTYPE_NAMES[dtype], "8")
+    if (choice.config.stem == "gemm_w4i8") != (q.dtype == torch.int8):
+        raise ValueError(
+            f"linear_a8: q is {q.dtype}, and the variant in force is {device.figures[1]!r}"
+        )
     run_a8(device, choice, q, a_scale, packed, bias, y, current_stream(device_idx))
     return y
 
@@ -154,11 +170,13 @@ def run(
         return
     # One allocation for all scratch memory: partial sums, then q and a_scale.
     m, k = a.shape
-    scratch = packed.codes.new_empty(choice.workspace_bytes + m * (k + 4))
+    is_int8 = choice.config.stem == "gemm_w4i8"
+    num_scales = -(-k // INT8_GROUP) if is_int8 else 1
+    scratch = packed.codes.new_empty(choice.workspace_bytes + m * (k + 4 * num_scales))
     partials = scratch.data_ptr()
     q = partials + choice.workspace_bytes
     a_scale = q + m * k  # K is a multiple of 16, so q and a_scale are aligned
-    _quantize(device, a, q, a_scale, stream)
+    _quantize(device, a, q, a_scale, stream, is_int8)
     _launch(device, choice, (q, k, a_scale), packed, bias, y, stream, partials)
 
 
@@ -233,8 +251,13 @@ def check_activation(device: torch.device, activation: str) -> None:
 
     For the time when weights load: a launch would say the same, but only then.
     """
-    gpu = prepare(device, "nvfp4").gpu
-    dispatch.choose_activation_bits(gpu, 1, 64, 64, "nvfp4", activation)
+    gpu, variant = prepare(device, "nvfp4").figures
+    dispatch.choose_activation_bits(gpu, 1, 64, 64, "nvfp4", activation, variant)
+
+
+def a8_variant(device: torch.device) -> str:
+    """The variant of 8-bit activations in force, "auto" resolved."""
+    return loaded_device(device.index, "nvfp4").figures[1]
 
 
 def takes_8_bits(device: torch.device, m: int, n: int, k: int, fmt_name: str) -> bool:
@@ -284,10 +307,13 @@ def quantize(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, a_scale
 
 
-def _quantize(device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int) -> None:
+def _quantize(
+    device: Device, a: torch.Tensor, q: int, a_scale: int, stream: int, is_int8: bool = False
+) -> None:
     m, k = a.shape
     params = (a.data_ptr(), q, a_scale, m, k, a.stride(0), k)
-    device.launch(QUANTIZERS[DTYPE_NAMES[a.dtype]], (m, 1, 1), stream, _QUANTIZE_LAYOUT, params)
+    quantizers = INT8_QUANTIZERS if is_int8 else QUANTIZERS
+    device.launch(quantizers[DTYPE_NAMES[a.dtype]], (m, 1, 1), stream, _QUANTIZE_LAYOUT, params)
 
 
 # --- arguments -----------------------------------------------------------------------------------

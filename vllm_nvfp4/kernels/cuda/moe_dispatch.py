@@ -34,7 +34,7 @@ def choose_moe(
 
     dtype:      "bf16" or "fp16"
     activation: "auto", "16" or "8"
-    Raises ValueError for another activation, or 8 on a GPU without FP8.
+    Raises ValueError for another activation.
     """
     bits = choose_moe_bits(gpu, num_tokens, shape, fmt_name, activation)
     family = "decode" if bits == 16 and num_tokens <= DECODE_TOKENS else "prefill"
@@ -49,7 +49,9 @@ def choose_moe_bits(
     gpu: Gpu, num_tokens: int, shape: MoeShape, fmt_name: str, activation: str = "auto"
 ) -> int:
     """16 or 8: 8 where an expert has as many tokens, on average, as the switch of a dense product
-    of all experts' rows."""
+    of all experts' rows. Experts have 8 bits in FP8 alone: 16 on a GPU without it."""
+    if activation == "8" and gpu.arch < 89:
+        return 16
     rows = shape.intermediate_size * (2 if shape.is_gated else 1)
     per_expert = num_tokens * shape.num_choices / shape.num_experts
     # Rows of hidden_size that are quantised for each token of an expert: the tokens, which their

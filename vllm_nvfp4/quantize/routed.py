@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed experts of one layer, and what each of them sees of the calibration text.
+
+transformers keeps a layer's experts in stacked parameters and computes
+
+    y[t] = sum_j w[t, j] D_e h_e(x[t]),   e = index[t, j],   h_e(x) = act(G_e x) * U_e x
+
+(h_e(x) = act(U_e x) in a model without a gate). An error d of D_e h_e counts in y[t] as w[t, j] d,
+so that an expert's tokens weigh as the squares of their router weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_nvfp4.checkpoints.model_class import ExpertPlace
+from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.quantize.moments import difference_moment, second_moment
+
+# An expert with fewer tokens than this takes its layer's moments in part: K x K numbers are not to
+# be had from less.
+FEW_TOKENS = 256
+# Tokens that a layer's experts are compared on with the module's own forward.
+_COMPARED = 8
+
+
+@dataclass
+class Routing:
+    """What goes into a layer's experts.
+
+    x:       [tokens, hidden size]
+    index:   [tokens, k] int64; which experts a token goes to
+    weights: [tokens, k]; what each one's output is multiplied by
+    """
+
+    x: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, name: str, inputs: Sequence[Any]) -> Routing:
+        """Of a module's inputs. Raises CheckpointError where they are others."""
+        tensors = [i for i in inputs if isinstance(i, torch.Tensor)]
+        if len(tensors) != 3 or tensors[1].is_floating_point():
+            found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
+            raise CheckpointError(
+                name,
+                "inputs of the routed experts",
+                found,
+                "hidden states, indices of experts and their weights",
+                "Use --method mse, which needs no forward pass.",
+            )
+        x, index, weights = (t.flatten(0, -2) for t in tensors)
+        return cls(x, index, weights)
+
+    def tokens(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Which tokens go to an expert, [n] int64; the weights of its outputs, [n].)"""
+        token, slot = (self.index == expert).nonzero(as_tuple=True)
+        return token, self.weights[token, slot]
+
+
+class Stack:
+    """The experts module of a layer, whose parameters are read and replaced one expert at a time.
+
+    module: transformers'; places: stored name -> where it stands in the module
+    """
+
+    def __init__(self, name: str, module: Any, places: Mapping[str, ExpertPlace]) -> None:
+        self._name, self._module, self._places = name, module, places
+
+    def set(self, name: str, weight: torch.Tensor) -> None:
+        """Replace one expert's matrix, [N, K]."""
+        place = self._places[name]
+        stack = self._module.get_parameter(place.leaf)
+        with torch.no_grad():
+            place.view(stack, len(weight)).copy_(weight)
+
+    def _product(self, x: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
+        weight = self._module.get_parameter(leaf)[expert]
+        is_transposed = next(p.is_transposed for p in self._places.values() if p.leaf == leaf)
+        return x @ (weight if is_transposed else weight.T)
+
+    def inner(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """h_e(x), [n, inner size]."""
+        leaves = {p.leaf for p in self._places.values()}
+        if "gate_up_proj" not in leaves:
+            return self._module.act_fn(self._product(x, "up_proj", expert))
+        both = self._product(x, "gate_up_proj", expert)
+        if hasattr(self._module, "_apply_gate"):
+            return self._module._apply_gate(both)
+        gate, up = both.chunk(2, -1)
+        return self._module.act_fn(gate) * up
+
+    def check(self, routing: Routing) -> None:
+        """Raise CheckpointError where the module computes something else than is said above."""
+        counts = torch.bincount(routing.index.flatten().clamp(min=0))
+        expert = int(counts.argmax())
+        token, _ = routing.tokens(expert)
+        x = routing.x[token[:_COMPARED]]
+        one = torch.ones(len(x), 1, dtype=routing.weights.dtype, device=x.device)
+        # Not the module itself, whose hook is what calls this.
+        theirs = self._module.forward(
+            x, torch.full_like(one, expert, dtype=routing.index.dtype), one
+        )
+        ours = self._product(self.inner(x, expert), "down_proj", expert)
+        tolerance = 2.0**-5 if x.dtype is torch.bfloat16 else 1e-3
+        if (ours - theirs).norm() > tolerance * theirs.norm():
+            raise CheckpointError(
+                self._name,
+                "routed experts",
+                "outputs that are not the sum of act(gate) * up over a token's experts",
+                "experts as transformers' classes of mixtures have them",
+                "Use --method mse, which needs no forward pass.",
+            )
+
+
+@dataclass
+class Moments:
+    """H = E[x x^T] of a layer's inputs and, where the unquantised inputs x' are known,
+    D = E[(x' - x) x^T]; each [K, K] float32."""
+
+    hessian: torch.Tensor
+    shift: torch.Tensor | None
+
+    @classmethod
+    def of(cls, x: torch.Tensor, exact: torch.Tensor | None) -> Moments:
+        shift = None if exact is None else difference_moment(exact, x, x)
+        return cls(second_moment(x), shift)
+
+    def shrunk(self, own: Moments | None, share: float) -> Moments:
+        """These, and ``share`` of an expert's own."""
+        if own is None:
+            return self
+        shift = None
+        if self.shift is not None and own.shift is not None:
+            shift = torch.lerp(self.shift, own.shift, share)
+        return Moments(torch.lerp(self.hessian, own.hessian, share), shift)
+
+
+def quantize_routed(
+    stack: Stack,
+    routing: Routing,
+    exact: torch.Tensor | None,
+    groups: Mapping[int, tuple[list[str], list[str]]],
+    quantize: Callable[[list[str], Moments, torch.Tensor], dict[str, torch.Tensor]],
+) -> dict[int, int]:
+    """Quantise all experts of a layer, each for its own tokens; returns how many these are.
+
+    stack:    has the source's weights, and the quantised ones afterwards
+    exact:    [tokens, hidden size], what the unquantised model's experts get; None where unused
+    groups:   expert -> names of (gate and up, down)
+    quantize: of a fused layer's names, the moments of its inputs and some of these; gives what each
+              weight has become, [N, K] float32
+    """
+    total = routing.weights.float().square().sum(1).sqrt().to(routing.x.dtype)[:, None]
+    pooled = Moments.of(routing.x * total, None if exact is None else exact.to(total) * total)
+    counts, inner, exact_inner = {}, {}, {}
+    for expert, (names, _) in groups.items():
+        token, weight = routing.tokens(expert)
+        x, weight = routing.x[token], weight.to(routing.x.dtype)[:, None]
+        counts[expert] = len(token)
+        theirs = None if exact is None else exact[token].to(x)
+        if theirs is not None:
+            exact_inner[expert] = stack.inner(theirs, expert) * weight
+        own = Moments.of(x * weight, None if theirs is None else theirs * weight)
+        moments = pooled.shrunk(own if len(token) else None, _share(len(token)))
+        for name, value in quantize(names, moments, x).items():
+            stack.set(name, value)
+        inner[expert] = stack.inner(x, expert) * weight
+    every = torch.cat(list(inner.values()))
+    every_exact = torch.cat(list(exact_inner.values())) if exact_inner else None
+    pooled = Moments.of(every, every_exact)
+    del every, every_exact
+    for expert, (_, names) in groups.items():
+        x = inner.pop(expert)
+        own = Moments.of(x, exact_inner.pop(expert, None)) if len(x) else None
+        for name, value in quantize(names, pooled.shrunk(own, _share(len(x))), x).items():
+            stack.set(name, value)
+    return counts
+
+
+def _share(count: int) -> float:
+    return min(1.0, count / FEW_TOKENS)
