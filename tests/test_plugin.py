@@ -321,3 +321,20 @@ def test_register_is_in_the_table_of_methods(registered):
 
     assert "nvfp4" in quantization.QUANTIZATION_METHODS
     assert "nvfp4" not in get_args(quantization.QuantizationMethods)
+
+
+@pytest.mark.parametrize(
+    ("given", "drafts", "hybrid", "becomes"),
+    [
+        (None, {"method": "mtp"}, True, False),
+        (True, {"method": "mtp"}, True, True),  # the user's word counts
+        (None, None, True, None),
+        (None, {"method": "mtp"}, False, None),
+    ],
+)
+def test_no_prefix_caching_of_states_where_tokens_are_drafted(given, drafts, hybrid, becomes):
+    from vllm_nvfp4 import plugin
+
+    arguments = SimpleNamespace(enable_prefix_caching=given, speculative_config=drafts)
+    plugin._leave_out_prefix_caching(arguments, SimpleNamespace(is_hybrid=hybrid))
+    assert arguments.enable_prefix_caching is becomes

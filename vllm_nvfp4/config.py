@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -155,6 +155,7 @@ class NvFp4Config(QuantizationConfig):
     def _weight_mapper(self) -> Any:
         """vLLM's own mapper of the files' names, with what the files here need."""
         self._tell_unasked()
+        self._tell_strays()
         if self._kept.num_quantized:
             logger.info_once("nvfp4: %s", self._kept.line(self.options.online_format))
         mapper = QuantizationConfig.get_checkpoint_weight_mapper()
@@ -278,7 +279,15 @@ class NvFp4Config(QuantizationConfig):
         if self.census is not None and (left := self.census.unasked()):
             logger.info_once(
                 "nvfp4: in the files, but used by no layer of this model: %s",
-                ", ".join(f"{name} ({count})" for name, count in sorted(left.items())),
+                _listed(left),
+            )
+
+    def _tell_strays(self) -> None:
+        """One line for tensors that are dropped: scales beside weights without a use for them."""
+        if self.census is not None and (strays := self.census.strays_by_kind()):
+            logger.info_once(
+                "nvfp4: in the files, of no use to their layers and passed over: %s",
+                _listed(strays),
             )
 
     def _tell(self, prefix: str, spec: LayerSpec, said: Collection[LayerSpec]) -> None:
@@ -309,6 +318,10 @@ class NvFp4Config(QuantizationConfig):
             spec.fmt.block_size,
         )
         return True
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
 def _readable(spec: LayerSpec, prefix: str) -> LayerSpec:

@@ -160,13 +160,31 @@ def _patch_engine_args() -> None:
         )
         token, outer = _asked.set(asked), _additional_config.set(self.additional_config)
         try:
-            return create_model_config(self)
+            model_config = create_model_config(self)
+            if asked:
+                _leave_out_prefix_caching(self, model_config)
+            return model_config
         finally:
             _asked.reset(token)
             _additional_config.reset(outer)
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _leave_out_prefix_caching(engine_args: Any, model_config: Any) -> None:
+    """Where tokens are drafted for a model with recurrent states, vLLM caches the states of
+    prefixes by Triton kernels, which a CPU does not have: the first token would end the engine."""
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    is_default = getattr(engine_args, "enable_prefix_caching", False) is None
+    is_drafting = getattr(engine_args, "speculative_config", None) is not None
+    if is_default and is_drafting and model_config.is_hybrid and current_platform.is_cpu():
+        engine_args.enable_prefix_caching = False
+        init_logger(f"vllm.{__name__}").info(
+            "nvfp4: no prefix caching: on a CPU vLLM has none for recurrent states with speculation"
+        )
 
 
 def _forget_shorthand(engine_args: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from vllm_nvfp4.checking import check
 from vllm_nvfp4.checking.check import engine_arguments, examine
 from vllm_nvfp4.checking.report import from_json
+from vllm_nvfp4.checkpoints.census import StoredModule
 from vllm_nvfp4.cli import main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import first_check, launch
@@ -130,6 +131,23 @@ def test_a_shape_that_does_not_fit_is_named(tmp_path):
 
     report = report_on(edited(tmp_path, edit))
     assert [f.what for f in report.errors][:1] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    "stem", ["self_attn.{}_proj", "self_attn.qkv_proj", "self_attn", "self_attn.attn"]
+)
+def test_scales_of_the_kv_cache_find_their_place_under_each_name(stem, tmp_path, monkeypatch):
+    def edit(tensors):
+        for name in [n for n in tensors if n.endswith(("k_scale", "v_scale"))]:
+            layer, leaf = name.partition(".self_attn.")[0], name.rpartition(".")[2]
+            tensors[f"{layer}.{stem.format(leaf[0])}.{leaf}"] = tensors.pop(name)
+
+    # Nothing that is left over is excused.
+    monkeypatch.setattr(StoredModule, "dispensable", frozenset())
+    report = report_on(edited(tmp_path, edit, "modelopt/nvfp4-kv8-llama"))
+    assert report.is_right, [str(f) for f in (*report.errors, *report.dropped)]
+    assert not report.left_out
+    assert sum(layer.count for layer in of_part(report, "linear") if "nvfp4" in layer.form) == 8
 
 
 def test_the_command(tmp_path, capsys):

@@ -183,6 +183,22 @@ def test_scales_beside_a_16_bit_weight_are_strays():
     assert "language_model.lm_head.input_scale" in found.stray
 
 
+def test_dropped_tensors_are_named_in_one_line(monkeypatch):
+    names = ["lm_head", *(f"model.layers.{i}.mlp.up_proj" for i in range(3))]
+    config = NvFp4Config(modelopt([]))
+    extra = {f"{name}.input_scale": header("F32") for name in names}
+    config.census = census(dict.fromkeys(names, "bf16") | {"a.b": "nvfp4"}, extra=extra)
+    config.census.layer_spec("a.b", QKV)
+    said = []
+    monkeypatch.setattr("vllm_nvfp4.config.logger.info_once", lambda *args: said.append(args))
+    mapper = config.get_checkpoint_weight_mapper()
+    [(text, listed)] = said
+    assert "passed over" in text
+    assert listed == "lm_head.input_scale (1), model.layers.*.mlp.up_proj.input_scale (3)"
+    kept = ["lm_head.weight", "a.b.input_scale", "a.b.weight"]
+    assert mapper.apply_list([*extra, *kept]) == kept
+
+
 def test_weights_without_a_known_form_are_named():
     extra = {"a.weight": header("U8", N, K // 2), "b.weight": header("I8", N, K)}
     found = census({}, modelopt(["a", "b"]), extra)

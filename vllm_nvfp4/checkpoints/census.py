@@ -79,6 +79,11 @@ class StoredModule:
         return tuple(f"{self.name}.{leaf}" for leaf in unused if leaf in self.tensors)
 
     @property
+    def has_scales_alone(self) -> bool:
+        """Whether it holds nothing but scales of a KV cache, as qkv_proj does beside its shards."""
+        return self.tensors.keys() <= KV_SCALES
+
+    @property
     def dispensable(self) -> frozenset[str]:
         """Tensors that the layer computes the same without: scales of activations that are not
         used, strays, and scales of a KV cache, which may be in 16 bits."""
@@ -185,7 +190,8 @@ class Census:
         different forms come out as WIDENED: they are one weight in memory.
         A layer that is not in the files by any name is as the configuration says.
         """
-        if (whole := self._ask(name)) is not None:
+        whole = self._ask(name)
+        if whole is not None and not whole.has_scales_alone:
             return whole.spec
         shards = [m for n in shard_names(name, packed_modules) if (m := self._ask(n)) is not None]
         if not shards:
@@ -277,6 +283,11 @@ class Census:
             for tensor in module.stray:
                 strays += [tensor, self._names[name] + tensor.removeprefix(name)]
         return tuple(dict.fromkeys(strays))
+
+    def strays_by_kind(self) -> dict[str, int]:
+        """The same: the file's name with its numbers folded -> how many."""
+        tensors = (tensor for module in self.modules.values() for tensor in module.stray)
+        return dict(Counter(map(fold, tensors)))
 
 
 def group_by_module(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
