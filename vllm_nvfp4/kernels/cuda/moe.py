@@ -126,8 +126,8 @@ def moe(
     biases:  b13 [E, 2 I] and b2 [E, H] of a's dtype, or None
     y:       [M, H] of a's dtype, contiguous and at a multiple of 16 bytes, to write into; None
              for a new tensor
-    Returns y. Sums are formed in float32; what the activation makes is rounded to a's dtype (and for
-    8 bits to E4M3 with one scale per row, or INT8 with one per row and 64 columns). Raises
+    Returns y. Sums are formed in float32; what the activation makes is rounded to a's dtype (and
+    for 8 bits to E4M3 with one scale per row, or INT8 with one per row and 64 columns). Raises
     ValueError for what does not fit.
     """
     _check(a, w13, w2, routing, activation, is_weight_on_input, activation_bits, biases)
