@@ -188,8 +188,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
         moe_ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
         kernel = moe_ops.describe_experts_path(
-            device.type, versions.device_arch(), bits, self.options.a8_variant
-        )
+            device.type, versions.device_arch(), bits, self.options.a8_variant,
+            ops.gpu_figures(device.type),
+        )  # fmt: skip
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
     def make_kernel(self, layer: Any, experts: NvFp4Experts) -> Any:
