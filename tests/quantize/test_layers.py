@@ -177,7 +177,9 @@ def test_an_extra_draft_layer_is_known_by_its_peers(models, tmp_path):
     from safetensors.torch import save_file
 
     state = load_file(models("glm47_flash") / "model.safetensors")
-    last = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in state.items() if "layers.1." in n}
+    last = {
+        n.replace("layers.1.", "layers.2."): t.clone() for n, t in state.items() if "layers.1." in n
+    }
     extra = {"model.layers.2.eh_proj.weight": torch.zeros(64, 128, dtype=torch.bfloat16)}
     save_file(state | last | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((models("glm47_flash") / "config.json").read_bytes())

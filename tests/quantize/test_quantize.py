@@ -530,13 +530,15 @@ def test_inputs_that_are_not_finite_are_refused(copied, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_architecture_needs_a_method_without_data(copied, tmp_path, capsys):
+def test_an_unknown_architecture_is_refused(copied, tmp_path, capsys):
+    """No class says which of its tensors are linear layers."""
     edit_json(copied / "config.json", lambda config: config.update(model_type="nonesuch"))
-    assert quantize(copied, tmp_path / "out", "hessian") == 1
-    error = capsys.readouterr().err
-    assert "nonesuch" in error
-    assert "Use --method mse" in error
-    assert quantize(copied, tmp_path / "out", "mse") == 0
+    for method in ("mse", "hessian"):
+        assert quantize(copied, tmp_path / "out", method) == 1
+        error = capsys.readouterr().err
+        assert "config.json: architectures" in error
+        assert "nonesuch" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_of_another_decoder_are_refused(models, tmp_path):

@@ -50,7 +50,7 @@ def split(stacks: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> d
     """
     if unknown := sorted(stacks.keys() - _PARTS.keys()):
         raise ValueError(f"no layout is known for {unknown[0]}")
-    if "down_proj" not in stacks or len(stacks) < 2:
+    if "down_proj" not in stacks or not stacks.keys() & {"gate_up_proj", "up_proj"}:
         raise ValueError("one of up and down projection is missing")
     is_transposed = _is_transposed(stacks, shapes)
     found: dict[str, Part] = {}
@@ -74,8 +74,8 @@ def _is_transposed(stacks: Mapping[str, str], shapes: Mapping[str, tuple[int, ..
     _, c, d = shapes[stacks[up]]
     share = len(_PARTS[up])
     if c == share * b and d == a:
-        # Without a gate both orders fit: the hidden size is the larger in no model alone, so the
-        # order of linear layers is taken.
+        # Without a gate both orders fit; that of linear layers is taken, as transformers' classes
+        # without a gate have it.
         return False
     if d == share * a and c == b:
         return True

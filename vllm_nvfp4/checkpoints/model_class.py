@@ -187,6 +187,15 @@ class ModelClass:
         up = found.gate_up_proj.shape if hasattr(found, "gate_up_proj") else found.up_proj.shape
         return not (down[1] == up[2] and down[2] in (up[1], up[1] // 2))
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many routed experts a token goes to, as the configuration says; 1 where it does
+        not."""
+        text = self.config.get_text_config()
+        names = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+        found = next((v for n in names if isinstance(v := getattr(text, n, None), int)), 1)
+        return max(1, found)
+
     def is_linear(self, module: str) -> bool:
         """Whether a module of the class is a linear layer."""
         return isinstance(self._modules.get(module), torch.nn.Linear)
@@ -232,7 +241,7 @@ class ModelClass:
             beside = experts.rpartition(".")[0] + "."
             if shape[0] != count or not module.startswith(beside):
                 continue
-            if module.startswith(experts + "."):
+            if f"{module}.".startswith(experts + "."):
                 continue
             parent = module.rpartition(".")[0]
             alike = [

@@ -46,7 +46,15 @@ def calibrated_bytes(
     """The same for a method with a text. itemsize: bytes of a number in a hidden state."""
     most = 0
     for unit in units:
-        shapes = [[source.tensors[n].shape for n in g] for g in unit.groups if g[0] in quantized]
+        groups = [group for group in unit.groups if group[0] in quantized]
+        routed = [group for group in groups if source.model_class.expert(group[0]) is not None]
+        shapes = [[source.tensors[n].shape for n in g] for g in groups if g not in routed]
+        # Experts are quantised one after another; each token's inputs of those that it goes to, as
+        # the quantised and as the source's layers have them, are there at once.
+        one = [[source.tensors[n].shape for n in g] for g in routed[:2]]
+        inner = min((group[0][1] for group in one), default=0)
+        chosen = source.model_class.experts_per_token
+        shapes += one
         if not shapes:
             continue
         size = sum(math.prod(source.tensors[n].shape) for n in unit.names)
@@ -54,7 +62,8 @@ def calibrated_bytes(
         fused = [(sum(shape[0] for shape in group), group[0][1]) for group in shapes]
         hidden = min(cols for _, cols in fused)
         wide = max(max(rows, cols) for rows, cols in fused)
-        states = itemsize * (sum(cols for _, cols in fused) + _WIDE * wide + _HIDDEN * hidden)
+        inputs = sum(cols for _, cols in fused) + 2 * chosen * inner
+        states = itemsize * (inputs + _WIDE * wide + _HIDDEN * hidden)
         rounding = max(_WEIGHT_COPIES * n * k + _MOMENT_COPIES * k * k for n, k in fused)
         most = max(most, 4 * (_LAYER_COPIES * size + rounding) + num_tokens * states)
     return max(most, data_free_bytes(source, units))
