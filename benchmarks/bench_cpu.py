@@ -229,9 +229,11 @@ def main() -> int:
         command = f"{prefix}python " + " ".join(sys.argv)
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *machine, "command"])
+            for name, value in {**machine, "command": command}.items():
+                file.write(f"# {name}: {value}\n")
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**row, **machine, "command": command} for row in rows)
+            writer.writerows(rows)
     return 0 if all(row["match"] == "yes" for row in rows) else 1
 
 

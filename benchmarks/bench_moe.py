@@ -159,7 +159,7 @@ class Bench(KernelBench):
             return backend.activation_bits, backend.name
         wanted = {0: "auto", 16: "16", 8: "8"}[backend.activation_bits]
         config = choose_moe(self.gpu, m, shape, self.args.format, self.args.dtype, wanted)
-        return (8 if config.stem == "moe_w4a8" else 16), config.symbol
+        return (16 if config.stem == "moe_w4a16" else 8), config.symbol
 
 
 def sampled_error(y, tokens, layer) -> float:

@@ -44,9 +44,10 @@ def check(
     architecture: Architecture, roads: Sequence[str], work: Path, note: Callable[..., None]
 ) -> None:
     """The roads of one architecture. note: takes the columns that are known so far."""
+    from vllm_nvfp4.cli.main import main as command
     from vllm_nvfp4.testing.model_sweep import TOLERANCE, Sweep, one_line
 
-    sweep = Sweep(architecture, work)
+    sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
     reasons, worst = [], 0.0
     for road in roads:

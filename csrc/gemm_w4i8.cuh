@@ -145,8 +145,13 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
         uint32_t b[4];
         load_tokens<Config>(activations, tile_k, token_tile, b);
         if (token_tile % 2 == 0) {
-          scales_of_two =
-              ptx::ld_shared_v4(token_scales + tile_k * S::kTokenScaleRow + token_tile / 2 * 64);
+          const uint32_t at = token_scales + tile_k * S::kTokenScaleRow + token_tile / 2 * 64;
+          if (token_tile + 1 < Config::kTokenTiles) {
+            scales_of_two = ptx::ld_shared_v4(at);
+          } else {
+            const uint2 one = ptx::ld_shared_v2(at);
+            scales_of_two = make_uint4(one.x, one.y, 0, 0);
+          }
         }
         const float a_scale[2] = {
             __uint_as_float(token_tile % 2 == 0 ? scales_of_two.x : scales_of_two.z),

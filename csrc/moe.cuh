@@ -86,6 +86,7 @@ __device__ __forceinline__ GemmParams weight_of(const MoeParams& p, int expert) 
   GemmParams g = {};
   g.a = p.a;
   g.a_stride = p.a_stride;
+  g.a_scale = p.a_scale;
   g.codes = p.codes + tiles * fragments::kTileCodeBytes;
   g.block_scale = p.block_scale + tiles * fragments::kTileScaleBytes<Config::kFormat>;
   g.n = p.n;
@@ -164,7 +165,9 @@ __device__ __forceinline__ void store(uint32_t smem, const MoeParams& p, const E
   for (int i = static_cast<int>(threadIdx.x) / kQuads; i < entry.count;
        i += Config::kThreads / kQuads) {
     const int choice = work.choice(i);
-    const float a_scale = p.a_scale != nullptr ? p.a_scale[choice / p.choices_per_row] : 1.0f;
+    // Where a row has several, they are multiplied already.
+    const bool has_scale = !Config::kHasTokenScales && p.a_scale != nullptr;
+    const float a_scale = has_scale ? p.a_scale[choice / p.choices_per_row] : 1.0f;
     float4 v = first.finish(epilogue::load_tile<Config>(smem, i, in_tile), a_scale);
     if constexpr (kIsGated) {
       const float4 up =

@@ -22,7 +22,7 @@ constexpr int kSmallestTile = 8;
 //   y[c] = f(v), or with gates f(v[:N/2]) * (v[N/2:] + beta), both clamped by limit
 struct MoeParams {
   const void* a;               // [rows, K]; rows a_stride elements apart, 16-byte aligned
-  const float* a_scale;        // [rows], w4a8 only
+  const float* a_scale;        // [rows] (w4a8), [rows, ceil(K / 64)] (w4i8)
   const uint8_t* codes;        // [experts] of fragment order, see fragments.cuh
   const uint8_t* block_scale;  // [experts] of fragment order
   const float* global_scale;   // [experts, N]

@@ -58,8 +58,7 @@ class Options:
         "faster of these two on the device. `f16_partials` rounds the sums of blocks to FP16 "
         "(5e-4) and runs at GeForce's double rate. `folded` rounds each NVFP4 weight times its "
         "block scale to FP8 (2 to 4 % of a row) and halves the instructions: for L40S, L4 and "
-        "RTX 6000 Ada. MXFP4 stays exact under `folded`. On a GPU experts know `exact` alone, and "
-        "16 bits where there is no FP8.",
+        "RTX 6000 Ada. MXFP4 stays exact under `folded`, and experts under both.",
     )
     lm_head: str = _option(
         "keep",

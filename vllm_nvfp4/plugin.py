@@ -338,7 +338,7 @@ def _patch_cpu_dispatch() -> None:
         from vllm_nvfp4.compat import cpu_dispatch, cpu_experts
 
         cpu_dispatch.install()
-        cpu_experts.install()
+        cpu_experts.install(METHOD_NAMES)
 
 
 def _flatten_legacy_modelopt(quant_config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_nvfp4.checkpoints import hub, read_config
+from vllm_nvfp4.checkpoints import detect, hub, read_config
+from vllm_nvfp4.checkpoints.model_census import take_census_of
+from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.planning import kv, vllm_kv
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
 from vllm_nvfp4.planning.shapes import Kept, find_shape
+from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model
 
 FAMILIES = ("llama", "llama-bias", "qwen3", "gemma3", "qwen3_moe", "mixtral")
@@ -295,3 +299,22 @@ def test_what_a_hub_does_not_have(folders, served, capsys):
     assert "owner/other" in error
     assert error.count("\n") == 1
     assert hub.hub_address().startswith("http://127.0.0.1")
+
+
+def test_an_engine_decides_by_the_headers_of_a_hub_name(served, tmp_path):
+    folder = extract_fixture("modelopt/mixed-llama", tmp_path / "model")
+    sent = served(folder)
+    _, config = read_config(folder)
+    here, there = (
+        take_census_of(name, None, config, detect(config)) for name in (str(folder), "owner/name")
+    )
+    stored = {name: module.stored for name, module in here.modules.items()}
+    assert stored == {name: module.stored for name, module in there.modules.items()}
+    assert here.headers() == there.headers()
+    assert sum(sent) < (folder / "model.safetensors").stat().st_size / 2
+    # Nor does it take less than a folder would.
+    scale = next(name for name in here.headers() if name.endswith("weight_scale_2"))
+    edit_tensors(folder, lambda tensors: tensors.pop(scale))
+    with pytest.raises(CheckpointError, match=re.escape(scale)):
+        take_census_of("owner/name", None, config, detect(config))
+    assert take_census_of("owner/other", None, config, detect(config)) is None

@@ -56,16 +56,20 @@ def check_pairs(config: MoeConfig, columns: torch.Tensor, tiles: list[int]) -> i
     num_experts = int(local.max()) + 1
     stack = Experts([weight] * num_experts, None).stack
     tokens = torch.nn.functional.one_hot(columns, NUM_COLUMNS)
-    is_8_bit = config.stem == "moe_w4a8"
+    element, scales = {
+        "moe_w4a16": (DTYPES[config.dtype], None),
+        "moe_w4a8": (torch.float8_e4m3fn, torch.ones(len(tokens))),
+        "moe_w4i8": (torch.int8, torch.ones(len(tokens), -(-NUM_COLUMNS // 64))),
+    }[config.stem]
     y = host_moe.run_product(
         host_moe.shipped(config.stem, config.fmt_name),
         config,
-        tokens.to(torch.float8_e4m3fn if is_8_bit else DTYPES[config.dtype]),
+        tokens.to(element),
         stack,
         *schedule_of(local, num_experts),
         choices_per_row=1,
         activation=_LINEAR,
-        a_scale=torch.ones(len(tokens)) if is_8_bit else None,
+        a_scale=scales,
     )
     expected = weight.dequantize(torch.float64).T[columns].to(y.dtype)
     if not torch.equal(y, expected):
@@ -109,8 +113,10 @@ class StressLayer:
         self, a: torch.Tensor, experts: Experts, choices_per_row: int, activation: KernelActivation
     ) -> torch.Tensor:
         a_scale = None
-        if self.config.stem == "moe_w4a8":
-            quantize = next(c for c in QUANTIZE_CONFIGS if c.dtype == self.config.dtype)
+        if self.config.stem != "moe_w4a16":
+            stem = self.config.stem.replace("moe_w4", "quantize_")
+            wanted = (stem, self.config.dtype)
+            quantize = next(c for c in QUANTIZE_CONFIGS if (c.stem, c.dtype) == wanted)
             a, a_scale = host_gemm.run_quantize(host_gemm.shipped(quantize), quantize, a)
         return host_moe.run_product(
             host_moe.shipped(self.config.stem, self.config.fmt_name),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of a hub as a folder of configuration and headers: what plan and inspect read.
+"""A model of a hub as a folder of configuration and headers: for what reads no weights, and for an
+engine before it downloads them.
 
 Of each safetensors file only the header is fetched; the folder's own file has that header and, in
 place of the data, a hole of the same size, which takes no room on the disk.
@@ -39,6 +40,30 @@ def folder_or_skeleton(model: str, revision: str = "main") -> Iterator[Path]:
     else:
         yield folder
         return
+    with _from_hub(model, revision) as folder:
+        yield folder
+
+
+@contextmanager
+def headers_of(model: str, revision: str) -> Iterator[Path]:
+    """As :func:`folder_or_skeleton`, while vLLM loads the model: of a hub name it may have fetched
+    the configuration alone, and the folder then holds no weights yet."""
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            folder = find_folder(model, revision)
+        except CheckpointError:
+            if is_path(model):
+                raise
+    if folder.is_dir() and (folder == Path(model) or any(folder.glob("*.safetensors"))):
+        yield folder
+        return
+    with _from_hub(model, revision) as folder:
+        yield folder
+
+
+@contextmanager
+def _from_hub(model: str, revision: str) -> Iterator[Path]:
     ask_hub(model, revision)
     with tempfile.TemporaryDirectory(prefix="vllm-nvfp4-headers-") as name:
         yield fetch(model, revision, Path(name))

@@ -5,15 +5,15 @@ own have no kernel for them. The plugin's have."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
-
-from vllm_nvfp4.options import METHOD_NAMES
 
 _REFUSAL = "is_act_and_mul"
 
 
-def install() -> None:
-    """Let a configuration of ungated experts be made where this plugin's method was asked for."""
+def install(methods: Collection[str]) -> None:
+    """Let a configuration of ungated experts be made where one of ``methods``, the names of this
+    plugin's, was asked for."""
     from vllm.model_executor.layers.fused_moe import config
 
     moe_config: Any = config.FusedMoEConfig
@@ -26,7 +26,7 @@ def install() -> None:
         try:
             finish(self)
         except NotImplementedError as error:  # raised last, when all else is set
-            if _REFUSAL not in str(error) or not _is_asked_for():
+            if _REFUSAL not in str(error) or not _is_asked_for(methods):
                 raise
 
     moe_config.__post_init__ = finish_ungated
@@ -42,9 +42,9 @@ def check(layer: Any) -> None:
         )
 
 
-def _is_asked_for() -> bool:
+def _is_asked_for(methods: Collection[str]) -> bool:
     from vllm.config import get_current_vllm_config_or_none
 
     vllm_config = get_current_vllm_config_or_none()
     model = vllm_config.model_config if vllm_config is not None else None
-    return getattr(model, "quantization", None) in METHOD_NAMES
+    return getattr(model, "quantization", None) in methods

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
+from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.kernels.cuda.dispatch import has_fp8_mma
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.formats import FORMATS
@@ -49,22 +49,19 @@ def describe_experts_path(
     arch: int | None,
     activation_bits: int,
     variant: str = "exact",
+    gpu: Gpu | None = None,
 ) -> str:
     """In a few words, for the log: which kernel runs routed experts on this device.
 
-    The other arguments: as in :func:`ops.describe_path`
+    The arguments: as in :func:`ops.describe_path`
     """
     if device_type == "cpu" or arch is None:
         bits = ops.four_bits(activation_bits or 16, ops.cpu_variant(variant))
         return f"CPU kernel, {bits}, one expert after another"
-    # The grouped kernels have no other 8-bit variant.
-    if activation_bits != 16 and not has_fp8_mma(arch):
-        if arch < 89:
-            return f"grouped CUDA kernel, W4A16 (sm_{arch} has no FP8 mma.sync for experts)"
-        return f"grouped {ops.describe_path(device_type, arch, False, activation_bits)}"
-    if activation_bits:
-        return f"grouped CUDA kernel, {ops.four_bits(activation_bits, 'exact')}"
-    return f"grouped CUDA kernel, W4A16, or by the tokens per expert {ops.four_bits(8, 'exact')}"
+    # The grouped kernels have INT8 and exact FP8.
+    variant = variant if variant in ("auto", "int8") else "exact"
+    path = ops.describe_path(device_type, arch, False, activation_bits, variant, gpu)
+    return f"grouped {path.replace('batch size W4A8', 'tokens per expert W4A8')}"
 
 
 def moe(

@@ -19,8 +19,6 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh_no_mul": lambda h: gelu(h, approximate="tanh"),
     "relu2_no_mul": lambda h: relu(h).square(),
 }
-# The one whose rows of gate and up take turns.
-INTERLEAVED = "swigluoai"
 _GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
 SUPPORTED = (*_GATED, *_PLAIN)
 
@@ -71,7 +69,7 @@ class ExpertActivation:
     @property
     def is_interleaved(self) -> bool:
         """Whether the rows of gate and up take turns, in the place of two halves."""
-        return self.name == INTERLEAVED
+        return self.name == "swigluoai"
 
     def uninterleaved(self) -> ExpertActivation:
         """The same on two halves."""

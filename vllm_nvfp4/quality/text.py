@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import lzma
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ def read_text(name: str) -> str:
     """``builtin``, or the contents of a UTF-8 file. Raises OSError, or CheckpointError where it is
     not UTF-8."""
     if name == BUILTIN:
-        return resources.files(__package__).joinpath("text.txt").read_text("utf-8")
+        packed = resources.files(__package__).joinpath("text.txt.xz").read_bytes()
+        return lzma.decompress(packed).decode()
     try:
         return Path(name).expanduser().read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,7 +32,8 @@ class Calibration:
     def read(self) -> str:
         """The text. Raises OSError, or CheckpointError where it is not UTF-8."""
         if self.text == BUILTIN:
-            return resources.files(__package__).joinpath("calibration.txt").read_text("utf-8")
+            packed = resources.files(__package__).joinpath("calibration.txt.xz").read_bytes()
+            return lzma.decompress(packed).decode()
         try:
             return Path(self.text).expanduser().read_text("utf-8")
         except UnicodeDecodeError as error:

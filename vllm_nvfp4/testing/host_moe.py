@@ -96,7 +96,8 @@ def run_product(
 ) -> torch.Tensor:
     """y [choices, N or N/2] of one launch; rows that no expert wrote are NaN.
 
-    a: [rows, K], contiguous; a_scale: [rows] float32 (w4a8); bias: [experts, N]
+    a: [rows, K], contiguous; bias: [experts, N]
+    a_scale: float32, [rows] (w4a8) or [rows, ceil(K / 64)] (w4i8)
     stack: the experts' weights, a leading dimension on each tensor
     """
     n = stack.num_rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,16 @@ class Measured:
 
 
 class Sweep:
-    """One architecture by several roads. work: a folder of its own, in which a model that is
-    there already is kept."""
+    """One architecture by several roads.
 
-    def __init__(self, architecture: Architecture, work: Path) -> None:
-        self.architecture, self.work = architecture, work
+    work:    a folder of its own, in which a model that is there already is kept
+    command: runs the arguments of `vllm-nvfp4` and gives its exit status
+    """
+
+    def __init__(
+        self, architecture: Architecture, work: Path, command: Callable[[list[str]], int]
+    ) -> None:
+        self.architecture, self.work, self.command = architecture, work, command
         self.plain = work / "bf16"
         if not (self.plain / "config.json").exists():
             shutil.rmtree(self.plain, ignore_errors=True)
@@ -82,20 +87,11 @@ class Sweep:
         return Measured(answer.deviation(expected), share, name)
 
     def _quantise(self, dialect: str) -> Path:
-        from vllm_nvfp4.cli.main import main
-
         folder = self.work / dialect
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = [
-            "quantize",
-            str(self.plain),
-            "-o",
-            str(folder),
-            "--method",
-            "rtn",
-            "--no-check",
-        ]
-        if main([*arguments, "--format", dialect]):
+        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
+        # It is about to be served.
+        if self.command([*arguments, "--format", dialect, "--no-check"]):
             raise ValueError("quantize ended with an error")
         return folder
 

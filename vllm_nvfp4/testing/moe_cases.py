@@ -100,16 +100,16 @@ def expected_schedule(
 
 def reference_product(
     x: torch.Tensor, weight: BlockScaledWeight, bias: torch.Tensor | None,
-    activation: ExpertActivation | None, activation_bits: int = 16,
+    activation: ExpertActivation | None, activation_bits: int = 16, variant: str = "exact",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y, tolerance), float64: f(x w^T + bias) of one expert, and how far a kernel may be from it.
 
     The tolerance is the dense kernels' for the sums, carried through the activation by trying the
     ends of their ranges, with the roundings of the function and of y.
     """
-    sums = reference_linear(x, weight, bias, activation_bits)
+    sums = reference_linear(x, weight, bias, activation_bits, variant)
     u = UNIT_ROUNDOFF[x.dtype]
-    off = linear_tolerance(x, weight, sums, activation_bits) - u * sums.abs()
+    off = linear_tolerance(x, weight, sums, activation_bits, variant) - u * sums.abs()
     if activation is None:
         return sums, off + u * sums.abs()
     y = activation(sums)

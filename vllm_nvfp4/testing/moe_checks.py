@@ -133,7 +133,7 @@ def run_layer(
     h = launch.product(*first, _ACTIVATION.for_kernel())
     x = launch.product(h, layer.w2.stack, layer.w2.bias, 1, KernelActivation())
     y = cuda_moe.combine(device, stream, x, routed, torch.empty_like(layer.a))
-    bits = 8 if config.stem == "moe_w4a8" else 16
+    bits = (16, "exact") if config.stem == "moe_w4a16" else (8, config.tiles[0].variant)
     outcomes += _check_product(layer.a, h, layer.w13, local, num_choices, _ACTIVATION, bits)
     outcomes += _check_product(h, x, layer.w2, local, 1, None, bits)
     outcomes.append(_check_sum(x, y, weights, local))
@@ -153,14 +153,14 @@ def _check_schedule(
 
 def _check_product(
     a: torch.Tensor, y: torch.Tensor, experts: Experts, local: torch.Tensor, choices_per_row: int,
-    activation: ExpertActivation | None, bits: int,
+    activation: ExpertActivation | None, bits: tuple[int, str],
 ) -> list[Comparison]:  # fmt: skip
     outcomes = []
     for e, weight in enumerate(experts.weights):
         choice = (local.flatten() == e).nonzero()[:, 0]
         bias = None if experts.bias is None else experts.bias[e]
         x = a[choice // choices_per_row]
-        expected, off = reference_product(x, weight, bias, activation, bits)
+        expected, off = reference_product(x, weight, bias, activation, *bits)
         outcomes.append(compare(y[choice], expected, off))
     return outcomes
 

@@ -13,7 +13,7 @@ from moe_stress import schedule_of
 from vllm_nvfp4.kernels.cuda import moe_configs
 from vllm_nvfp4.kernels.cuda.moe_configs import MOE_CONFIGS, ROUTE_CONFIG, MoeConfig
 from vllm_nvfp4.numerics.activation import SUPPORTED, ExpertActivation, KernelActivation
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_int8_per_group
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host
 from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine
 from vllm_nvfp4.testing.host_moe import Routing, run_combine, run_product, run_route, shipped
@@ -61,13 +61,15 @@ def check_product(
     **options,
 ) -> torch.Tensor:
     """Run one product and compare each expert's choices with float64. Returns y."""
-    bits = 8 if config.stem == "moe_w4a8" else 16
-    if bits == 8:
-        q, options["a_scale"] = quantize_fp8_per_row(a)
+    bits, variant, q = 16, "exact", a
+    if config.stem != "moe_w4a16":
+        bits, variant = 8, config.tiles[0].variant
+        quantize = quantize_int8_per_group if variant == "int8" else quantize_fp8_per_row
+        q, options["a_scale"] = quantize(a)
     y = run_product(
         options.pop("module", None) or shipped(config.stem, config.fmt_name),
         config,
-        q if bits == 8 else a,
+        q,
         experts.stack,
         *schedule_of(local, len(experts.weights), config.largest_tile),
         choices_per_row=choices_per_row,
@@ -81,7 +83,7 @@ def check_product(
         choice = (flat == e).nonzero()[:, 0]
         bias = None if experts.bias is None else experts.bias[e]
         x = a[choice // choices_per_row]
-        expected, off = reference_product(x, weight, bias, activation, bits)
+        expected, off = reference_product(x, weight, bias, activation, bits, variant)
         found = compare(y[choice], expected, off)
         assert found.is_match, f"{config.symbol} expert {e}: {found.report}"
     return y
@@ -243,14 +245,16 @@ def test_nan_and_infinity_stay_in_their_token() -> None:
 def test_the_same_bits_whatever_runs_first(config: MoeConfig) -> None:
     a = tokens(20, 160, DTYPES[config.dtype])
     experts = random_experts(4, 128, 160, config.fmt_name).stack
-    if config.stem == "moe_w4a8":
-        a, scale = quantize_fp8_per_row(a)
+    scale = None
+    if config.stem != "moe_w4a16":
+        is_int8 = config.stem == "moe_w4i8"
+        a, scale = (quantize_int8_per_group if is_int8 else quantize_fp8_per_row)(a)
     routed = schedule_of(choose(20, 2, 4) if config.family == "prefill" else choose(8, 2, 4), 4)
     results = [
         run_product(
             shipped(config.stem, config.fmt_name), config, a, experts, *routed,
             choices_per_row=2, activation=SILU.for_kernel(), num_blocks=blocks,
-            a_scale=scale if config.stem == "moe_w4a8" else None,
+            a_scale=scale,
             machine=HostMachine(seed=seed),
         ).view(torch.int16)
         for seed, blocks in ((0, 1), (1, 3), (2, 7))

@@ -30,13 +30,14 @@ GPUS = [gpu for gpu in map(find_gpu, ("RTX 4090", "L40S", "L4")) if gpu is not N
 
 
 def run(a, w13: Experts, w2: Experts, weights, ids, expert_map=None, bits="16", on_input=False,
-        activation=SILU):  # fmt: skip
+        activation=SILU, variant="exact"):  # fmt: skip
     """(y, what was launched)"""
     first, second = w13.stack, w2.stack
     tensors = [a, weights, ids, expert_map, w13.bias, w2.bias]
     for stack in (first, second):
         tensors += [stack.codes, stack.block_scale, stack.global_scale]
     device = EmulatedDevice(*tensors)
+    device.variant = variant
     with device:
         y = cuda_moe.run(
             device, 0, a, (first, second), (weights, ids, expert_map), activation, on_input, bits,
@@ -97,14 +98,15 @@ def test_the_layer(num_tokens: int, dtype: torch.dtype, fmt_name: str) -> None:
     assert [symbol.count(family) for symbol, _ in launches] == [0, 1, 1, 0]
 
 
-def test_the_layer_with_8_bit_activations() -> None:
+@pytest.mark.parametrize(("variant", "kernel"), [("exact", "w4a8"), ("int8", "w4i8")])
+def test_the_layer_with_8_bit_activations(variant: str, kernel: str) -> None:
     """Each E4M3 rounding is off by 2^-4 at the most; test_moe_kernels.py is exact about each."""
     w13, w2 = layer(3, 96, 64)
     a, weights, ids = routed(30, 2, 3, 96)
-    y, launches = run(a, w13, w2, weights, ids, bits="8")
+    y, launches = run(a, w13, w2, weights, ids, bits="8", variant=variant)
     expected, _ = reference_moe(a, w13, w2, weights, ids, SILU)
     assert 1e-3 < relative_error(y, expected) < 2**-4
-    assert [("quantize" in s, "w4a8" in s) for s, _ in launches] == [
+    assert [("quantize" in s, kernel in s) for s, _ in launches] == [
         (False, False), (True, False), (False, True), (True, False), (False, True), (False, False),
     ]  # fmt: skip
 
@@ -232,8 +234,9 @@ def test_bits_are_monotone_and_follow_the_tokens_of_an_expert(gpu) -> None:
 
 def test_every_kernel_is_chosen_for_something() -> None:
     chosen = {
-        choose_moe(gpu, m, SHAPE, fmt, dtype, activation)
+        choose_moe(gpu, m, SHAPE, fmt, dtype, activation, variant)
         for gpu in GPUS
+        for variant in ("exact", "int8")
         for m in (1, 16, 17, 4096)
         for fmt in ("nvfp4", "mxfp4")
         for dtype in ("bf16", "fp16")
@@ -242,9 +245,12 @@ def test_every_kernel_is_chosen_for_something() -> None:
     assert chosen == set(MOE_CONFIGS)
 
 
-def test_a_gpu_without_fp8_keeps_16_bits() -> None:
+def test_a_gpu_without_fp8_refuses_it_and_has_int8() -> None:
     rtx3090 = find_gpu("RTX 3090")
-    assert choose_moe(rtx3090, 64, SHAPE, "nvfp4", "bf16", "8").stem == "moe_w4a16"
+    with pytest.raises(ValueError, match="has no FP8 tensor cores"):
+        choose_moe(rtx3090, 64, SHAPE, "nvfp4", "bf16", "8")
+    int8 = choose_moe(rtx3090, 64, SHAPE, "nvfp4", "bf16", "8", "auto")
+    assert (int8.stem, int8.min_arch) == ("moe_w4i8", 80)
     with pytest.raises(ValueError, match="there is no kernel"):
         choose_moe(GPUS[0], 64, SHAPE, "int4", "bf16", "16")
 
@@ -265,6 +271,9 @@ def test_a_load_prepares_what_a_launch_may_use() -> None:
             config = choose_moe(GPUS[0], m, SHAPE, "nvfp4", "bf16", activation)
             assert config.symbol in names
     assert not any("w4a8" in c.symbol for c in cuda_moe.wanted_kernels(86, "nvfp4", (torch.half,)))
+    for arch in (86, 89):
+        wanted = cuda_moe.wanted_kernels(arch, "nvfp4", (torch.half,), "int8")
+        assert {c.stem for c in wanted} == {"moe_route", "moe_combine", "moe_w4a16", "moe_w4i8"}
 
 
 def test_names_are_unique_and_blocks_fit() -> None:

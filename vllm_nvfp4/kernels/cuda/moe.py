@@ -18,6 +18,7 @@ from vllm_nvfp4.kernels.cuda import moe_configs
 from vllm_nvfp4.kernels.cuda.configs import QuantizeParams
 from vllm_nvfp4.kernels.cuda.devices import (
     DTYPE_NAMES,
+    INT8_QUANTIZERS,
     QUANTIZERS,
     Device,
     current_stream,
@@ -35,9 +36,10 @@ from vllm_nvfp4.kernels.cuda.moe_configs import (
     MoeParams,
     RouteParams,
 )
-from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape, choose_moe
+from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape, choose_moe, moe_variant
 from vllm_nvfp4.kernels.layout import TILE_K, TILE_N, PackedWeight, check_stack
 from vllm_nvfp4.numerics.activation import ExpertActivation, KernelActivation
+from vllm_nvfp4.numerics.formats import INT8_GROUP
 
 _ROUTE_LAYOUT = params_layout(RouteParams)
 _MOE_LAYOUT = params_layout(MoeParams)
@@ -79,18 +81,24 @@ def prepare_moe(
         default = torch.get_default_dtype()
         dtypes = (default,) if default in DTYPE_NAMES else tuple(DTYPE_NAMES)
     with torch.cuda.device(device):
-        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes))
+        variant = moe_variant(*loaded.figures)
+        loaded.load(wanted_kernels(loaded.gpu.arch, fmt_name, dtypes, variant))
     return loaded
 
 
 def wanted_kernels(
-    arch: int, fmt_name: str, dtypes: tuple[torch.dtype, ...]
+    arch: int, fmt_name: str, dtypes: tuple[torch.dtype, ...], variant: str = "exact"
 ) -> list[moe_configs.AnyMoeConfig]:
     """Everything that experts of this format can need on an architecture, but the quantiser."""
     names = {DTYPE_NAMES[dtype] for dtype in dtypes}
     wanted: list[moe_configs.AnyMoeConfig] = [ROUTE_CONFIG]
     wanted += [_COMBINERS[name] for name in sorted(names)]
-    wanted += [c for c in moe_configs.MOE_CONFIGS if c.fmt_name == fmt_name and c.dtype in names]
+    stems = ("moe_w4a16", "moe_w4i8" if variant == "int8" else "moe_w4a8")
+    wanted += [
+        c
+        for c in moe_configs.MOE_CONFIGS
+        if c.fmt_name == fmt_name and c.dtype in names and c.stem in stems
+    ]
     return [config for config in wanted if arch >= config.min_arch]
 
 
@@ -118,9 +126,9 @@ def moe(
     biases:  b13 [E, 2 I] and b2 [E, H] of a's dtype, or None
     y:       [M, H] of a's dtype, contiguous and at a multiple of 16 bytes, to write into; None
              for a new tensor
-    Returns y. Sums are formed in float32; what the activation makes is rounded to
-    a's dtype (and to E4M3 with one scale per row for 8 bits). Raises ValueError for what does not
-    fit.
+    Returns y. Sums are formed in float32; what the activation makes is rounded to a's dtype (and
+    for 8 bits to E4M3 with one scale per row, or INT8 with one per row and 64 columns). Raises
+    ValueError for what does not fit.
     """
     _check(a, w13, w2, routing, activation, is_weight_on_input, activation_bits, biases)
     y = a.new_empty(a.shape) if y is None else y
@@ -179,7 +187,9 @@ def run_rows(
     num_ids = len(stack.codes) if expert_map is None else len(expert_map)
     shape = MoeShape(num_ids, ids.shape[1], stack.num_cols, stack.num_rows, False)
     bits = "8" if activation_bits == 8 else "16"
-    config = choose_moe(device.gpu, len(ids), shape, stack.fmt.name, DTYPE_NAMES[a.dtype], bits)
+    gpu, variant = device.figures
+    dtype = DTYPE_NAMES[a.dtype]
+    config = choose_moe(gpu, len(ids), shape, stack.fmt.name, dtype, bits, variant)
     routed = route(device, stream, None, ids, expert_map, len(stack.codes), config.largest_tile)
     launch = Launch(device, stream, config, routed)
     return launch.product(_aligned(a), stack, bias, choices_per_row, KernelActivation(), True)
@@ -203,7 +213,8 @@ def run(
     factors = None if is_weight_on_input else weights
     num_ids = len(w13.codes) if expert_map is None else len(expert_map)
     shape = MoeShape(num_ids, ids.shape[1], w13.num_cols, w2.num_cols, activation.is_gated)
-    config = choose_moe(device.gpu, len(a), shape, w13.fmt.name, DTYPE_NAMES[a.dtype], bits)
+    gpu, variant = device.figures
+    config = choose_moe(gpu, len(a), shape, w13.fmt.name, DTYPE_NAMES[a.dtype], bits, variant)
     routed = route(device, stream, factors, ids, expert_map, len(w13.codes), config.largest_tile)
     launch = Launch(device, stream, config, routed)
     h = launch.product(a, w13, biases[0], ids.shape[1], activation.for_kernel())
@@ -254,15 +265,18 @@ class Launch:
         num_choices = self.routed.ids.numel()
         columns = stack.num_rows // (2 if activation.is_gated else 1)
         # Between the products the quantiser reads all rows, other ranks' too.
-        reads_all = self.config.stem == "moe_w4a8" and self.routed.expert_map is not None
+        is_8_bit = self.config.stem != "moe_w4a16"
+        reads_all = is_8_bit and self.routed.expert_map is not None
         y = (a.new_zeros if reads_all or is_whole else a.new_empty)((num_choices, columns))
         rows, k = a.shape
         a_ptr, a_scale, a_stride = a.data_ptr(), 0, a.stride(0)
-        if self.config.stem == "moe_w4a8":
-            scratch = torch.empty(rows * (k + 4), dtype=torch.uint8, device=a.device)
+        if is_8_bit:
+            is_int8 = self.config.stem == "moe_w4i8"
+            num_scales = -(-k // INT8_GROUP) if is_int8 else 1
+            scratch = torch.empty(rows * (k + 4 * num_scales), dtype=torch.uint8, device=a.device)
             q, a_scale = scratch.data_ptr(), scratch.data_ptr() + rows * k
             params = (a_ptr, q, a_scale, rows, k, a_stride, k)
-            quantizer = QUANTIZERS[self.config.dtype]
+            quantizer = (INT8_QUANTIZERS if is_int8 else QUANTIZERS)[self.config.dtype]
             self.device.launch(quantizer, (rows, 1, 1), self.stream, _QUANTIZE_LAYOUT, params)
             a_ptr, a_stride = q, k
         grid = moe_configs.moe_grid(

@@ -65,7 +65,7 @@ class CombineParams(ctypes.Structure):
 class MoeConfig(TranslationUnit):
     """One instantiation of the grouped product.
 
-    stem:   "moe_w4a16" or "moe_w4a8", the .cuh file
+    stem:   "moe_w4a16", "moe_w4a8" or "moe_w4i8", the .cuh file
     family: "decode", for at most DECODE_TOKENS tokens, or "prefill"
     tiles:  the dense kernels' tiles, one for each size that the family's schedules may hold
     blocks_per_sm: the occupancy the registers must allow; also thread blocks that are launched
@@ -218,6 +218,7 @@ _PREFILL_MXFP4: _Shape = (
     1,
 )
 _PREFILL_A8: _Shape = (tuple((m, 128, 64, 4, 1, 4, 1) for m in TILE_SIZES), 2)
+_PREFILL_I8: _Shape = (tuple((m, 128, 64, 4, 1, 8, 1) for m in TILE_SIZES), 1)
 _FAMILIES = (
     ("moe_w4a16", "decode", "nvfp4", _DECODE),
     ("moe_w4a16", "decode", "mxfp4", _DECODE),
@@ -225,6 +226,8 @@ _FAMILIES = (
     ("moe_w4a16", "prefill", "mxfp4", _PREFILL_MXFP4),
     ("moe_w4a8", "prefill", "nvfp4", _PREFILL_A8),
     ("moe_w4a8", "prefill", "mxfp4", _PREFILL_A8),
+    ("moe_w4i8", "prefill", "nvfp4", _PREFILL_I8),
+    ("moe_w4i8", "prefill", "mxfp4", _PREFILL_I8),
 )
 
 
@@ -242,6 +245,7 @@ def _config(
                 fmt_name,
                 *tile,
                 blocks,
+                variant="int8" if dense == "gemm_w4i8" else "exact",
                 streams_weights=dense == "gemm_w4a16" and tile[0] <= STREAMING_BLOCK_M,
             )
             for tile in tiles

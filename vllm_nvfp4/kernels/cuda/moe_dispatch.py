@@ -28,17 +28,21 @@ class MoeShape:
 
 
 def choose_moe(
-    gpu: Gpu, num_tokens: int, shape: MoeShape, fmt_name: str, dtype: str, activation: str = "auto"
-) -> MoeConfig:
+    gpu: Gpu, num_tokens: int, shape: MoeShape, fmt_name: str, dtype: str,
+    activation: str = "auto", variant: str = "exact",
+) -> MoeConfig:  # fmt: skip
     """The kernel for both products of a layer.
 
     dtype:      "bf16" or "fp16"
     activation: "auto", "16" or "8"
-    Raises ValueError for another activation.
+    variant:    one of ``dispatch.VARIANTS``: "int8", or else exact FP8
+    Raises ValueError for another activation, or for FP8 on a GPU without it.
     """
-    bits = choose_moe_bits(gpu, num_tokens, shape, fmt_name, activation)
+    variant = moe_variant(gpu, variant)
+    bits = choose_moe_bits(gpu, num_tokens, shape, fmt_name, activation, variant)
     family = "decode" if bits == 16 and num_tokens <= DECODE_TOKENS else "prefill"
-    wanted = (f"moe_w4a{bits}", family, fmt_name, dtype)
+    stem = "moe_w4i8" if bits == 8 and variant == "int8" else f"moe_w4a{bits}"
+    wanted = (stem, family, fmt_name, dtype)
     found = [c for c in MOE_CONFIGS if (c.stem, c.family, c.fmt_name, c.dtype) == wanted]
     if not found:
         raise ValueError(f"experts in {fmt_name} with activations of {dtype}: there is no kernel")
@@ -46,12 +50,11 @@ def choose_moe(
 
 
 def choose_moe_bits(
-    gpu: Gpu, num_tokens: int, shape: MoeShape, fmt_name: str, activation: str = "auto"
-) -> int:
+    gpu: Gpu, num_tokens: int, shape: MoeShape, fmt_name: str, activation: str = "auto",
+    variant: str = "exact",
+) -> int:  # fmt: skip
     """16 or 8: 8 where an expert has as many tokens, on average, as the switch of a dense product
-    of all experts' rows. Experts have 8 bits in FP8 alone: 16 on a GPU without it."""
-    if activation == "8" and gpu.arch < 89:
-        return 16
+    of all experts' rows."""
     rows = shape.intermediate_size * (2 if shape.is_gated else 1)
     per_expert = num_tokens * shape.num_choices / shape.num_experts
     # Rows of hidden_size that are quantised for each token of an expert: the tokens, which their
@@ -60,5 +63,10 @@ def choose_moe_bits(
     quantized *= shape.num_experts * rows / (rows + shape.intermediate_size)
     return dispatch.choose_activation_bits(
         gpu, per_expert, rows * shape.num_experts, shape.hidden_size, fmt_name, activation,
-        quantized_rows=quantized,
+        moe_variant(gpu, variant), quantized,
     )  # fmt: skip
+
+
+def moe_variant(gpu: Gpu, variant: str) -> str:
+    """ "int8" or "exact": experts know no other variant of 8 bits."""
+    return "int8" if dispatch.resolve_variant(gpu, variant) == "int8" else "exact"
