@@ -251,7 +251,7 @@ class NvFp4Config(QuantizationConfig):
         if self.census is None and not self._is_online:
             return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
         spec = self.census.layer_spec(prefix, packed) if self.census else UNQUANTIZED
-        if self._is_online and not spec.is_quantized:
+        if self.census is None or (self._is_online and not spec.is_quantized):
             return online_spec(FORMATS[self.options.online_format])
         self._tell(prefix, spec, self.census.said(prefix, packed))
         return _readable(spec, prefix)

@@ -300,9 +300,9 @@ def _tail(name: str) -> str:
 
 def _stacks(module: torch.nn.Module) -> list[torch.Tensor]:
     """The parameters that hold a matrix for each expert."""
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return []
-    own = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+        return []  # [out channels, in channels, width]
+    own: list[torch.Tensor] = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     return own if len(own) >= 2 and len({len(p) for p in own}) == 1 else []
 
 

@@ -177,8 +177,8 @@ def quantize_routed(
     del every, every_exact
     for expert, (_, names) in groups.items():
         x = inner.pop(expert)
-        own = Moments.of(x, exact_inner.pop(expert, None)) if len(x) else None
-        for name, value in quantize(names, pooled.shrunk(own, _share(len(x))), x).items():
+        seen = Moments.of(x, exact_inner.pop(expert, None)) if len(x) else None
+        for name, value in quantize(names, pooled.shrunk(seen, _share(len(x))), x).items():
             stack.set(name, value)
     return counts
 

@@ -205,6 +205,7 @@ def quantised_matrices(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     from vllm_nvfp4.layers.weights import experts_of, unpack_weight
     from vllm_nvfp4.numerics.formats import FORMATS
 
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "nvfp4_shape"):
             yield unpack_weight(layer).dequantize()
