@@ -53,7 +53,7 @@ __all__ = [
 
 _ArgBlock = ctypes.c_int64 * len(ARGS)
 # The default type is not float32 while vLLM builds a model: name the type.
-_ONE = torch.ones(1, dtype=torch.float32)
+_ONE = torch.ones(1, dtype=torch.float32, device="cpu")  # imported under any default device
 
 _MATMUL_SCRATCH_BYTES = 8 << 20
 # Fewer codes than this are done by one thread: waking the others takes longer.
