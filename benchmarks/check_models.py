@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """The roads of one architecture. note: takes the columns that are known so far."""
     from vllm_nvfp4.cli.main import main as command
-    from vllm_nvfp4.testing.model_sweep import TOLERANCE, Sweep, one_line
+    from vllm_nvfp4.testing.model_sweep import Sweep, one_line
 
     sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
@@ -59,14 +59,15 @@ def check(
             traceback.print_exc()
         else:
             worst = max(worst, found.deviation)
-            is_close = found.deviation <= TOLERANCE[architecture.dtype]
+            is_close = found.deviation <= found.tolerance
             note(
                 **{road: f"{found.deviation:.2g}" if is_close else f"DIFFERS {found.deviation:.2g}"}
             )
             share = "online_share" if road == "online" else "stored_share"
             note(**{share: round(found.share, 3)}, reference=found.reference, worst=f"{worst:.2g}")
             if not is_close:
-                reasons.append(f"{road}: differs by {found.deviation:.2g}")
+                limit = f"{found.tolerance:.2g}"
+                reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
         note(reason="; ".join(reasons))
 
 

@@ -45,6 +45,12 @@ __device__ __forceinline__ int scale_offset() {
   return group_of_lane() * (kTileScaleBytes<kFormat> / 8);
 }
 
+// Word i of a lane's share.
+__device__ __forceinline__ uint32_t word(uint4 v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+__device__ __forceinline__ uint32_t word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
+
 // Accumulators of m16n8: c[0], c[1] are row g, tokens 2t and 2t + 1; c[2], c[3] row g + 8.
 __device__ __forceinline__ int accumulator_row(int i) { return group_of_lane() + 8 * (i / 2); }
 __device__ __forceinline__ int accumulator_token(int i) { return 2 * thread_in_group() + i % 2; }

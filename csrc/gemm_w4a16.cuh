@@ -7,7 +7,7 @@
 #pragma once
 
 #include "dequant.cuh"
-#include "epilogue.cuh"
+#include "gemm.cuh"
 #include "weight_stream.cuh"
 
 namespace w4a16 {
@@ -17,17 +17,7 @@ template <class Config>
 using Stage = pipeline::Stage<Config, 2, 32>;
 
 template <class Config>
-struct Smem {
-  static constexpr int kPipeline = Config::kStages * Stage<Config>::kBytes;
-  static constexpr int kEpilogue = epilogue::Tile<Config>::kBytes;
-  static constexpr int kBytes = kPipeline > kEpilogue ? kPipeline : kEpilogue;
-};
-
-// What remains to be multiplied to a sum in the epilogue.
-template <class Config>
-constexpr float kUndo =
-    Config::kFormat == Format::kNvfp4 ? dequant::ScaledHalf<Config::kDtype>::kUndo
-                                      : (Config::kDtype == Dtype::kFp16 ? 16384.0f : 1.0f);
+using Smem = gemm::Smem<Config, Stage<Config>>;
 
 template <class Config>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint2 b_words) {
@@ -51,11 +41,6 @@ __device__ __forceinline__ void load_tokens(uint32_t activations, int column,
   }
 }
 
-__device__ __forceinline__ uint32_t word(uint4 v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-__device__ __forceinline__ uint32_t word(uint2 v, int i) { return i == 0 ? v.x : v.y; }
-
 // NVFP4, one packed tile of K: the scaled weights multiply, the sums chain.
 template <class Config>
 __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c,
@@ -68,7 +53,7 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
     uint32_t scale[Config::kRowTiles][2];  // [block of the pair], rows g and g + 8
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
-      dequant::e4m3_scale_pairs<kDtype>(word(scales[r], pair), scale[r]);
+      dequant::e4m3_scale_pairs<kDtype>(fragments::word(scales[r], pair), scale[r]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -78,7 +63,7 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
 #pragma unroll
       for (int r = 0; r < Config::kRowTiles; ++r) {
         uint32_t a[4];
-        dequant::e2m1_fragment<kDtype>(word(codes[r], block), a);
+        dequant::e2m1_fragment<kDtype>(fragments::word(codes[r], block), a);
         a[0] = dequant::scale_row_g<kDtype>(a[0], scale[r][half]);
         a[1] = dequant::scale_row_g8<kDtype>(a[1], scale[r][half]);
         a[2] = dequant::scale_row_g<kDtype>(a[2], scale[r][half]);
@@ -116,8 +101,8 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
       uint32_t a[2][4];
-      unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block), a[0]);
-      unscaled_fragment<Config::kDtype>(word(codes[r], 2 * block + 1), a[1]);
+      unscaled_fragment<Config::kDtype>(fragments::word(codes[r], 2 * block), a[0]);
+      unscaled_fragment<Config::kDtype>(fragments::word(codes[r], 2 * block + 1), a[1]);
       float scale[2][2];
       dequant::e8m0_scales_f32(scales[r].x, scale);
 #pragma unroll
@@ -194,30 +179,31 @@ __device__ __forceinline__ void compute_step(uint32_t stage,
   weights.advance();
 }
 
-// The sums of one output tile.
-template <class Config, class Work>
-__device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
-                                         epilogue::Accumulators<Config>& accumulators) {
-  if constexpr (Config::kStreamsWeights) {
-    using Weights = pipeline::WeightStream<Config>;
-    Weights weights(p, work);
-    pipeline::run<Config, Stage<Config>, Weights::kSteps>(
-        smem, p, work, [&](uint32_t stage, int phase) {
-          compute_step<Config>(stage, weights, phase, accumulators);
-        });
-  } else {
-    pipeline::run<Config, Stage<Config>, 1>(
-        smem, p, work, [&](uint32_t stage, int) { compute_step<Config>(stage, accumulators); });
-  }
-}
+// What gemm.cuh and moe.cuh ask of a product.
+struct Gemm {
+  // What remains to be multiplied to a sum in the epilogue.
+  template <class Config>
+  static constexpr float kUndo =
+      Config::kFormat == Format::kNvfp4 ? dequant::ScaledHalf<Config::kDtype>::kUndo
+                                        : (Config::kDtype == Dtype::kFp16 ? 16384.0f : 1.0f);
 
-template <class Config>
-__device__ __forceinline__ void run(const GemmParams& p) {
-  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
-  const pipeline::Work<Config> work(p);
-  epilogue::Accumulators<Config> accumulators = {};
-  multiply<Config>(smem, p, work, accumulators);
-  epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
-}
+  // The sums of one output tile.
+  template <class Config, class Work>
+  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
+                                                  const Work& work,
+                                                  epilogue::Accumulators<Config>& accumulators) {
+    if constexpr (Config::kStreamsWeights) {
+      using Weights = pipeline::WeightStream<Config>;
+      Weights weights(p, work);
+      pipeline::run<Config, Stage<Config>, Weights::kSteps>(
+          smem, p, work, [&](uint32_t stage, int phase) {
+            compute_step<Config>(stage, weights, phase, accumulators);
+          });
+    } else {
+      pipeline::run<Config, Stage<Config>, 1>(
+          smem, p, work, [&](uint32_t stage, int) { compute_step<Config>(stage, accumulators); });
+    }
+  }
+};
 
 }  // namespace w4a16

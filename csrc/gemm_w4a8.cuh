@@ -12,7 +12,7 @@
 #pragma once
 
 #include "dequant.cuh"
-#include "epilogue.cuh"
+#include "gemm.cuh"
 
 namespace w4a8 {
 
@@ -21,11 +21,7 @@ template <class Config>
 using Stage = pipeline::Stage<Config, 1, 16>;
 
 template <class Config>
-struct Smem {
-  static constexpr int kPipeline = Config::kStages * Stage<Config>::kBytes;
-  static constexpr int kEpilogue = epilogue::Tile<Config>::kBytes;
-  static constexpr int kBytes = kPipeline > kEpilogue ? kPipeline : kEpilogue;
-};
+using Smem = gemm::Smem<Config, Stage<Config>>;
 
 // One block's sum, from zero: K = 16 (NVFP4, two words of codes) or K = 32 (MXFP4, four).
 // A zero accumulator becomes RZ and costs nothing.
@@ -129,10 +125,6 @@ __device__ __forceinline__ void load_tokens(uint32_t activations, int first_colu
   }
 }
 
-__device__ __forceinline__ uint32_t word(uint4 v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // Two blocks of 16 columns: words 2 * pair and 2 * pair + 1 of the codes.
 template <class Config>
 __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c,
@@ -148,7 +140,7 @@ __device__ __forceinline__ void multiply_nvfp4(epilogue::Accumulators<Config>& c
     for (int half = 0; half < 2; ++half) {
       const int block = 2 * pair + half;
       uint32_t a[2];
-      dequant::e2m1_to_e4m3(word(codes[r], block), a[0], a[1]);
+      dequant::e2m1_to_e4m3(fragments::word(codes[r], block), a[0], a[1]);
 #pragma unroll
       for (int i = 0; i < Config::kTokenTiles; ++i) {
         const uint32_t tokens[1] = {b[i][block]};
@@ -178,7 +170,7 @@ __device__ __forceinline__ void multiply_nvfp4_f16(epilogue::Accumulators<Config
     uint32_t a[4][2];
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
-      dequant::e2m1_to_e4m3(word(codes[r], block), a[block][0], a[block][1]);
+      dequant::e2m1_to_e4m3(fragments::word(codes[r], block), a[block][0], a[block][1]);
     }
 #pragma unroll
     for (int i = 0; i < Config::kTokenTiles; ++i) {
@@ -213,8 +205,8 @@ __device__ __forceinline__ void multiply_mxfp4(epilogue::Accumulators<Config>& c
     float scale[2][2];
     dequant::e8m0_scales_f32(scales[r], scale);
     uint32_t a[4];
-    dequant::e2m1_to_e4m3(word(codes[r], 2 * block), a[0], a[1]);
-    dequant::e2m1_to_e4m3(word(codes[r], 2 * block + 1), a[2], a[3]);
+    dequant::e2m1_to_e4m3(fragments::word(codes[r], 2 * block), a[0], a[1]);
+    dequant::e2m1_to_e4m3(fragments::word(codes[r], 2 * block + 1), a[2], a[3]);
 #pragma unroll
     for (int i = 0; i < Config::kTokenTiles; ++i) {
       const uint32_t tokens[2] = {b[i][2 * block], b[i][2 * block + 1]};
@@ -236,7 +228,7 @@ __device__ __forceinline__ void fold_tile(const uint4& codes, const uint32_t (&s
     const __half2 scale_g = __half2half2(is_low ? __low2half(row_g) : __high2half(row_g));
     const __half2 scale_g8 = __half2half2(is_low ? __low2half(row_g8) : __high2half(row_g8));
     uint32_t codes_g, codes_g8;
-    dequant::e2m1_to_e4m3(word(codes, block), codes_g, codes_g8);
+    dequant::e2m1_to_e4m3(fragments::word(codes, block), codes_g, codes_g8);
     a[block / 2][2 * (block % 2)] = dequant::fold_scale(codes_g, scale_g);
     a[block / 2][2 * (block % 2) + 1] = dequant::fold_scale(codes_g8, scale_g8);
   }
@@ -343,35 +335,31 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
   }
 }
 
-// What remains to be multiplied to a sum in the epilogue.
-template <class Config>
-constexpr float kUndo = Config::kPartial == Partial::kFolded ? dequant::kUndoFolded
-                        : Config::kPartial == Partial::kF16 && Config::kFormat == Format::kNvfp4
-                            ? dequant::kUndoE4m3 * dequant::kUndoF16Scale
-                            : dequant::kUndoE4m3;
+// What gemm.cuh and moe.cuh ask of a product.
+struct Gemm {
+  // What remains to be multiplied to a sum in the epilogue.
+  template <class Config>
+  static constexpr float kUndo =
+      Config::kPartial == Partial::kFolded ? dequant::kUndoFolded
+      : Config::kPartial == Partial::kF16 && Config::kFormat == Format::kNvfp4
+          ? dequant::kUndoE4m3 * dequant::kUndoF16Scale
+          : dequant::kUndoE4m3;
 
-// The sums of one output tile.
-template <class Config, class Work>
-__device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
-                                         epilogue::Accumulators<Config>& accumulators) {
-  static_assert(Config::kPartial != Partial::kFolded || Config::kFormat == Format::kNvfp4,
-                "the range of an E8M0 scale does not fit an e4m3 weight");
-  pipeline::run<Config, Stage<Config>, 1>(smem, p, work, [&](uint32_t stage, int) {
-    if constexpr (Config::kPartial == Partial::kFolded) {
-      compute_step_folded<Config>(stage, accumulators);
-    } else {
-      compute_step<Config>(stage, accumulators);
-    }
-  });
-}
-
-template <class Config>
-__device__ __forceinline__ void run(const GemmParams& p) {
-  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
-  const pipeline::Work<Config> work(p);
-  epilogue::Accumulators<Config> accumulators = {};
-  multiply<Config>(smem, p, work, accumulators);
-  epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
-}
+  // The sums of one output tile.
+  template <class Config, class Work>
+  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
+                                                  const Work& work,
+                                                  epilogue::Accumulators<Config>& accumulators) {
+    static_assert(Config::kPartial != Partial::kFolded || Config::kFormat == Format::kNvfp4,
+                  "the range of an E8M0 scale does not fit an e4m3 weight");
+    pipeline::run<Config, Stage<Config>, 1>(smem, p, work, [&](uint32_t stage, int) {
+      if constexpr (Config::kPartial == Partial::kFolded) {
+        compute_step_folded<Config>(stage, accumulators);
+      } else {
+        compute_step<Config>(stage, accumulators);
+      }
+    });
+  }
+};
 
 }  // namespace w4a8

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "dequant.cuh"
-#include "epilogue.cuh"
+#include "gemm.cuh"
 
 namespace w4i8 {
 
@@ -23,11 +23,7 @@ template <class Config>
 using Stage = pipeline::Stage<Config, 1, 16>;
 
 template <class Config>
-struct Smem {
-  static constexpr int kPipeline = Config::kStages * Stage<Config>::kBytes;
-  static constexpr int kEpilogue = epilogue::Tile<Config>::kBytes;
-  static constexpr int kBytes = kPipeline > kEpilogue ? kPipeline : kEpilogue;
-};
+using Smem = gemm::Smem<Config, Stage<Config>>;
 
 // Blocks of a packed tile, words of codes of each (two registers of the A operand), and registers
 // of the B operand.
@@ -166,27 +162,22 @@ __device__ __forceinline__ void compute_step(uint32_t stage, epilogue::Accumulat
   }
 }
 
-// What remains to be multiplied to a sum in the epilogue.
-template <class Config>
-constexpr float kUndo =
-    Config::kFormat == Format::kNvfp4 ? dequant::kUndoS8 * dequant::kUndoScaleBits
-                                      : dequant::kUndoS8;
+// What gemm.cuh and moe.cuh ask of a product.
+struct Gemm {
+  // What remains to be multiplied to a sum in the epilogue.
+  template <class Config>
+  static constexpr float kUndo =
+      Config::kFormat == Format::kNvfp4 ? dequant::kUndoS8 * dequant::kUndoScaleBits
+                                        : dequant::kUndoS8;
 
-// The sums of one output tile.
-template <class Config, class Work>
-__device__ __forceinline__ void multiply(uint32_t smem, const GemmParams& p, const Work& work,
-                                         epilogue::Accumulators<Config>& accumulators) {
-  pipeline::run<Config, Stage<Config>, 1>(
-      smem, p, work, [&](uint32_t stage, int) { compute_step<Config>(stage, accumulators); });
-}
-
-template <class Config>
-__device__ __forceinline__ void run(const GemmParams& p) {
-  const uint32_t smem = ptx::smem_address(ptx::dynamic_smem());
-  const pipeline::Work<Config> work(p);
-  epilogue::Accumulators<Config> accumulators = {};
-  multiply<Config>(smem, p, work, accumulators);
-  epilogue::run<Config>(smem, p, work, accumulators, kUndo<Config>);
-}
+  // The sums of one output tile.
+  template <class Config, class Work>
+  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
+                                                  const Work& work,
+                                                  epilogue::Accumulators<Config>& accumulators) {
+    pipeline::run<Config, Stage<Config>, 1>(
+        smem, p, work, [&](uint32_t stage, int) { compute_step<Config>(stage, accumulators); });
+  }
+};
 
 }  // namespace w4i8

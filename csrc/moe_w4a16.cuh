@@ -10,16 +10,6 @@ namespace moe_w4a16 {
 template <class Config>
 using Smem = w4a16::Smem<Config>;
 
-struct Gemm {
-  template <class Config>
-  static constexpr float kUndo = w4a16::kUndo<Config>;
-
-  template <class Config, class Work>
-  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
-                                                  const Work& work,
-                                                  epilogue::Accumulators<Config>& accumulators) {
-    w4a16::multiply<Config>(smem, p, work, accumulators);
-  }
-};
+using Gemm = w4a16::Gemm;
 
 }  // namespace moe_w4a16

@@ -12,16 +12,6 @@ namespace moe_w4a8 {
 template <class Config>
 using Smem = w4a8::Smem<Config>;
 
-struct Gemm {
-  template <class Config>
-  static constexpr float kUndo = w4a8::kUndo<Config>;
-
-  template <class Config, class Work>
-  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
-                                                  const Work& work,
-                                                  epilogue::Accumulators<Config>& accumulators) {
-    w4a8::multiply<Config>(smem, p, work, accumulators);
-  }
-};
+using Gemm = w4a8::Gemm;
 
 }  // namespace moe_w4a8

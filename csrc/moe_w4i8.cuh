@@ -11,16 +11,6 @@ namespace moe_w4i8 {
 template <class Config>
 using Smem = w4i8::Smem<Config>;
 
-struct Gemm {
-  template <class Config>
-  static constexpr float kUndo = w4i8::kUndo<Config>;
-
-  template <class Config, class Work>
-  __device__ __forceinline__ static void multiply(uint32_t smem, const GemmParams& p,
-                                                  const Work& work,
-                                                  epilogue::Accumulators<Config>& accumulators) {
-    w4i8::multiply<Config>(smem, p, work, accumulators);
-  }
-};
+using Gemm = w4i8::Gemm;
 
 }  // namespace moe_w4i8

@@ -172,7 +172,7 @@ class GemmConfig(TranslationUnit):
             f'              "configs.py and {self.stem}.cuh disagree about shared memory");\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.blocks_per_sm})\n'
             f"{self.symbol}(const __grid_constant__ GemmParams p) {{\n"
-            f"  {space}::run<{config}>(p);\n"
+            f"  gemm::run<{space}::Gemm, {config}>(p);\n"
             "}\n"
         )
 
