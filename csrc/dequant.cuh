@@ -160,6 +160,11 @@ constexpr float kUndoS8 = 0.5f;  // the bytes hold value * 2
 // 1.5 * 2^23: an integer added to these bits is added to the number.
 constexpr float kMagic = 12582912.0f;
 constexpr int32_t kMagicBits = 0x4B400000;
+// 1.5 * 2^6: the same for the number times 2^-17. A block's sum reaches 2^15.6 and an E8M0 scale
+// 2^127: their product stays in f32's range.
+constexpr float kSmallMagic = 96.0f;
+constexpr int32_t kSmallMagicBits = 0x42C00000;
+constexpr float kUndoSmallMagic = 131072.0f;
 
 // (mask & b) | (~mask & a), one instruction: truth table (0xF0 & 0xCC) | (0x0F & 0xAA).
 __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {

@@ -65,10 +65,10 @@ struct Weights {
   }
 };
 
-// A block's sum from zero, as floats.
-__device__ __forceinline__ void to_floats(const int32_t (&d)[4], float (&sum)[4]) {
+// A block's sum from zero, as floats: K = 16 is NVFP4's block, K = 32 MXFP4's.
+__device__ __forceinline__ void to_floats(const int32_t (&d)[4], float magic, float (&sum)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]) - dequant::kMagic;
+  for (int i = 0; i < 4; ++i) sum[i] = __int_as_float(d[i]) - magic;
 }
 __device__ __forceinline__ void multiply_block(const uint32_t (&a)[2], const uint32_t (&b)[4],
                                                int block, float (&sum)[4]) {
@@ -77,16 +77,16 @@ __device__ __forceinline__ void multiply_block(const uint32_t (&a)[2], const uin
   const uint32_t tokens[1] = {b[block]};
   int32_t d[4];
   ptx::mma_m16n8k16_s8_s32(d, a, tokens, magic);
-  to_floats(d, sum);
+  to_floats(d, dequant::kMagic, sum);
 }
 __device__ __forceinline__ void multiply_block(const uint32_t (&a)[4], const uint32_t (&b)[4],
                                                int block, float (&sum)[4]) {
-  const int32_t magic[4] = {dequant::kMagicBits, dequant::kMagicBits, dequant::kMagicBits,
-                            dequant::kMagicBits};
+  const int32_t magic[4] = {dequant::kSmallMagicBits, dequant::kSmallMagicBits,
+                            dequant::kSmallMagicBits, dequant::kSmallMagicBits};
   const uint32_t tokens[2] = {b[2 * block], b[2 * block + 1]};
   int32_t d[4];
   ptx::mma_m16n8k32_s8_s32(d, a, tokens, magic);
-  to_floats(d, sum);
+  to_floats(d, dequant::kSmallMagic, sum);
 }
 
 // The sum over a packed tile's blocks, each times its scale.
@@ -168,7 +168,7 @@ struct Gemm {
   template <class Config>
   static constexpr float kUndo =
       Config::kFormat == Format::kNvfp4 ? dequant::kUndoS8 * dequant::kUndoScaleBits
-                                        : dequant::kUndoS8;
+                                        : dequant::kUndoS8 * dequant::kUndoSmallMagic;
 
   // The sums of one output tile.
   template <class Config, class Work>
