@@ -20,12 +20,10 @@ from serving_cases import (
 )
 
 from vllm_nvfp4.checkpoints import read_config
-from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.testing.checkpoints import (
-    edit_json,
     edit_tensors,
     extract_fixture,
     give_shards_their_own_scale,
@@ -150,22 +148,6 @@ def test_16_bit_experts_are_quantised_while_they_load(family, fmt, options, tmp_
         answer = ask_engine(llm, PROMPT, NUM_TOKENS)
     assert answer.tokens == expected.tokens
     assert (answer.logprobs - expected.logprobs).abs().max() < 1e-4
-
-
-@pytest.mark.vllm
-def test_an_awq_scale_of_an_expert_is_named(tmp_path):
-    """Experts have no kernel for one; to leave it out would change every result."""
-    folder = extract_fixture(EXPERT_FIXTURES[0], tmp_path)
-    edit_json(
-        folder / "config.json", lambda c: c["quantization_config"].update(quant_algo="NVFP4_AWQ")
-    )
-    name = "model.layers.1.mlp.experts.2.down_proj.pre_quant_scale"
-    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(64)}))
-    with (
-        pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.2.*pre_quant_scale.*AWQ"),
-        engine(folder, dtype="float32", additional_config=KEEP_KV),
-    ):
-        pass
 
 
 def stack_experts(tensors):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from families import write_family
 from safetensors.torch import load_file
 from serving_cases import layer_of
 from transformers import DynamicCache
@@ -88,9 +89,7 @@ def test_scale_is_a_power_of_two_with_room_above(amax):
 
 
 def test_a_model_without_a_plain_cache_is_refused_whole(tmp_path, capsys):
-    source = write_model(tmp_path / "plain", "qwen3")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "nothing-known"}))
+    source = write_family(tmp_path / "plain", "bert")
     command = ["quantize", str(source), "-o", str(tmp_path / "out"), "--kv-cache", "fp8"]
     assert main([*command, *SIZES]) == 1
     assert "Leave --kv-cache out" in capsys.readouterr().err

@@ -31,6 +31,7 @@ CALLS = {
     "quantize_nvfp4": lambda put: quantize.quantize_nvfp4(put(DENSE), "mse"),
     "quantize_mxfp4": lambda put: quantize.quantize_mxfp4(put(DENSE)),
     "quantize_fp8_per_row": lambda put: quantize.quantize_fp8_per_row(put(DENSE)),
+    "quantize_int8_per_group": lambda put: quantize.quantize_int8_per_group(put(DENSE)),
     "quantize_fp8_weight": lambda put: quantize.quantize_fp8_weight(put(DENSE)),
     "quantize_nvfp4_shards": lambda put: quantize.quantize_nvfp4_shards(
         put(DENSE).split([16, 32]), "rtn", put(SCALE.repeat(2))
@@ -47,6 +48,13 @@ CALLS = {
     "decode_block_scale": lambda put: weight.decode_block_scale(put(E4M3), NVFP4),
     "reference_linear": lambda put: reference.reference_linear(
         put(DENSE[:3]), quantize.quantize_nvfp4(put(DENSE)), None, 8
+    ),
+    "rounded_activations": lambda put: reference.rounded_activations(put(DENSE), "int8"),
+    "int8_error_bound": lambda put: reference.int8_error_bound(
+        put(DENSE[:3]), quantize.quantize_nvfp4(put(DENSE))
+    ),
+    "raise_block_scales": lambda put: weight.raise_block_scales(
+        quantize.quantize_nvfp4(put(DENSE))
     ),
     "folded_weight": lambda put: reference.folded_weight(quantize.quantize_nvfp4(put(DENSE))),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import vision_classes
 from families import FAMILIES, write_family
 from safetensors.torch import load_file
 
@@ -285,6 +286,7 @@ def test_what_vllm_builds_without_quantisation_is_in_the_table():
 @pytest.mark.checks_written
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm47_flash", "qwen3_vl_moe"])
 def test_vllm_has_a_place_for_every_tensor(models, tmp_path, capfd, family):
+    vision_classes.install()
     target = tmp_path / "out"
     assert main(["quantize", str(models(family)), "-o", str(target), "--method", "rtn"]) == 0
     assert "has a place for every tensor" in "".join(capfd.readouterr())

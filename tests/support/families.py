@@ -75,6 +75,7 @@ FAMILIES = {
             | _EXPERTS
             | {
                 "head_dim": 32,
+                "norm_topk_prob": True,  # in the hub's files; vLLM asks for it
                 "rope_parameters": {
                     "rope_type": "default",
                     "mrope_section": [6, 5, 5],
