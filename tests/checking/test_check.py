@@ -61,6 +61,14 @@ def test_16_bit_models_will_load(family, tmp_path):
     assert report.dropped == ()
 
 
+@pytest.mark.parametrize("name", ["modelopt/w4a16-llama", EXPERTS])
+def test_the_kernel_is_that_of_the_variant(name, tmp_path):
+    options = '{"nvfp4": {"activation": "8", "a8_variant": "int8"}}'
+    report = report_on(extract_fixture(name, tmp_path), "--additional-config", options)
+    part = "experts" if name == EXPERTS else "linear"
+    assert any("INT8 per token and 64 columns" in layer.path for layer in of_part(report, part))
+
+
 def test_each_of_two_ranks_holds_half_of_the_linear_layers(tmp_path):
     folder = extract_fixture(EXPERTS, tmp_path)
     one, two = report_on(folder), report_on(folder, "--tensor-parallel-size", "2")

@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.gpus import GPUS, find_gpu
-from vllm_nvfp4.kernels import moe_ops, ops
+from vllm_nvfp4.kernels import ops, paths
 from vllm_nvfp4.kernels.cpu import linear as cpu
 from vllm_nvfp4.kernels.cuda import devices, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
@@ -244,7 +244,7 @@ def test_fp8_layers_switch_by_the_batch_size(monkeypatch):
 )
 def test_the_log_names_the_path_that_runs(arch, is_fp8, bits, path):
     device = "cpu" if arch is None else "cuda"
-    assert ops.describe_path(device, arch, is_fp8, bits) == path
+    assert paths.describe_path(device, arch, is_fp8, bits, "exact", None) == path
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_the_log_names_the_path_that_runs(arch, is_fp8, bits, path):
 )
 def test_the_log_says_which_8_bits_the_card_takes(card, bits, path):
     gpu = find_gpu(card)
-    assert ops.describe_path("cuda", gpu.arch, False, bits, "auto", gpu).startswith(path)
-    experts = moe_ops.describe_experts_path("cuda", gpu.arch, bits, "auto", gpu)
+    assert paths.describe_path("cuda", gpu.arch, False, bits, "auto", gpu).startswith(path)
+    experts = paths.describe_experts_path("cuda", gpu.arch, bits, "auto", gpu)
     path = path.replace("batch size W4A8", "tokens per expert W4A8")
     assert experts.startswith(f"grouped {path}")
 

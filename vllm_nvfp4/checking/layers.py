@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4.checking.report import LayerGroup
 from vllm_nvfp4.checkpoints.spec import LayerKind, describe
 from vllm_nvfp4.compat import versions
-from vllm_nvfp4.kernels import moe_ops, ops
+from vllm_nvfp4.kernels import paths
 from vllm_nvfp4.layers.weights import ACTIVATION_BITS
 from vllm_nvfp4.planning.model import held_bytes
 from vllm_nvfp4.planning.shapes import extra_bytes
@@ -84,15 +84,17 @@ def _ours(module: Any, are_experts: bool) -> tuple[str, str, int | None] | None:
         return None  # vLLM's own method, with places for strays
     form = describe(spec) if is_stored else f"{_16_BITS}, to {fmt} while loading"
     bits = ACTIVATION_BITS[method.options.activation]
+    figures = method.options.a8_variant, paths.gpu_figures(device)
     if are_experts:
-        return form, moe_ops.describe_experts_path(device, arch, bits), _experts_bytes(module, fmt)
+        path = paths.describe_experts_path(device, arch, bits, *figures)
+        return form, path, _experts_bytes(module, fmt)
     is_fp8 = fmt == "fp8"
     bits = 16 if is_fp8 and spec.activation_bits == 16 else bits
     n, k = _shape(module)
     size = held_bytes(n, k, fmt) + extra_bytes(spec, k)
     if (bias := getattr(module, "bias", None)) is not None:
         size += bias.numel() * bias.element_size()
-    return form, ops.describe_path(device, arch, is_fp8, bits), size
+    return form, paths.describe_path(device, arch, is_fp8, bits, *figures), size
 
 
 def _shape(module: Any) -> tuple[int, int]:

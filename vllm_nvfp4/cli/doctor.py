@@ -223,13 +223,14 @@ def layer_paths() -> dict[str, str]:
     """Kind of layer -> what runs it on this machine, in the words of the modules that decide."""
     cpu_metadata.apply()
     from vllm_nvfp4.compat import kv_cache, versions
-    from vllm_nvfp4.kernels import ops
+    from vllm_nvfp4.kernels import paths
     from vllm_nvfp4.layers.linear import ACTIVATION_BITS
 
     options = Options.resolve()
     arch = versions.device_arch()
     device = "cpu" if arch is None else "cuda"
     bits = ACTIVATION_BITS[options.activation]
+    figures = options.a8_variant, paths.gpu_figures(device)
     obstacle = kv_cache.obstacle("fp8", 128)
     caches = dict.fromkeys(("auto", "fp8"), "FP8")
     if arch is not None and kv_cache.has_nvfp4(arch):
@@ -240,10 +241,8 @@ def layer_paths() -> dict[str, str]:
     caches["keep"] = "FP8 where the checkpoint asks for it, else 16 bits"
     names = {"keep": "as stored, by vLLM", "fp8": "quantised to FP8", "nvfp4": "quantised to NVFP4"}
     return {
-        "NVFP4 and MXFP4 linear": ops.describe_path(
-            device, arch, False, bits, options.a8_variant, ops.gpu_figures(device)
-        ),
-        "FP8 linear": ops.describe_path(device, arch, True, bits),
+        "NVFP4 and MXFP4 linear": paths.describe_path(device, arch, False, bits, *figures),
+        "FP8 linear": paths.describe_path(device, arch, True, bits, *figures),
         "lm_head": names[options.lm_head],
         "token embedding": names[options.embedding],
         "KV cache": f"16 bits: {obstacle}" if obstacle else caches[options.kv_cache],

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import torch
 
-from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.activation import ExpertActivation
@@ -42,26 +41,6 @@ def warm_up_experts(device: torch.device, fmt: str, activation_bits: int) -> Non
         experts_backend("cuda").prepare_moe(device, fmt)
     else:
         ops.warm_up(device, fmt, activation_bits)
-
-
-def describe_experts_path(
-    device_type: str,
-    arch: int | None,
-    activation_bits: int,
-    variant: str = "exact",
-    gpu: Gpu | None = None,
-) -> str:
-    """In a few words, for the log: which kernel runs routed experts on this device.
-
-    The arguments: as in :func:`ops.describe_path`
-    """
-    if device_type == "cpu" or arch is None:
-        bits = ops.four_bits(activation_bits or 16, ops.cpu_variant(variant))
-        return f"CPU kernel, {bits}, one expert after another"
-    # The grouped kernels have INT8 and exact FP8.
-    variant = variant if variant in ("auto", "int8") else "exact"
-    path = ops.describe_path(device_type, arch, False, activation_bits, variant, gpu)
-    return f"grouped {path.replace('batch size W4A8', 'tokens per expert W4A8')}"
 
 
 def moe(

@@ -26,7 +26,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.compat import versions
-from vllm_nvfp4.kernels import moe_ops, ops
+from vllm_nvfp4.kernels import moe_ops, ops, paths
 from vllm_nvfp4.layers.experts_kernel import NvFp4Experts
 from vllm_nvfp4.layers.parameters import ExpertCut, make_expert_parameter
 from vllm_nvfp4.layers.weights import (
@@ -187,9 +187,9 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             self.moe_kernel = self.make_kernel(layer, self.experts)
         moe_ops.warm_up_experts(device, layer.nvfp4_format, bits)
         found = self.spec.algo or self.spec.kind.value
-        kernel = moe_ops.describe_experts_path(
+        kernel = paths.describe_experts_path(
             device.type, versions.device_arch(), bits, self.options.a8_variant,
-            ops.gpu_figures(device.type),
+            paths.gpu_figures(device.type),
         )  # fmt: skip
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 

@@ -26,7 +26,7 @@ from torch._inductor.pattern_matcher import (
 )
 
 from vllm_nvfp4.compat import versions
-from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels import ops, paths
 from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits, has_fp8_mma
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.options import Options
@@ -80,7 +80,7 @@ def _has_a_switch(options: Options) -> bool:
         return False
     if has_fp8_mma(arch):
         return True
-    gpu = ops.gpu_figures("cuda")
+    gpu = paths.gpu_figures("cuda")
     return gpu is not None and gains_from_8_bits(gpu, options.a8_variant)
 
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 from vllm_nvfp4.checkpoints.convert import check_blocks, fp8_to_rows, to_weight
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
 from vllm_nvfp4.compat import versions
-from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels import ops, paths
 from vllm_nvfp4.layers.filling import (
     OnlineWeightParameter,
     check_filled,
@@ -245,8 +245,8 @@ def log_path(spec: LayerSpec, device: torch.device, activation_bits: int, varian
     if spec.kind is LayerKind.ONLINE and spec.fmt:
         found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
     is_fp8 = spec.kind is LayerKind.FP8
-    arch, gpu = versions.device_arch(), ops.gpu_figures(device.type)
-    path = ops.describe_path(device.type, arch, is_fp8, activation_bits, variant, gpu)
+    arch, gpu = versions.device_arch(), paths.gpu_figures(device.type)
+    path = paths.describe_path(device.type, arch, is_fp8, activation_bits, variant, gpu)
     logger.info_once("nvfp4: %s: %s", found, path)
 
 

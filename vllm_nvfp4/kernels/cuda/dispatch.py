@@ -190,11 +190,11 @@ def activation_switch(
     variant = variant_of(fmt_name, resolve_variant(gpu, variant))
     if variant != "int8" and not _has_fp8(gpu):
         return math.inf
+    if not _has_fp8(gpu) and _gain_on_paper(gpu, fmt_name) < _MIN_GAIN:
+        return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
     us8_per_m = n * k * _us_per_weight_8(gpu, fmt_name, variant)
-    if not _has_fp8(gpu) and _gain_on_paper(gpu, fmt_name) < _MIN_GAIN:
-        return math.inf
     return _crossing(gpu, k, memory_us, us16_per_m, us8_per_m, quantized_rows)
 
 
@@ -208,19 +208,25 @@ def _us_per_weight_8(gpu: Gpu, fmt_name: str, variant: str) -> float:
 
     The scaling of partial sums may take more issue slots than the MMA takes time.
     """
-    unpack, per_token = _INSTRUCTIONS[_stem_8(variant), variant, fmt_name]
-    issue = unpack / _MANY_TOKENS + _issue_of_token(gpu, variant, fmt_name, per_token)
-    issue_us = issue / (gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3)
+    issue_us = _issue_of_many(gpu, fmt_name, variant) / _lanes_per_us(gpu)
     return max(2 / _tensor_flops_per_us(gpu, 8, variant), issue_us)
 
 
 def _gain_on_paper(gpu: Gpu, fmt_name: str) -> float:
     """How many times as fast a product with many tokens is in INT8 as in 16 bits, if nothing but
     tensor cores and issue slots bounds it and they reach their peaks."""
-    unpack, per_token = _INSTRUCTIONS["gemm_w4i8", "int8", fmt_name]
-    issue = unpack / _MANY_TOKENS + _issue_of_token(gpu, "int8", fmt_name, per_token)
-    issue_rate = gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e9 / issue
+    issue_rate = _lanes_per_us(gpu) * 1e6 / _issue_of_many(gpu, fmt_name, "int8")
     return min(gpu.int8_tops * 1e12 / 2, issue_rate) / (gpu.bf16_tflops * 1e12 / 2)
+
+
+def _issue_of_many(gpu: Gpu, fmt_name: str, variant: str) -> float:
+    """Lane instructions for each weight and token of a product with many tokens of 8 bits."""
+    unpack, per_token = _INSTRUCTIONS[_stem_8(variant), variant, fmt_name]
+    return unpack / _MANY_TOKENS + _issue_of_token(gpu, variant, fmt_name, per_token)
+
+
+def _lanes_per_us(gpu: Gpu) -> float:
+    return gpu.num_sms * _LANES_PER_CLOCK * gpu.boost_ghz * 1e3
 
 
 def _issue_of_token(gpu: Gpu, variant: str, fmt_name: str, per_token: float) -> float:
