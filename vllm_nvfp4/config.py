@@ -226,8 +226,7 @@ class NvFp4Config(QuantizationConfig):
         if self.census is not None:
             if self._expert_loading is None:
                 self._expert_loading = ExpertLoading(self.census)
-            self._expert_loading.plan(layer, prefix, experts, spec)
-            if self._expert_loading.widens(prefix, experts, spec):
+            if self._expert_loading.plan(layer, prefix, experts, spec):  # widened to 16 bits
                 cpu_experts.check(layer)
                 return None
         return moe_method(self.options, spec, layer, prefix)

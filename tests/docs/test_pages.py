@@ -30,7 +30,6 @@ _ELSEWHERE = {
     "texts.txt",
     "nvidia/Qwen3-8B-NVFP4",
     ".venv/bin/",
-    "benchmarks/results/models.md",  # written by make models
 }
 PARTS = ("docs_options.py", "docs_quality.py", "docs_bench.py", "docs_models.py")
 

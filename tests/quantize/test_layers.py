@@ -12,6 +12,7 @@ import pytest
 import torch
 import vision_classes
 from families import FAMILIES, write_family
+from made_once import made_once
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.model_class import UNQUANTIZED
@@ -24,14 +25,7 @@ from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model, made once."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = write_family(tmp_path_factory.mktemp("models") / family, family)
-        return made[family]
-
-    return get
+    return made_once(tmp_path_factory.mktemp("models"), write_family)
 
 
 def folded(names) -> set[str]:

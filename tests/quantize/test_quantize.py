@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from made_once import made_once
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints import write
@@ -54,14 +55,7 @@ SMALL = ["--samples", "4", "--sample-length", "48"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model, made once."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = write_model(tmp_path_factory.mktemp("models") / family, family)
-        return made[family]
-
-    return get
+    return made_once(tmp_path_factory.mktemp("models"), write_model)
 
 
 @pytest.fixture

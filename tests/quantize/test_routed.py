@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
+from made_once import made_once
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.source import Source, by_layer
@@ -31,15 +32,12 @@ TEXT = ["--samples", "8", "--sample-length", "128"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model with a tokenizer, made once."""
-    made: dict[str, Path] = {}
 
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = write_family(tmp_path_factory.mktemp("models") / family, family)
-            build_tokenizer().save_pretrained(made[family])
-        return made[family]
+    def write(folder: Path, family: str) -> None:
+        write_family(folder, family)
+        build_tokenizer().save_pretrained(folder)
 
-    return get
+    return made_once(tmp_path_factory.mktemp("models"), write)
 
 
 def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseModel]:

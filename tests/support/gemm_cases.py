@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights, activations and planted faults that the tests of both GEMM kernels share."""
+"""Weights, activations and planted faults that the tests of the GEMM kernels share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,9 +11,17 @@ import torch
 
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
 from vllm_nvfp4.kernels.layout import pack_weight
-from vllm_nvfp4.numerics.quantize import quantize_mxfp4, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import (
+    quantize_fp8_per_row,
+    quantize_int8_per_group,
+    quantize_mxfp4,
+    quantize_nvfp4,
+)
+from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.testing.host_gemm import DTYPES, run_gemm, shipped
+from vllm_nvfp4.testing.host_kernel import HostMachine, HostModule
+from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance
 
 DISTRIBUTIONS = ("gaussian", "heavy_tailed", "outlier_channels", "all_positive")
 
@@ -105,3 +114,38 @@ def check_the_order_of_the_splits(config: GemmConfig, splits: int, undo: float) 
     assert torch.equal(y, in_order(range(splits)))
     small_first = sorted(range(splits), key=lambda split: split % 2)
     assert not torch.equal(y, in_order(small_first)), "the data must show the order"
+
+
+def run_and_compare(
+    module: HostModule,
+    config: GemmConfig,
+    a: torch.Tensor,
+    weight: BlockScaledWeight,
+    bias: torch.Tensor | None = None,
+    splits: int = 1,
+    machine: HostMachine | None = None,
+) -> tuple[torch.Tensor, float]:
+    """(y of 8-bit activations; the largest part of a token's outputs, in rms, that it loses beyond
+    their rounding), infinite where an element is further off than the hard limit of what adds it
+    (linear_tolerance)."""
+    if config.variant == "int8":
+        q, a_scale = quantize_int8_per_group(a)
+    else:
+        q, a_scale = quantize_fp8_per_row(a)
+        a_scale = a_scale[:, 0].contiguous()
+    y = run_gemm(
+        module,
+        config,
+        q,
+        pack_weight(weight),
+        a_scale=a_scale,
+        bias=bias,
+        splits=splits,
+        machine=machine,
+    )
+    reference = reference_linear(a, weight, bias, 8, config.variant)
+    found = compare(y, reference, linear_tolerance(a, weight, reference, 8, config.variant))
+    rounding = UNIT_ROUNDOFF[a.dtype] * reference.abs()
+    excess = ((y.double() - reference).abs() - rounding).clamp(min=0)
+    loss = float((excess.norm(dim=1) / reference.norm(dim=1)).nan_to_num(nan=1.0).max())
+    return y, loss if found.is_match else math.inf

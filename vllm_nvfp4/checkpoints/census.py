@@ -34,7 +34,6 @@ from vllm_nvfp4.checkpoints.stacks import (
     PROJECTIONS,
     StoredAs,
     canonical,
-    is_stack,
 )
 
 # An expert's tensor, or its module, under the name of its projection.
@@ -87,9 +86,9 @@ class StoredModule:
     def dispensable(self) -> frozenset[str]:
         """Tensors that the layer computes the same without: scales of activations that are not
         used, strays, and scales of a KV cache, which may be in 16 bits."""
-        tensors = self.stored.tensors if self.stored is not None else ()
-        without = {t.name for t in tensors if t.role in (Role.UNUSED, Role.INPUT_SCALE)}
-        return frozenset(without | KV_SCALES)
+        if self.stored is None:
+            return KV_SCALES
+        return self.stored.names(Role.UNUSED, Role.INPUT_SCALE) | KV_SCALES
 
 
 class Census:
@@ -255,10 +254,8 @@ class Census:
         )
 
     def is_stack(self, module: StoredModule) -> bool:
-        """Whether the module is of several experts."""
-        return is_stack(
-            module.name, {f"{module.name}.{leaf}": h for leaf, h in module.tensors.items()}
-        )
+        """Whether the module is of several experts, and quantised."""
+        return any(f"{module.name}.{leaf}" in self.stored_as for leaf in module.tensors)
 
     @property
     def has_projection_first(self) -> bool:

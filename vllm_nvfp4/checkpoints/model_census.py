@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_nvfp4.checkpoints.census import Census
 from vllm_nvfp4.checkpoints.detect import detect, lacks_table, read_config
-from vllm_nvfp4.checkpoints.skeleton import headers_of
+from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 from vllm_nvfp4.checkpoints.validate import take_census, validate
 
@@ -34,7 +34,8 @@ def take_census_of(
     """
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(headers_of(model, revision or "main"))
+            found_here = folder_or_skeleton(model, revision or "main", while_loading=True)
+            folder = stack.enter_context(found_here)
         except CheckpointError as error:
             if Path(model).is_dir():
                 raise

@@ -27,9 +27,13 @@ _TODO = "Try again, or download the model: hf download"
 
 
 @contextmanager
-def folder_or_skeleton(model: str, revision: str = "main") -> Iterator[Path]:
+def folder_or_skeleton(
+    model: str, revision: str = "main", while_loading: bool = False
+) -> Iterator[Path]:
     """The folder of a model that is here, else a skeleton of the hub's, removed at the end.
 
+    while_loading: vLLM loads the model, and of a hub name may have fetched the configuration alone:
+                   its cached folder without weights is not taken
     Raises CheckpointError for a model that is nowhere, and for a hub that does not answer.
     """
     try:
@@ -38,32 +42,10 @@ def folder_or_skeleton(model: str, revision: str = "main") -> Iterator[Path]:
         if is_path(model):
             raise
     else:
-        yield folder
-        return
-    with _from_hub(model, revision) as folder:
-        yield folder
-
-
-@contextmanager
-def headers_of(model: str, revision: str) -> Iterator[Path]:
-    """As :func:`folder_or_skeleton`, while vLLM loads the model: of a hub name it may have fetched
-    the configuration alone, and the folder then holds no weights yet."""
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            folder = find_folder(model, revision)
-        except CheckpointError:
-            if is_path(model):
-                raise
-    if folder.is_dir() and (folder == Path(model) or any(folder.glob("*.safetensors"))):
-        yield folder
-        return
-    with _from_hub(model, revision) as folder:
-        yield folder
-
-
-@contextmanager
-def _from_hub(model: str, revision: str) -> Iterator[Path]:
+        is_empty = not Path(model).is_dir() and not any(folder.glob("*.safetensors"))
+        if not (while_loading and is_empty):
+            yield folder
+            return
     ask_hub(model, revision)
     with tempfile.TemporaryDirectory(prefix="vllm-nvfp4-headers-") as name:
         yield fetch(model, revision, Path(name))

@@ -92,7 +92,6 @@ class Source:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._part_of: dict[str, Part] = {}
-        self._dtype_of: dict[str, str] = {}
         self._chosen: tuple[object, set[str], list[Kept]] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for path in files:
@@ -242,11 +241,10 @@ class Source:
                     for n in stacks.values()
                 ]
                 continue
-            for stored in stacks.values():
-                self._dtype_of[stored] = self.tensors.pop(stored).dtype
+            dtypes = {stored: self.tensors.pop(stored).dtype for stored in stacks.values()}
             for name, part in parts.items():
                 self._part_of[name] = part
-                self.tensors[name] = TensorInfo(self._dtype_of[part.stored], part.shape)
+                self.tensors[name] = TensorInfo(dtypes[part.stored], part.shape)
                 self._file_of[name] = self._file_of[part.stored]
                 places[name] = Place(Kind.LINEAR, module)
             linear |= parts.keys()

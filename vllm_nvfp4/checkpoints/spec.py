@@ -87,6 +87,10 @@ class LayerSpec:
     def tensor(self, role: Role) -> TensorSpec | None:
         return next((t for t in self.tensors if t.role is role), None)
 
+    def names(self, *roles: Role) -> frozenset[str]:
+        """Of the tensors that have one of these roles."""
+        return frozenset(t.name for t in self.tensors if t.role in roles)
+
     @property
     def is_quantized(self) -> bool:
         """Whether the stored weight has fewer than 16 bits."""

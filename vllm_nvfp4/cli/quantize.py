@@ -7,16 +7,17 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
+from vllm_nvfp4.cli._quantize_text import kept_lines, memory_line, print_summary
 
 if TYPE_CHECKING:
-    from vllm_nvfp4.checkpoints.source import Kept, Source
+    from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
     from vllm_nvfp4.serving.progress import Step
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 _TITLE = "Quantising"
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
-# The share of a model's bytes that may stay in 16 bits unasked without a warning.
-_MUCH = 0.05
 
 
 def add_parser(subparsers: Any) -> None:
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         if work_folder(target).is_dir():
             print(f"\nstopped; the same command goes on ({work_folder(target)})", file=sys.stderr)
         raise
-    _print_summary(report, target, method, time.monotonic() - started)
+    print_summary(report, target, method, time.monotonic() - started)
     return 0
 
 
@@ -280,12 +279,12 @@ def _quantize(
         if calibration is not None and method in CALIBRATED:
             quantizer = Calibrated(source, method, calibration, args.device, rotation)
         used = calibration if method in CALIBRATED else None
-        for line in _kept_lines(source, kept, set(vocabulary)):
+        for line in kept_lines(source, kept, set(vocabulary)):
             current.say(line)
         progress = _progress(current, source, chosen)
         if isinstance(quantizer, Calibrated):
             quantizer.progress = progress
-        current.say(_memory(source, chosen, used, args.device, is_measured))
+        current.say(memory_line(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             towers=args.towers,
@@ -303,60 +302,6 @@ def _quantize(
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
-
-
-def _kept_lines(source: Source, kept: Sequence[Kept], chosen: set[str]) -> list[str]:
-    """A line for each kind of matrix that stays in 16 bits, with its share of the bytes, and a
-    warning where much stays that nobody asked to keep. chosen: those that get a format yet."""
-    from vllm_nvfp4.checkpoints.source import UNASKED
-
-    total = sum(info.num_bytes for info in source.tensors.values())
-    kinds: dict[tuple[str, str], list[Kept]] = {}
-    for tensor in kept:
-        if tensor.name not in chosen:
-            kinds.setdefault((tensor.kind, tensor.reason), []).append(tensor)
-    lines, unasked = [], 0.0
-    for (kind, reason), tensors in kinds.items():
-        share = sum(t.num_bytes for t in tensors) / total
-        unasked += share if kind in UNASKED else 0
-        names = tensors[0].name.removesuffix(".weight")
-        if len(tensors) > 1:
-            names += f" and {len(tensors) - 1} more"
-        lines.append(f"kept in 16 bits: {kind}, {share:.1%} of the bytes ({reason}): {names}")
-    if unasked > _MUCH:
-        lines.append(
-            f"warning: {unasked:.0%} of the bytes stay in 16 bits though nothing asked for it"
-        )
-    return lines
-
-
-def _memory(
-    source: Source,
-    quantized: set[str],
-    calibration: Calibration | None,
-    device: str,
-    is_measured: bool,
-) -> str:
-    """One line on the memory that the run takes."""
-    from vllm_nvfp4.checkpoints.source import by_layer
-    from vllm_nvfp4.quantize import memory, sensitivity
-    from vllm_nvfp4.quantize.calibrated import forward_dtype
-
-    units = by_layer(source.tensors, quantized)
-    if calibration is None:
-        extra = memory.data_free_bytes(source, units)
-    else:
-        num_tokens = calibration.num_samples * calibration.length
-        itemsize = forward_dtype(device).itemsize
-        extra = memory.calibrated_bytes(source, units, quantized, num_tokens, itemsize)
-    if is_measured:
-        num_tokens = sensitivity.num_samples(calibration is not None) * sensitivity.LENGTH
-        itemsize = forward_dtype("cpu").itemsize
-        measured = memory.sensitivity_bytes(source, units, quantized, num_tokens, itemsize)
-        extra = max(extra, measured)
-    where = "" if device == "cpu" else f", part of it on {device}"
-    peak = memory.expected_peak(extra) / 2**20
-    return f"memory: about {peak:.0f} MiB at the most{where}"
 
 
 def _finish(
@@ -428,18 +373,3 @@ def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[s
         current.detail = layer
 
     return progress
-
-
-def _print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:
-    from vllm_nvfp4.quantize.memory import peak_bytes
-
-    mebi = 2**20
-    bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
-    formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
-    print(
-        f"{target}\n"
-        f"  {len(report.quantized)} layers in {formats} by {method}, {bits:.2f} bits per weight; "
-        f"{len(report.kept)} matrices kept\n"
-        f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
-        f"  {seconds:.1f} s, peak memory {peak_bytes() / mebi:.0f} MiB"
-    )

@@ -70,10 +70,9 @@ class _Module:
         if self.collected.keys() | self._useless() >= {leaf for leaf, _ in self.leaves.values()}:
             self._widen()
 
-    def _useless(self) -> set[str]:
+    def _useless(self) -> frozenset[str]:
         """Names of tensors that its weight in 16 bits does not depend on."""
-        unused = (Role.UNUSED, Role.INPUT_SCALE)
-        return {"bias", *(t.name for t in self.spec.tensors if t.role in unused)}
+        return self.spec.names(Role.UNUSED, Role.INPUT_SCALE) | {"bias"}
 
     def _split(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         if self.stack is None:
@@ -134,7 +133,7 @@ class ExpertLoading:
         self._census = census
         self._modules: dict[str, _Module] = {}  # by the file's tensors
 
-    def widens(self, prefix: str, names: list[list[str]], spec: LayerSpec) -> bool:
+    def _widens(self, prefix: str, names: list[list[str]], spec: LayerSpec) -> bool:
         """Whether the experts of a layer become 16 bits: no kernel of experts reads FP8, a
         rotation, or scales of activations that every expert has its own of.
 
@@ -148,13 +147,13 @@ class ExpertLoading:
         modules = self._census.stacks(prefix) or [m for m, *_ in self._alone(names)]
         return pre_scale is not None and any(pre_scale.name in m.tensors for m in modules)
 
-    def plan(self, layer: Any, prefix: str, names: list[list[str]], spec: LayerSpec) -> None:
+    def plan(self, layer: Any, prefix: str, names: list[list[str]], spec: LayerSpec) -> bool:
         """Have the experts of a layer loaded here, where the model's own loader cannot: stacks, and
-        what is widened. prefix, names, spec: as of :meth:`widens`.
+        what is widened. prefix, names, spec: as of :meth:`_widens`, whose answer it returns.
 
         Raises CheckpointError for what has to be widened and has biases.
         """
-        is_widened = self.widens(prefix, names, spec)
+        is_widened = self._widens(prefix, names, spec)
         if is_widened and layer.moe_config.has_bias:
             raise CheckpointError(
                 "checkpoint",
@@ -177,6 +176,7 @@ class ExpertLoading:
                 "nvfp4: %s experts: widened to 16 bits while loading: no kernel here reads them",
                 describe(spec),
             )
+        return is_widened
 
     def _alone(self, names: list[list[str]]) -> Iterator[tuple[StoredModule, int, str]]:
         """(module, expert, part) of experts that are stored one by one."""

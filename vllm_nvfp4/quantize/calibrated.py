@@ -100,6 +100,7 @@ class Calibrated:
             self._samples,
             self._device,
             forward_dtype(self._device),
+            model_class=self._source.model_class,
         )
         hidden, model.hidden = torch.cat(model.hidden), []
         return model, hidden

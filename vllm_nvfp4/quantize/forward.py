@@ -74,6 +74,7 @@ class LayerwiseModel:
     load:    a stored tensor by name
     samples: [num_samples, length] int64 tokens; every sample is a sequence of its own
     dtype:   in which layers are computed and hidden states kept
+    model_class: of the folder, where there is one already
     ``hidden``: what goes into the first layer, [1, length, hidden size] for each sample.
     remedy:  what an error advises
 
@@ -90,12 +91,13 @@ class LayerwiseModel:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         remedy: str = _REMEDY,
+        model_class: ModelClass | None = None,
     ) -> None:
         self._device, self._dtype, self._remedy = device, dtype, remedy
         self._load = load
         self._names = set(names)
         self._folder = folder
-        self._class = ModelClass(folder)
+        self._class = model_class or ModelClass(folder)
         try:
             decoder = self._class.model.get_decoder()
             self._layers = decoder.layers

@@ -152,6 +152,7 @@ def _forward(
         lambda name: source.load(name, "cpu"),
         torch.cat([measurement.samples, measurement.others]),
         dtype=measurement.dtype or forward_dtype("cpu"),
+        model_class=source.model_class,
     )
     hidden, model.hidden = model.hidden, []
     count = len(measurement.samples)
@@ -214,7 +215,10 @@ def _embedding_effects(
             stored = source.load(asked, "cpu")
             return stored if change is None or asked != name else stored.float() + change.float()
 
-        return torch.cat(LayerwiseModel(source.folder, source.tensors, load, samples).hidden)
+        model = LayerwiseModel(
+            source.folder, source.tensors, load, samples, model_class=source.model_class
+        )
+        return torch.cat(model.hidden)
 
     samples = measurement.samples
     exact = embed(None)

@@ -162,7 +162,7 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
             tensor = handles[header.file].get_tensor(source.name)
             tensors[leaf] = tensor.mT if source.is_transposed else tensor
         spec = stored.spec
-        unused = {t.name for t in spec.tensors if t.role is Role.UNUSED}
+        unused = spec.names(Role.UNUSED)
         if census.is_stack(stored):
             state[module] = _dequantized_stack(spec, tensors)
             tensors = {}

@@ -28,21 +28,24 @@ LEVELS = [*cpu_jit.ISA_LEVELS, "avx512-bytes", "avx2-bytes"]
 
 @pytest.fixture(params=LEVELS)
 def isa(request, monkeypatch):
-    use_level(request.param, monkeypatch)
+    if not use_level(request.param, monkeypatch):
+        pytest.skip(f"this processor has no {request.param}")
     yield request.param
     monkeypatch.undo()
     cpu_dispatch.use_isa(None)
 
 
-def use_level(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_level(level: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this processor has the level, which is then in force."""
     name, _, lacks = level.partition("-")
     try:
         cpu_dispatch.use_isa(name)
     except ValueError:
-        pytest.skip(f"this processor has no {name}")
+        return False
     if lacks:
         lesser = dataclasses.replace(cpu_jit.host_cpu(), has_byte_dot=False)
         monkeypatch.setattr(cpu_dispatch, "host_cpu", lambda: lesser)
+    return True
 
 
 def make_weight(n: int, k: int, fmt: BlockFormat) -> BlockScaledWeight:
@@ -98,11 +101,8 @@ def test_the_same_bits_at_every_level_and_for_any_number_of_tokens(
     results = {}
     for level in LEVELS:
         with monkeypatch.context() as patch:
-            try:
-                use_level(level, patch)
-            except pytest.skip.Exception:
-                continue
-            results[level] = cpu.linear(a, packed, None, 8, "int8")
+            if use_level(level, patch):
+                results[level] = cpu.linear(a, packed, None, 8, "int8")
     cpu_dispatch.use_isa(None)
     first = next(iter(results.values()))
     assert len(results) > 1

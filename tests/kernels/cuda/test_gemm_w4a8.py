@@ -14,6 +14,7 @@ from gemm_cases import (
     make_activations,
     make_weight,
     odd_shapes,
+    run_and_compare,
     smallest,
 )
 
@@ -22,7 +23,7 @@ from vllm_nvfp4.kernels.cuda.configs import GemmConfig, imma_stand_in
 from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import quantize_nvfp4
 from vllm_nvfp4.numerics.reference import folded_weight, reference_linear
 from vllm_nvfp4.numerics.weight import (
     BlockScaledWeight,
@@ -30,8 +31,8 @@ from vllm_nvfp4.numerics.weight import (
     raise_block_scales,
 )
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, shipped
-from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
-from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, linear_tolerance, relative_error
+from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine
+from vllm_nvfp4.testing.metrics import relative_error
 from vllm_nvfp4.testing.subnormals import subnormal_case
 
 CONFIGS = configs_of("gemm_w4a8")
@@ -41,37 +42,6 @@ MAX_LOSS_F16 = 5e-4
 # Against the folded weights: eight truncations at 2^-13 of the chain's largest term.
 MAX_LOSS_FOLDED = 1e-3
 MAX_LOSSES = {"exact": MAX_LOSS, "f16_partials": MAX_LOSS_F16, "folded": MAX_LOSS_FOLDED}
-
-
-def run_and_compare(
-    module: HostModule,
-    config: GemmConfig,
-    a: torch.Tensor,
-    weight: BlockScaledWeight,
-    bias: torch.Tensor | None = None,
-    splits: int = 1,
-    machine: HostMachine | None = None,
-) -> tuple[torch.Tensor, float]:
-    """Each token's error beyond the output's rounding is at most 1e-4 of its outputs, in rms; and
-    no element is further off than the accumulator's hard limit (linear_tolerance)."""
-    q, a_scale = quantize_fp8_per_row(a)
-    y = run_gemm(
-        module,
-        config,
-        q,
-        pack_weight(weight),
-        a_scale=a_scale[:, 0].contiguous(),
-        bias=bias,
-        splits=splits,
-        machine=machine,
-    )
-    reference = reference_linear(a, weight, bias, 8, config.variant)
-    tolerance = linear_tolerance(a, weight, reference, 8, config.variant)
-    found = compare(y, reference, tolerance)
-    rounding = UNIT_ROUNDOFF[a.dtype] * reference.abs()
-    excess = ((y.double() - reference).abs() - rounding).clamp(min=0)
-    loss = float((excess.norm(dim=1) / reference.norm(dim=1)).nan_to_num(nan=1.0).max())
-    return y, loss if found.is_match else math.inf
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)

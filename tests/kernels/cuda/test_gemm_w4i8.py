@@ -13,6 +13,7 @@ from gemm_cases import (
     make_activations,
     make_weight,
     odd_shapes,
+    run_and_compare,
     smallest,
 )
 
@@ -23,38 +24,14 @@ from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, FORMATS
 from vllm_nvfp4.numerics.quantize import quantize_int8_per_group
-from vllm_nvfp4.numerics.reference import reference_linear
 from vllm_nvfp4.numerics.weight import BlockScaledWeight, decode_block_scale
 from vllm_nvfp4.testing.emulated_gpu import emulated_gpu
 from vllm_nvfp4.testing.host_gemm import DTYPES, build_host, run_gemm, run_quantize, shipped
-from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine, HostModule
-from vllm_nvfp4.testing.metrics import UNIT_ROUNDOFF, compare, compare_linear, linear_tolerance
+from vllm_nvfp4.testing.host_kernel import HostKernelError, HostMachine
+from vllm_nvfp4.testing.metrics import compare_linear
 
 CONFIGS = configs_of("gemm_w4i8")
 MAX_LOSS = 1e-6  # relative, in rms over a token's outputs, beside the rounding of the output
-
-
-def run_and_compare(
-    module: HostModule,
-    config: GemmConfig,
-    a: torch.Tensor,
-    weight: BlockScaledWeight,
-    bias: torch.Tensor | None = None,
-    splits: int = 1,
-    machine: HostMachine | None = None,
-) -> tuple[torch.Tensor, float]:
-    """(y, what it loses beyond the output's rounding), infinite where an element is further off
-    than the f32 additions can be."""
-    q, scale = quantize_int8_per_group(a)
-    y = run_gemm(
-        module, config, q, pack_weight(weight), a_scale=scale, bias=bias, splits=splits,
-        machine=machine,
-    )  # fmt: skip
-    reference = reference_linear(a, weight, bias, 8, "int8")
-    found = compare(y, reference, linear_tolerance(a, weight, reference, 8, "int8"))
-    excess = (y.double() - reference).abs() - UNIT_ROUNDOFF[a.dtype] * reference.abs()
-    loss = float((excess.clamp(min=0).norm(dim=1) / reference.norm(dim=1)).max())
-    return y, loss if found.is_match else math.inf
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.symbol)
