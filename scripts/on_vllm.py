@@ -68,7 +68,7 @@ def unpack(release: str) -> Path:
     ):
         target = Path(temporary) / "site"
         command = [sys.executable, "-m", "pip", "install", "--no-input", "--no-deps"]
-        command += ["--require-hashes", "--only-binary", ":all:", "--no-compile"]
+        command += ["--require-hashes", "--only-binary", ":all:"]
         command += ["--target", str(target), "--requirement", str(pins)]
         environment = os.environ | {"PIP_PROGRESS_BAR": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         pip = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -92,6 +92,26 @@ def test_second_run_does_nothing(bootstrap, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_packages_are_compiled_where_python_may_not_keep_bytecode(
+    bootstrap, monkeypatch, forbidden
+):
+    """Else every import of vLLM compiles it again: uv, unlike pip, leaves sources alone."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    if forbidden:
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    def install(title, *args, index="", total=0):
+        (site,) = bootstrap.VENV.glob("lib/python3*/site-packages")
+        (site / "package.py").write_text("x = 1\n")
+        (site / "template.py").write_text("{% if x %}\n")
+
+    monkeypatch.setattr(bootstrap.notes, "install", install)
+    assert bootstrap.main() == 0
+    compiled = list(bootstrap.VENV.glob("lib/python3*/site-packages/__pycache__/*.pyc"))
+    assert [path.name.partition(".")[0] for path in compiled] == ["package"] * forbidden
+
+
 @pytest.mark.parametrize("name", ["requirements/lock-cpu.txt", "pyproject.toml"])
 def test_changed_pins_are_installed_into_the_same_environment(bootstrap, name):
     assert bootstrap.main() == 0
