@@ -3,22 +3,25 @@
 """Write the table of models in README.md: what fits, the limit of decoding, how far it is tested.
 
 Sizes and limits are those of `vllm-nvfp4 plan`; the models are those of planning/models.json. How
-far a model is tested follows from the tests: of which families tiny models are served, of which
-published checkpoints the layout is known. With --check, write nothing and end with 1 if the table
-is not current.
+far a model is tested follows from the tests and from benchmarks/results/models.csv: of which
+architectures tiny models are served, of which published checkpoints the layout is known. With
+--check, write nothing and end with 1 if the table is not current.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import docs_table
 
 from vllm_nvfp4.planning import choose, fit, rows
 from vllm_nvfp4.planning.cards import find_card
-from vllm_nvfp4.planning.shapes import DecoderShape, find_shape, models
+from vllm_nvfp4.planning.find import find_shape, models
+from vllm_nvfp4.planning.shapes import DecoderShape
 from vllm_nvfp4.testing.tiny_models import FAMILIES
 
 sys.path.insert(0, str(docs_table.ROOT / "tests" / "support"))
@@ -28,6 +31,7 @@ BEGIN = "<!-- models: written by scripts/docs_models.py -->\n"
 END = "<!-- end of models -->\n"
 CARDS = (("RTX 4080 SUPER", 1), ("RTX 4090", 1), ("RTX 6000 Ada", 1), ("RTX 4090", 2))
 CONTEXT = 8192
+SWEEP = docs_table.ROOT / "benchmarks" / "results" / "models.csv"
 _HEADER = (
     "| checkpoint | 16 GB | 24 GB | 48 GB | 2 x 24 GB | tested |\n"
     "| --- | --- | --- | --- | --- | --- |\n"
@@ -41,13 +45,10 @@ def table() -> str:
     text = _HEADER
     for name, entry in models().items():
         checkpoint = entry.get("nvfp4") or entry["hub"]
-        if "config" in entry:
-            shape = find_shape(name)
-            cells = [_cell(shape, card, count) for card, count in CARDS]
-        else:
-            cells = ["?"] * len(CARDS)
+        shape = find_shape(name)
+        cells = [_cell(shape, card, count) for card, count in CARDS]
         online = "" if "nvfp4" in entry or entry["config"].get("quantization_config") else " *"
-        text += f"| {checkpoint}{online} | {' | '.join(cells)} | {how_far_tested(entry)} |\n"
+        text += f"| {checkpoint}{online} | {' | '.join(cells)} | {how_far_tested(name, entry)} |\n"
     return text
 
 
@@ -66,14 +67,23 @@ def _cell(shape: DecoderShape, card: str, count: int) -> str:
     return f"{row.longest_context // 1024}k, {row.decode.tokens_per_s:.0f}"
 
 
-def how_far_tested(entry: dict[str, Any]) -> str:
-    """ "served tiny", "layout" or "", from what the tests have."""
+@cache
+def served_tiny() -> set[str]:
+    """The models of whose architecture `make models` served a stored checkpoint right."""
+    lines = [x for x in SWEEP.read_text().splitlines() if not x.startswith("#")]
+    rows_of = csv.DictReader(lines)
+    right = [r for r in rows_of if "FAILED" not in (r["modelopt"], r["compressed-tensors"])]
+    return {name.strip() for row in right for name in row["models"].split(",")}
+
+
+def how_far_tested(name: str, entry: dict[str, Any]) -> str:
+    """ "served tiny", "layout" or "", from what the tests and the sweep of architectures have."""
     from published import PUBLISHED
 
-    if "config" in entry:
-        family = entry["config"]["model_type"]
-        return "served tiny" if _TINY.get(family, family) in FAMILIES else ""
-    return "layout" if entry["nvfp4"] in {case.name for case in PUBLISHED} else ""
+    family = entry["config"]["model_type"]
+    if _TINY.get(family, family) in FAMILIES or name in served_tiny():
+        return "served tiny"
+    return "layout" if entry.get("nvfp4") in {case.name for case in PUBLISHED} else ""
 
 
 if __name__ == "__main__":

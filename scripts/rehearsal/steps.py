@@ -186,8 +186,8 @@ def kv_cache(dtype: str, folder: Path) -> str:
     """A model with heads of 128 elements: vLLM sets aside the bytes that plan says."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from vllm_nvfp4.planning.find import find_shape
     from vllm_nvfp4.planning.kv import token_bytes
-    from vllm_nvfp4.planning.shapes import find_shape
 
     path = folder / "heads-of-128"
     if not path.exists():

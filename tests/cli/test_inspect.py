@@ -17,8 +17,8 @@ from vllm_nvfp4.cli import inspect as command
 from vllm_nvfp4.kernels.layout import pack_weight
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.planning.find import built_in, find_shape
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
-from vllm_nvfp4.planning.shapes import built_in, find_shape
 from vllm_nvfp4.testing.checkpoints import extract_fixture, fixture_names
 from vllm_nvfp4.testing.tiny_models import write_model
 

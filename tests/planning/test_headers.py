@@ -19,9 +19,10 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.planning import kv, vllm_kv
+from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
-from vllm_nvfp4.planning.shapes import Kept, find_shape
+from vllm_nvfp4.planning.shapes import Kept
 from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model
 
@@ -133,7 +134,7 @@ def test_a_state_space_model_whose_embedding_has_another_name(tmp_path):
     assert weights_of(shape, "bf16").total == pytest.approx(2 * stored + padding, rel=1e-3)
 
 
-def test_layers_with_other_heads_are_counted_as_the_largest(tmp_path):
+def test_layers_with_other_heads_are_counted_each_as_it_is(tmp_path):
     from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(
@@ -150,7 +151,35 @@ def test_layers_with_other_heads_are_counted_as_the_largest(tmp_path):
     shape = find_shape(str(tmp_path))
     assert shape.windows == (32, 32, 32, 0)
     assert (shape.num_key_value_heads, shape.head_dim) == (2, 64)
-    assert any("layers with the largest" in note for note in shape.notes)
+    assert not shape.notes
+    # 2 heads of 32 in the windows, 2 of 64 in the layer without; keys and values, 2 bytes each.
+    assert [kept.token_bytes for kept in shape.kept] == [256, 256, 256, 512]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("Qwen3.6-27B", 26.9e9), ("Qwen3.6-35B-A3B", 34.66e9), ("Gemma-4-31B", 30.7e9),
+     ("Nemotron-3-Nano-30B-A3B", 31.58e9)],
+)  # fmt: skip
+def test_a_model_by_its_configuration_alone(name, weights):
+    """The language model has as many weights as its model card says."""
+    shape = find_shape(name)
+    tables = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
+    assert shape.num_weights() + tables + shape.num_other == pytest.approx(weights, rel=2e-3)
+    assert sum(x.num_weights for x in shape.stored) == shape.num_weights()
+    assert shape.hub
+    assert shape.nvfp4
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "hybrid"])
+def test_a_folder_without_weights_is_planned_as_with_them(folders, family, tmp_path):
+    (tmp_path / "config.json").write_text((folders(family) / "config.json").read_text())
+    found, known = find_shape(str(tmp_path)), from_headers(folders(family))
+    for fmt in ("bf16", "nvfp4"):
+        alone, whole = (weights_of(shape, fmt) for shape in (found, known))
+        assert alone.total == pytest.approx(whole.total, rel=0.02)
+        assert alone.experts == pytest.approx(whole.experts, rel=0.02)
+    assert (found.windows, found.state_bytes) == (known.windows, known.state_bytes)
 
 
 @pytest.mark.vllm

@@ -25,8 +25,9 @@ from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import model as planning
 from vllm_nvfp4.planning import pictures
 from vllm_nvfp4.planning.cards import find_card
+from vllm_nvfp4.planning.find import built_in, find_shape
 from vllm_nvfp4.planning.kv import nvfp4_obstacle
-from vllm_nvfp4.planning.shapes import ROUTER, Latent, built_in, find_shape
+from vllm_nvfp4.planning.shapes import ROUTER, Latent
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 from vllm_nvfp4.testing.tiny_models import build_model
 
@@ -436,7 +437,7 @@ _AWQ = {**built_in()["Qwen3-8B"]["config"], "quantization_config": {"quant_metho
     ("config", "words"),
     [
         (None, "config.json"),
-        ('{"model_type": "mamba"}', "no *.safetensors file"),
+        ('{"model_type": "abacus"}', "found no class that could be built"),
         ('{"model_type": "llama", "hidden_size": -1}', "hidden_size=-1; needs a positive"),
         (json.dumps(_AWQ), "one of modelopt"),
     ],
@@ -448,6 +449,17 @@ def test_a_folder_that_cannot_be_planned_says_why(config, words, tmp_path, capsy
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_model_that_needs_transformers_says_so_where_it_is_not():
+    code = (
+        "import sys; sys.modules['torch'] = None; from vllm_nvfp4.cli.main import main;"
+        "sys.exit(main(['plan', 'Qwen3.6-27B']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch is not installed. It comes with vLLM: pip install '.[cuda]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_plan_imports_no_torch():

@@ -15,8 +15,8 @@ from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.cli.inspect import held_bytes_of
 from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning import kv
+from vllm_nvfp4.planning.find import built_in, find_shape
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
-from vllm_nvfp4.planning.shapes import built_in, find_shape
 from vllm_nvfp4.testing.checkpoints import extract_fixture, fixture_names, to_gpt_oss_mxfp4
 from vllm_nvfp4.testing.engine import ENVIRONMENT
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model, write_model

@@ -16,8 +16,8 @@ from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.model import AS_STORED, checkpoint_parts
-from vllm_nvfp4.planning.shapes import find_shape
 from vllm_nvfp4.quantize import sensitivity
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq
 from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats

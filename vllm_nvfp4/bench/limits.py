@@ -11,7 +11,8 @@ from vllm_nvfp4.bench.variants import Variant, format_of
 from vllm_nvfp4.checkpoints.detect import SUPPORTED_METHODS, detect, method_name, read_config
 from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.planning import model as planning
-from vllm_nvfp4.planning.shapes import DecoderShape, as_stored, shape_of
+from vllm_nvfp4.planning.families import as_stored, shape_of
+from vllm_nvfp4.planning.shapes import DecoderShape
 from vllm_nvfp4.serving.arguments import plugin_options
 
 

@@ -100,6 +100,22 @@ def record(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> L
     )
 
 
+def records_of(
+    name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec
+) -> list[LayerRecord]:
+    """:func:`record` of a module in 16 bits; of one that keeps several matrices or stacks of them
+    under names of its own, as stacked experts do, one of each."""
+    stacks = [leaf for leaf, t in tensors.items() if len(t.shape) > 2]
+    if len(stacks) < 2:
+        return [record(name, tensors, spec)]
+    rest = {leaf: t for leaf, t in tensors.items() if leaf not in stacks}
+    found = []
+    for leaf in stacks:
+        own = {n: rest.pop(n) for n in list(rest) if n.startswith(leaf)}
+        found.append(record(f"{name}.{leaf}", {leaf: tensors[leaf], **own}, spec))
+    return found + ([record(name, rest, spec)] if rest else [])
+
+
 def part_of(name: str, shape: tuple[int, ...]) -> str:
     leaf = name.rpartition(".")[2]
     if leaf in _EMBEDDING_LEAVES:

@@ -28,6 +28,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     LayerRecord,
     part_of,
     record,
+    records_of,
     weight_of,
 )
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC, stacked_record
@@ -81,7 +82,7 @@ def validate(
     text = as_table(config.get("text_config"), "config.json", "text_config") or config
     _check_layer_numbers(modules, text.get("num_hidden_layers"))
     names = sorted(modules, key=_by_number)
-    records = [_check_module(census.modules[name], text) for name in names]
+    records = [record for name in names for record in _check_module(census.modules[name], text)]
     check_experts(records, modules, text)
     _check_some_quantized(records, dialect, census)
     _check_fused(records, packed_modules, text)
@@ -99,22 +100,22 @@ def take_census(folder: Path, dialect: Dialect) -> Census:
     return Census(read_headers(folder), dialect)
 
 
-def _check_module(module: StoredModule, config: Mapping[str, Any]) -> LayerRecord:
-    """Check one module's tensors; its record, with UNQUANTIZED as spec where it is stored so."""
+def _check_module(module: StoredModule, config: Mapping[str, Any]) -> list[LayerRecord]:
+    """Check one module's tensors; its records, with UNQUANTIZED as spec where it is stored so."""
     name, tensors, spec = module.name, module.tensors, module.stored
     if spec is SPEC:
-        return stacked_record(name, tensors, config)
+        return [stacked_record(name, tensors, config)]
     if spec is None:
         if not _is_beside_the_model(name, config):
             raise unknown_form(module)
-        return record(name, tensors, UNQUANTIZED)
+        return records_of(name, tensors, UNQUANTIZED)
     if spec.is_quantized:
         _check_tensors(name, tensors, spec)
-        return record(name, tensors, spec)
+        return [record(name, tensors, spec)]
     _check_strays(name, tensors)
     part = part_of(name, weight_of(tensors, spec)[1])
     keeps = spec.kind is LayerKind.ONLINE and part == LINEAR
-    return record(name, tensors, spec if keeps else UNQUANTIZED)
+    return records_of(name, tensors, spec if keeps else UNQUANTIZED)
 
 
 def _check_strays(name: str, tensors: Mapping[str, TensorHeader]) -> None:

@@ -24,8 +24,8 @@ from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.options import Options
+from vllm_nvfp4.planning.families import extra_bytes
 from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
-from vllm_nvfp4.planning.shapes import extra_bytes
 
 # Of the object that --json prints: docs/json.md.
 SCHEMA = 1

@@ -18,10 +18,11 @@ from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
 from vllm_nvfp4.planning import vllm_kv
 from vllm_nvfp4.planning.cards import find_card
+from vllm_nvfp4.planning.find import find_shape, models
 from vllm_nvfp4.planning.fit import Load, Setup
 from vllm_nvfp4.planning.kv import nvfp4_obstacle
 from vllm_nvfp4.planning.model import EMBEDDING_FORMATS
-from vllm_nvfp4.planning.shapes import DecoderShape, Kept, built_in, find_shape
+from vllm_nvfp4.planning.shapes import DecoderShape, Kept
 from vllm_nvfp4.serving.progress import step
 
 # Of the object that --json prints: docs/json.md.
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         description="Memory as the loader and the KV cache take it, the roofline of decoding and "
         "prefill, cost, and one configuration to run; from config.json, or from headers for a "
         "family that is not known. Built-in models: "
-        f"{', '.join(built_in())}.",
+        f"{', '.join(models())}.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a built-in model, or a hub name")
     parser.add_argument("--gpu", default="RTX 4090", help="the card (default: RTX 4090)")

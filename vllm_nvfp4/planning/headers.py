@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shape of a model of any family: sizes from its headers, the cache from its configuration.
 
-For families that shapes.py does not build from config.json. What the model's tensors are is read
+For families that families.py does not build from config.json. What the model's tensors are is read
 from the files; which layers keep keys and values, and which a state, from the keys that
 transformers' configurations have for that. What cannot be told is assumed on the safe side and
 said in DecoderShape.notes.
@@ -34,6 +34,7 @@ from vllm_nvfp4.planning.shapes import (
     WHOLE,
     AskVllm,
     DecoderShape,
+    Kept,
     Latent,
     Linear,
 )
@@ -74,6 +75,8 @@ def shape_from_headers(
     kv_heads, head_dim = _head_sizes(text, table.shape[1], assumed)
     windows, states = _kept_by_layer(text, assumed)
     state_bytes = _state_bytes(text, states, assumed)
+    if not kept and not states:
+        kept = _kept_by_kind(text)
     if not kept:
         notes += assumed
     if outside := sum(x.num_bytes for x in inventory.layers) - sum(x.num_bytes for x in own):
@@ -213,6 +216,20 @@ def _kept_by_layer(text: Mapping[str, Any], notes: list[str]) -> tuple[tuple[int
             is_short = ("sliding" in kind or "local" in kind) and window
             windows.append(window if is_short else 0)
     return tuple(windows), states
+
+
+def _kept_by_kind(text: Mapping[str, Any]) -> tuple[Kept, ...]:
+    """What each layer keeps where those that see everything have heads of their own size, as in
+    Gemma 4: 2 * heads * elements * 2 bytes of a token. Empty where all are alike."""
+    wide = _number(text, "global_head_dim")
+    windows, _ = _kept_by_layer(text, [])
+    narrow, kv = _number(text, "head_dim"), _number(text, "num_key_value_heads")
+    if not wide or not narrow or not kv or len(set(windows)) != 2:
+        return ()
+    wide_kv = _number(text, "num_global_key_value_heads") or kv
+    return tuple(
+        Kept(window, 4 * (kv * narrow if window else wide_kv * wide), 0) for window in windows
+    )
 
 
 def _latent(text: Mapping[str, Any]) -> Latent | None:

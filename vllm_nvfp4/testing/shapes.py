@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape
-from vllm_nvfp4.planning.shapes import built_in
+from vllm_nvfp4.planning.find import built_in
 
 
 @dataclass(frozen=True)
