@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_nvfp4.kernels.cuda import moe as cuda_moe
-from vllm_nvfp4.kernels.cuda.devices import Device, current_stream
+from vllm_nvfp4.kernels.cuda.devices import INT8_QUANTIZERS, Device, current_stream
 from vllm_nvfp4.kernels.cuda.moe import Launch
 from vllm_nvfp4.kernels.cuda.moe_configs import DECODE_TOKENS, MoeConfig
 from vllm_nvfp4.numerics.activation import ExpertActivation, KernelActivation
@@ -74,6 +74,10 @@ def check_moe_case(case: MoeCase, device: torch.device) -> Comparison:
     that of the worst step."""
     dtype = TORCH_DTYPES[case.config.dtype]
     loaded = cuda_moe.prepare_moe(device, case.config.fmt_name, (dtype,))
+    # Of the 8-bit kernels that loads those of the variant that is in force alone.
+    quantizers = [INT8_QUANTIZERS[case.config.dtype]] * (case.config.stem == "moe_w4i8")
+    with torch.cuda.device(device):
+        loaded.load([case.config, *quantizers])
     layer = make_layer(case, device)
     outcomes: list[Comparison] = []
     y = run_layer(loaded, current_stream(device.index), case.config, layer, outcomes)
