@@ -271,6 +271,10 @@ def test_doctor_says_what_shuts_the_plugin_out():
     assert result.returncode == 1
     assert "VLLM_PLUGINS=another keeps vLLM from loading it" in result.stdout
     assert "-> add nvfp4 to VLLM_PLUGINS" in result.stdout
+    # Nothing but its own lines: vLLM warns in the course of its import already.
+    assert result.stderr == ""
+    starts = ("ok  ", "warn", "fail", "path", "    ", "This machine ")
+    assert all(line.startswith(starts) for line in result.stdout.splitlines())
 
 
 def test_doctor_finds_torchvision_of_the_wrong_kind(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,8 @@
 """`vllm-nvfp4 quality`: its numbers against float64 arithmetic on transformers' logits."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vllm_nvfp4.quality.recorder import score
 from vllm_nvfp4.quality.report import as_json, table
 from vllm_nvfp4.quality.statistics import BLOCK, Row, text_rows
 from vllm_nvfp4.quality.text import prefix_tokens, read_text, read_windows
+from vllm_nvfp4.serving.engine_log import engine_log
 from vllm_nvfp4.testing.checkpoints import edit_json
 from vllm_nvfp4.testing.engine import ENVIRONMENT, plain_model, reference_model
 from vllm_nvfp4.testing.tiny_models import build_tokenizer, write_model
@@ -101,7 +104,26 @@ def test_without_a_reference_the_perplexity_alone(models, capfd):
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["perplexity"]
-    assert "==>" in printed.err
+    # Of the engine the user reads the plugin's lines alone.
+    assert printed.err.startswith("==> ")
+    assert all(line.startswith(("==> ", "    ", "nvfp4: ")) for line in printed.err.splitlines())
+
+
+def test_an_engine_that_ends_leaves_its_log(capfd):
+    with engine_log("quality") as log:
+        os.write(2, b"from a library\n")
+        print("WARNING nvfp4: the slower path, since x")
+        print("WARNING nvfp4: the slower path, since x")
+        print("the user's line", file=log.out)
+        words = log.keep()
+    path = Path(words.removeprefix(" (log: ").removesuffix(")"))
+    assert "from a library" in path.read_text()
+    path.unlink()
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "the user's line\nnvfp4: the slower path, since x\n")
+    with engine_log("quality") as log:
+        pass
+    assert not log.path.exists()
 
 
 def test_standard_error_is_that_of_independent_blocks():

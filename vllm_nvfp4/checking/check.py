@@ -21,6 +21,7 @@ from typing import Any
 from vllm_nvfp4.checking.report import Finding, Report, from_json
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat.messages import message_of
+from vllm_nvfp4.compat.quiet import log_errors_alone
 
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
@@ -174,7 +175,7 @@ def engine_arguments(model: str, flags: Sequence[str]) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Print the report on argv's model as one line of JSON; 1 with one line of error."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    log_errors_alone()
     cpu_metadata.apply()
     try:
         report = examine(engine_arguments(argv[0], argv[1:]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 TAKES_AFTER_DASHES = True
@@ -31,10 +30,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vllm_nvfp4.checking.check import engine_arguments, examine
     from vllm_nvfp4.compat import cpu_metadata
+    from vllm_nvfp4.compat.quiet import log_errors_alone
     from vllm_nvfp4.serving import arguments
 
-    # vLLM's own lines would come between this command's.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    log_errors_alone()
     cpu_metadata.apply()
     arguments.check([args.model, *args.after_dashes], with_port=False)
     report = examine(engine_arguments(args.model, args.after_dashes))

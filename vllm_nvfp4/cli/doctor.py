@@ -23,6 +23,7 @@ from typing import Any
 from vllm_nvfp4 import __version__
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat.packages import install_hint
+from vllm_nvfp4.compat.quiet import log_errors_alone
 from vllm_nvfp4.options import METHOD_NAME, Options
 from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
@@ -300,8 +301,7 @@ def _print_entry(status: str, name: str, text: str, width: int) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # vLLM's own lines would come between this command's.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    log_errors_alone()
     checks, paths = collect()
     can_serve = not any(check.status == FAIL for check in checks)
     if args.json:

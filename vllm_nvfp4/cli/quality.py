@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vllm_nvfp4.cli._arguments import number, whole
 from vllm_nvfp4.cli._files import check_text
@@ -84,15 +82,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ("task_path", "limit", "run_unsafe_code"):
         if getattr(args, name) and not args.tasks:
             raise ValueError(f"--{name.replace('_', '-')} is about --tasks; name tasks, or drop it")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Standard output is for the result: vLLM and its libraries print to it as well.
-    with _stdout_to_stderr():
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    from vllm_nvfp4.serving.engine_log import engine_log
+
+    with engine_log("quality") as log:
         try:
-            rows, about = _measure(args)
+            rows, about = _measure(args, log.out)
         except RuntimeError as error:  # the engine's: memory, kernels, workers
             if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
                 raise
-            raise ValueError(f"the engine ended: {error}") from error
+            raise ValueError(f"the engine ended: {error}{log.keep()}") from error
     from vllm_nvfp4.quality.report import as_json, table
 
     if args.json:
@@ -100,19 +99,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(table(rows))
     return _verdict(rows, args.max_ppl_increase)
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _verdict(rows: list[Row], limit: float | None) -> int:
@@ -130,7 +116,7 @@ def _verdict(rows: list[Row], limit: float | None) -> int:
     return 1
 
 
-def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+def _measure(args: argparse.Namespace, out: TextIO) -> tuple[list[Row], dict[str, Any]]:
     from vllm_nvfp4.checkpoints import read_config
     from vllm_nvfp4.checkpoints.locate import find_folder
     from vllm_nvfp4.checkpoints.validate import validate
@@ -147,9 +133,9 @@ def _measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
         validate(folder, *read_config(folder))
     tasks = _tasks(args)
     manager = tasks.manager() if tasks else None
-    rows, about = _text_rows(args, folder, reference, options)
+    rows, about = _text_rows(args, out, folder, reference, options)
     if tasks:
-        rows += _task_rows(tasks, manager, folder, reference, options)
+        rows += _task_rows(tasks, manager, out, folder, reference, options)
     return rows, _about(args, folder, reference) | about
 
 
@@ -165,6 +151,7 @@ def _tasks(args: argparse.Namespace) -> Tasks | None:
 def _task_rows(
     tasks: Tasks,
     manager: Any,
+    out: TextIO,
     folder: Path,
     reference: Path | None,
     options: dict[str, Any],
@@ -175,7 +162,7 @@ def _task_rows(
     results: dict[Path, Any] = {}
     for model in dict.fromkeys(m for m in (reference, folder) if m is not None):
         own = options if model == folder else _plain_options(model, options)
-        with step(f"{model.name}: {', '.join(tasks.names)}", sys.stderr):
+        with step(f"{model.name}: {', '.join(tasks.names)}", out):
             results[model] = evaluate(model, tasks, manager, own)
     return task_rows(results[folder], results[reference] if reference is not None else None)
 
@@ -190,7 +177,11 @@ def _plain_options(reference: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_rows(
-    args: argparse.Namespace, folder: Path, reference: Path | None, options: dict[str, Any]
+    args: argparse.Namespace,
+    out: TextIO,
+    folder: Path,
+    reference: Path | None,
+    options: dict[str, Any],
 ) -> tuple[list[Row], dict[str, Any]]:
     from vllm_nvfp4.quality.engine import check_room
     from vllm_nvfp4.quality.statistics import text_rows
@@ -204,8 +195,8 @@ def _text_rows(
             check_same_tokens(folder, reference, args.text, windows)
             check_room(reference, Path(temporary), windows)
             plain = _plain_options(reference, options)
-            base = _with_progress(reference, windows, plain, save=logits)
-        scores = _with_progress(folder, windows, options, reference=logits)
+            base = _with_progress(out, reference, windows, plain, save=logits)
+        scores = _with_progress(out, folder, windows, options, reference=logits)
     about = {
         "text": args.text,
         "windows": len(windows),
@@ -216,12 +207,12 @@ def _text_rows(
 
 
 def _with_progress(
-    folder: Path, windows: list[list[int]], options: dict[str, Any], **files: Any
+    out: TextIO, folder: Path, windows: list[list[int]], options: dict[str, Any], **files: Any
 ) -> Any:
     from vllm_nvfp4.quality.engine import measure
     from vllm_nvfp4.serving.progress import step
 
-    with step(f"{folder.name}: {len(windows)} windows of {len(windows[0])}", sys.stderr) as current:
+    with step(f"{folder.name}: {len(windows)} windows of {len(windows[0])}", out) as current:
 
         def progress(detail: str) -> None:
             current.detail = detail
