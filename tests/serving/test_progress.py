@@ -129,3 +129,16 @@ def test_vllm_still_writes_the_lines_that_begin_a_phase():
         "Time spent downloading weights", "Loading safetensors checkpoint shards",
     ):  # fmt: skip
         assert words in sources, words
+
+
+def test_a_line_for_the_user_keeps_to_the_columns_of_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal()
+    with progress.step("Work", out) as current:
+        current.say("kept in 16 bits: embeddings, 21.0% of the bytes: model.embed\na  table", out)
+    lines = out.getvalue().replace("\r\x1b[2K", "").splitlines()
+    assert lines[1:4] == [
+        "kept in 16 bits: embeddings, 21.0% of",
+        "    the bytes: model.embed",
+        "a  table",
+    ]

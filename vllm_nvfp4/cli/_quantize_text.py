@@ -77,10 +77,12 @@ def print_summary(report: WriteReport, target: Path, method: str, seconds: float
     mebi = 2**20
     bits = report.layer_bytes_after * 8 / max(report.num_weights, 1)
     formats = "NVFP4 and FP8" if report.num_fp8 else "NVFP4"
+    count = len(report.kept)
+    kept = f"{count} {'matrix' if count == 1 else 'matrices'} kept in 16 bits"
     print(
         f"{target}\n"
         f"  {len(report.quantized)} layers in {formats} by {method}, {bits:.2f} bits per weight; "
-        f"{len(report.kept)} matrices kept\n"
+        f"{kept}\n"
         f"  {report.bytes_before / mebi:.1f} MiB -> {report.bytes_after / mebi:.1f} MiB\n"
         f"  {seconds:.1f} s, peak memory {peak_bytes() / mebi:.0f} MiB"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,10 +68,13 @@ class Step:
         self.started = time.monotonic()
 
     def say(self, text: str, out: TextIO | None = None) -> None:
-        """Print lines without the progress line in their way."""
+        """Print lines without the progress line in their way; in a terminal's columns."""
+        out = out or sys.stdout
+        if out.isatty():
+            text = "\n".join(map(_fill, text.splitlines()))
         with self._lock:
             self._clear()
-            print(text, file=out or sys.stdout, flush=True)
+            print(text, file=out, flush=True)
 
     def _clear(self) -> None:
         if self.is_terminal:
@@ -100,6 +104,11 @@ class Step:
                 end = "" if self.is_terminal else "\n"
                 print(self.line()[:width], end=end, file=self.out, flush=True)
         self._clear()
+
+
+def _fill(line: str) -> str:
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, subsequent_indent="    ", break_long_words=False)
 
 
 def duration(seconds: float) -> str:
