@@ -224,6 +224,7 @@ def test_equal_layers_take_what_the_windows_say(folders):
             assert kv.sequence_bytes(told, *asked) == kv.sequence_bytes(shape, *asked)
             one = (context, bits, cards)
             assert kv.read_bytes(told, *one) == kv.read_bytes(shape, *one)
+            assert kv.written_bytes(told, *one) == kv.written_bytes(shape, *one)
 
 
 def test_layers_that_keep_less_of_a_token_have_more_tokens_in_a_block(folders):
@@ -233,6 +234,7 @@ def test_layers_that_keep_less_of_a_token_have_more_tokens_in_a_block(folders):
     told = replace(shape, kept=(*[Kept(32, token // 2, 0)] * 3, Kept(0, token, 0)))
     # Groups of one layer: 100 / 16 blocks, and for each window 95 / 32 and one more.
     assert kv.sequence_bytes(told, 100, 16, 64) == (7 + 3 * (3 + 1)) * 16 * token
+    assert kv.written_bytes(told, 100, 8) == 100 * (3 * token // 2 + token) // 2
 
 
 def test_a_state_takes_a_page_that_keys_fill_with_more_tokens(folders):

@@ -120,6 +120,15 @@ def read_bytes(shape: DecoderShape, context: int, bits: int, cards: int = 1) -> 
     return math.ceil(attended * share) + 2 * sum(x.state_bytes for x in shape.kept)
 
 
+def written_bytes(shape: DecoderShape, tokens: int, bits: int, cards: int = 1) -> int:
+    """Bytes of keys and values that ``tokens`` tokens of one sequence write on all cards."""
+    one = token_bytes(shape, bits, cards)
+    if not shape.kept:
+        return tokens * shape.num_layers * cards * one
+    share = cards * one / token_bytes(shape, 16)
+    return math.ceil(tokens * share * sum(x.token_bytes for x in shape.kept))
+
+
 def _kept_bytes(
     shape: DecoderShape, context: int, bits: int, step_tokens: int, cards: int, block_size: int
 ) -> int:

@@ -299,7 +299,7 @@ def prefill(
     pairs = sum(_causal_pairs(prompt, w) for w in shape.windows)
     return Roofline(
         prompt, weights.cards * read * math.ceil(prompt / chunk),
-        prompt * shape.num_layers * cards * kv.token_bytes(shape, kv_bits, cards),
+        kv.written_bytes(shape, prompt, kv_bits, cards),
         2.0 * prompt * shape.num_active_weights,
         2.0 * shape.vocab_size * shape.hidden_size
         + pairs * _flops_per_attended(shape, is_decode=False),
