@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from families import write_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from serving_cases import layer_of
 from transformers import DynamicCache
 
@@ -16,6 +16,7 @@ from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.kv_scales import FILE_NAME, HEADROOM, scale_for
+from vllm_nvfp4.testing.checkpoints import edit_json
 from vllm_nvfp4.testing.engine import engine, has_fp8_kv_cache, reference_model
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -78,6 +79,50 @@ def test_vllm_takes_the_scales_where_the_cache_is_fp8(tmp_path):
             LEAVES["modelopt"], (attention._k_scale_float, attention._v_scale_float), strict=True
         ):
             assert found == (stored[f"model.layers.1.{leaf}"].item() if is_fp8 else 1.0)
+
+
+K, LAYER = "self_attn.{x}_proj.{x}_scale", "self_attn.{x}_scale"
+FUSED, ATTENTION = "self_attn.qkv_proj.{x}_scale", "self_attn.attn.{x}_scale"
+NAMES = {"declared": (FUSED, ATTENTION), "not declared": (LAYER, K), "not stored": ("", "")}
+
+
+def undeclare(config):
+    for table in (config, config.get("quantization_config", {}), config.get("quantization", {})):
+        table.pop("kv_cache_quant_algo", None)
+        table.pop("kv_cache_scheme", None)
+
+
+@pytest.mark.vllm
+@pytest.mark.cpu_path
+@pytest.mark.parametrize("case", NAMES)
+def test_scales_are_taken_by_every_name_in_use(case, tmp_path):
+    """One name in the first layer, one in the second."""
+    folder = quantise(tmp_path, "modelopt", "--method", "rtn")
+    stored = load_file(folder / FILE_NAME)
+    renamed, index = {}, json.loads((folder / "model.safetensors.index.json").read_text())
+    for layer, name in enumerate(NAMES[case]):
+        for x in "kv":
+            old = f"model.layers.{layer}.self_attn.{x}_proj.{x}_scale"
+            file = index["weight_map"].pop(old)
+            if name:
+                new = f"model.layers.{layer}.{name.format(x=x)}"
+                renamed[new] = stored[old]
+                index["weight_map"][new] = file
+    save_file(renamed or {"unused": torch.zeros(1)}, folder / FILE_NAME)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if case == "not declared":
+        edit_json(
+            folder / "config.json",
+            lambda c: c["quantization_config"].pop("kv_cache_quant_algo", None),
+        )
+    with engine(folder, dtype="bfloat16") as llm:
+        for layer, name in enumerate(NAMES[case]):
+            attention = layer_of(llm, f"model.layers.{layer}.self_attn.attn")
+            is_taken = has_fp8_kv_cache() and name
+            for x in "kv":
+                expected = stored[f"model.layers.{layer}.self_attn.{x}_proj.{x}_scale"].item()
+                found = getattr(attention, f"_{x}_scale_float")
+                assert found == (expected if is_taken else 1.0), (layer, x)
 
 
 @pytest.mark.parametrize("amax", [1e-30, 0.3, 1.0, 447.0, 449.0])
