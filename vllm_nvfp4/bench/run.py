@@ -279,7 +279,7 @@ class Bench:
             common = ["--base-url", server.url, "--model", str(variant.folder)]
             common += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
             common += ["--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el"]
-            common += ["--metric-percentiles", "50,90,99"]
+            common += ["--metric-percentiles", "90,99"]
             common += [
                 "--seed",
                 str(settings.seed + self._num_jobs),

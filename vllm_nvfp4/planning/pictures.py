@@ -35,6 +35,7 @@ _RC: Any = {
     "hatch.linewidth": 0.6,
     # Text stays text in an SVG, so that it can be searched and read aloud.
     "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "svg.hashsalt": "vllm-nvfp4",
 }
 
