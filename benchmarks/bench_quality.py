@@ -287,9 +287,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument(
-        "--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS
-    )
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS)
     parser.add_argument("--samples", type=int, default=16, help="for the calibration")
     parser.add_argument("--eval-samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
