@@ -3,10 +3,10 @@
 
     python benchmarks/bench_rounding.py MODEL --csv benchmarks/results/rounding_cpu.csv
 
-MODEL is a folder of 16-bit safetensors; its layers become NVFP4 (mse). On the windows of the built-in
-text that bench_activations.py serves, transformers runs it twice: in float32 throughout, and with
-everything between the quantised layers, and the logits, in BF16, as vLLM has it. The quantised
-layers multiply in float32 and round their output alone, as the kernels do.
+MODEL is a folder of 16-bit safetensors; its layers become NVFP4 (mse). On the windows of the
+built-in text that bench_activations.py serves, transformers runs it twice: in float32 throughout,
+and with everything between the quantised layers, and the logits, in BF16, as vLLM has it. The
+quantised layers multiply in float32 and round their output alone, as the kernels do.
 
 Each row compares two runs of one arithmetic, or one in BF16 with the same in float32.
 """
