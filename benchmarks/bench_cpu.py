@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def main() -> int:
             prefix += f"PYTHONPATH=tests/support/lesser_cpu_site NVFP4_TEST_CPU_ISA={level} "
         elif level := os.environ.get("ONEDNN_MAX_CPU_ISA"):  # of the BF16 product
             prefix += f"ONEDNN_MAX_CPU_ISA={level} "
-        command = f"{prefix}python " + " ".join(sys.argv)
+        command = f"{prefix}python {shlex.join(sys.argv)}"
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             for name, value in {**machine, "command": command}.items():

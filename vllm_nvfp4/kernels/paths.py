@@ -118,10 +118,9 @@ def _four_bits(activation_bits: int, variant: str) -> str:
 
 def _cpu_variant(variant: str) -> str:
     """What the option ``a8_variant`` means to the CPU's kernels: "int8" or "exact"."""
-    from vllm_nvfp4.kernels import ops
+    from vllm_nvfp4.kernels.cpu.linear import resolve_variant
 
-    resolved: str = ops.backend("cpu").resolve_variant(variant)
-    return resolved
+    return resolve_variant(variant)
 
 
 def _no_gain(arch: int, variant: str) -> str:
