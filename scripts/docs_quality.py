@@ -17,13 +17,15 @@ PAGE = "docs/quality.md"
 BEGIN = "<!-- formats: written by scripts/docs_quality.py -->\n"
 END = "<!-- end of formats -->\n"
 _HEADER = (
-    "| weights | bits | MiB | perplexity, A16 | A8 | A4 | KL, A16 | A8 | A4 |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| weights | bits | MiB | perplexity, A16 | A8, FP8 | A8, INT8 | A4 "
+    "| KL, A16 | A8, FP8 | A8, INT8 | A4 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
+_ACTIVATIONS = ("16", "8", "int8", "4")
 
 
 def table(results: str) -> str:
-    """A Markdown table: a line for each format, a column for each activation width.
+    """A Markdown table: a line for each format, a column for each type of activations.
 
     results: the text of the CSV; lines that begin with "#" are its header
     """
@@ -33,7 +35,7 @@ def table(results: str) -> str:
         by_format.setdefault(row["weights"], {})[row["activations"]] = row
     text = _HEADER
     for name, rows in by_format.items():
-        widths = [rows[bits] for bits in ("16", "8", "4")]
+        widths = [rows[name] for name in _ACTIVATIONS]
         increases = [
             f"{float(r['ppl_increase_pct']):+.1f} ± {float(r['standard_error_pct']):.1f} %"
             for r in widths
@@ -41,7 +43,7 @@ def table(results: str) -> str:
         size = f"{float(widths[0]['bits_per_weight']):.2f} | {float(widths[0]['layer_mib']):.1f}"
         kl = " | ".join(f"{float(r['kl']):.3f}" for r in widths)
         ppl = f"{float(widths[0]['ppl']):.2f}, {increases[0]}"
-        text += f"| {name} | {size} | {ppl} | {increases[1]} | {increases[2]} | {kl} |\n"
+        text += f"| {name} | {size} | {ppl} | {' | '.join(increases[1:])} | {kl} |\n"
     return text
 
 
