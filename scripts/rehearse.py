@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bootstrap import pin_of
 from installer import Installer, SetupError, unmet
@@ -71,7 +72,7 @@ def rows_of(text: str) -> list[Row]:
     rows = []
     for line in text.splitlines():
         if found := _LINE.fullmatch(line):
-            values = {name: value or "" for name, value in found.groupdict().items()}
+            values: dict[str, Any] = {n: value or "" for n, value in found.groupdict().items()}
             rows.append(Row(**values | {"seconds": float(values["seconds"])}))
     return rows
 

@@ -100,7 +100,10 @@ def test_rotation_is_shown(tmp_path, capsys):
         ("4090", "W4A8 in INT8 per token and 64 columns (a8_variant=auto: 1.25 times FP8's rate"),
         ("L40S", "W4A8 in FP8 per token (a8_variant=auto: INT8 has 0.63 times its rate on paper)"),
         ("3090", "64 columns (a8_variant=auto: sm_86 has no FP8 tensor cores; 2.5 times BF16's"),
-        ("A10", "W4A16 for every batch size (on sm_86 its INT8 gains less than 1.3 times on paper)"),
+        (
+            "A10",
+            "W4A16 for every batch size (on sm_86 its INT8 gains less than 1.3 times on paper)",
+        ),
         ("A100", "W4A16 for every batch size (on sm_80 its INT8 gains less than 1.3 times"),
         ("H100", "W4A16 for every batch size (sm_90 emulates FP8 mma.sync)"),
         ("5090", "vLLM's own kernels"),
