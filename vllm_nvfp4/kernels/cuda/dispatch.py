@@ -22,8 +22,8 @@ ACTIVATIONS = ("auto", "16", "8")
 # at the f16 accumulator's rate, twice the other on GeForce cards. "folded" rounds each weight times
 # its block scale to e4m3 (2 to 4 % of a row) and spends half of the issue slots, which are what
 # limits the exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada. "int8" has
-# activations in INT8 with a scale per token and 64 columns, which are finer, and needs no FP8 tensor
-# cores. "auto" is the faster one of "exact" and "int8" (resolve_variant).
+# activations in INT8 with a scale per token and 64 columns, which are finer, and needs no FP8
+# tensor cores. "auto" is the faster one of "exact" and "int8" (resolve_variant).
 VARIANTS = ("auto", "exact", "int8", "f16_partials", "folded")
 
 # A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
