@@ -27,14 +27,15 @@ FIELDS = ("arithmetic", "activations", "from", "ppl_increase_pct", "standard_err
 
 
 class Float32Product(torch.nn.Module):
-    """y = round(x @ w^T), the sum in float32. weight: [N, K] float32"""
+    """y = dtype(x @ w^T), the sum in float32. weight: [N, K] float32; x: what was rounded before"""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.dtype = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() @ self.weight.T).to(x.dtype)
+        return (x.float() @ self.weight.T).to(self.dtype)
 
 
 def logits_of(
@@ -48,7 +49,7 @@ def logits_of(
     weights = {name: fmt.quantize(model.get_submodule(name).weight.detach()) for name in layers}
     model = model.to(dtype)
     for name in layers:
-        model.set_submodule(name, Float32Product(weights[name]))
+        model.set_submodule(name, Float32Product(weights[name], dtype))
     rounded = bench_quality.Quantised(model, layers)
     found = {}
     for rounded.activations in ("16", "int8"):
