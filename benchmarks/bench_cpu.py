@@ -6,6 +6,10 @@ rotated). Every row says whether the result matched float64. With ``--threads 1`
 thread's own CPU time, which a busy machine does not stretch; with more it is wall time.
 
     python benchmarks/bench_cpu.py --threads 1 --csv benchmarks/results/cpu.csv
+
+As a lesser CPU runs both sides, tests/support/lesser_cpu_site on PYTHONPATH:
+
+    NVFP4_TEST_CPU_ISA=avx2 python benchmarks/bench_cpu.py --threads 1 --layers nvfp4 "nvfp4 int8"
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -224,9 +229,11 @@ def main() -> int:
                 )
     if args.csv:
         prefix = "VLLM_BATCH_INVARIANT=1 " if is_batch_invariant() else ""
-        if level := os.environ.get("ONEDNN_MAX_CPU_ISA"):  # of the BF16 product
+        if level := os.environ.get("NVFP4_TEST_CPU_ISA"):  # of everything
+            prefix += f"PYTHONPATH=tests/support/lesser_cpu_site NVFP4_TEST_CPU_ISA={level} "
+        elif level := os.environ.get("ONEDNN_MAX_CPU_ISA"):  # of the BF16 product
             prefix += f"ONEDNN_MAX_CPU_ISA={level} "
-        command = f"{prefix}python " + " ".join(sys.argv)
+        command = f"{prefix}python {shlex.join(sys.argv)}"
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             for name, value in {**machine, "command": command}.items():

@@ -5,11 +5,15 @@
 
 Model and text as in bench_quantize.py: every second article for the scores, the others for the
 calibration of nvfp4-gptq. All rows see the same tokens. The arithmetic is simulated in float32 with
-transformers: weights are dequantised, activations rounded before each quantised layer (8 bits:
-E4M3 with one scale per token; 4 bits: NVFP4 by the absolute maximum). Standard errors are by block
-bootstrap, paired with the 16-bit row.
+transformers: weights are dequantised, activations rounded before each quantised layer (8: E4M3 with
+one scale per token; int8: INT8 with one scale per token and 64 columns; 4: NVFP4 by the absolute
+maximum). Standard errors are by block bootstrap, paired with the 16-bit row.
 
+a16_*: the same, from the same weights with 16-bit activations instead of from MODEL: what the
+activations alone cost.
 match: no weight is further from the original than its format allows; nvfp4-gptq: finite weights.
+
+FILE is written after every row. Rows that it has already are not measured again.
 """
 
 from __future__ import annotations
@@ -31,9 +35,10 @@ import torch
 FIELDS = (
     *("weights", "activations", "bits_per_weight", "layer_mib", "ppl", "ppl_increase_pct"),
     *("standard_error_pct", "kl", "kl_p99", "top1", "match"),
+    *("a16_increase_pct", "a16_standard_error_pct", "a16_kl", "commit"),
 )
 FORMATS = ("bf16", "fp8", "int4", "mxfp4", "nvfp4-rtn", "nvfp4-mse", "nvfp4-gptq")
-ACTIVATIONS = (16, 8, 4)
+ACTIVATIONS = ("16", "8", "int8", "4")
 INT4_GROUP = 128
 # Largest error over the largest weight of the same block, row or group: half the widest step.
 # FP8: half an ulp of 1/8; INT4: half of 2/15, and as much for the rounded zero point; FP4: half of
@@ -106,14 +111,25 @@ def within_bound(name: str, fmt: Format, weight: torch.Tensor, rounded: torch.Te
     return True
 
 
-def round_activation(x: torch.Tensor, bits: int) -> torch.Tensor:
+def int8_groups(x: torch.Tensor) -> torch.Tensor:
+    """INT8 with one float32 scale per row and 64 columns, as a8_variant=int8 has it."""
+    from vllm_nvfp4.numerics.formats import INT8_GROUP
+    from vllm_nvfp4.numerics.quantize import quantize_int8_per_group
+
+    q, scale = quantize_int8_per_group(x)
+    return q.float() * scale.repeat_interleave(INT8_GROUP, -1)[..., : x.shape[-1]]
+
+
+def round_activation(x: torch.Tensor, activations: str) -> torch.Tensor:
     """x: [1, T, K] float32."""
     from vllm_nvfp4.numerics.quantize import quantize_nvfp4
 
-    if bits == 16:
+    if activations == "16":
         return x
-    if bits == 8:
+    if activations == "8":
         return fp8_rows(x)
+    if activations == "int8":
+        return int8_groups(x)
     return quantize_nvfp4(x.flatten(0, -2)).dequantize().view(x.shape)
 
 
@@ -121,13 +137,13 @@ class Quantised:
     """A transformers model whose quantised layers change format between runs."""
 
     def __init__(self, model: Any, layers: list[str]) -> None:
-        self.model, self.bits = model, 16
+        self.model, self.activations = model, "16"
         modules = dict(model.named_modules())
         self.layers = {name: modules[name] for name in layers}
         self.original = {n: m.weight.detach().clone() for n, m in self.layers.items()}
         for module in self.layers.values():
             module.register_forward_pre_hook(
-                lambda module, args: (round_activation(args[0], self.bits), *args[1:])
+                lambda module, args: (round_activation(args[0], self.activations), *args[1:])
             )
 
     def set_weights(self, name: str, fmt: Format, stored: dict[str, torch.Tensor] | None) -> bool:
@@ -162,11 +178,40 @@ def scores_of(logits: Iterator[torch.Tensor], reference: list[torch.Tensor], sam
     return Scores(**{name: np.array([f[name] for f in found]) for name in ("nll", "kl", "same")})
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def increases(scores: Any, base: Any) -> dict[str, Any]:
+    """Row of vllm_nvfp4.quality.statistics by metric."""
+    from vllm_nvfp4.quality.statistics import text_rows
+
+    return {row.metric: row for row in text_rows(scores, base)}
+
+
+def columns(scores: Any, base: Any) -> dict[str, Any]:
+    """What a row says of its distance from MODEL."""
+    rows = increases(scores, base)
+    return {
+        "ppl": rows["perplexity"].value,
+        "ppl_increase_pct": rows["perplexity, %"].difference,
+        "standard_error_pct": rows["perplexity, %"].standard_error,
+        "kl": rows["KL, mean"].value,
+        "kl_p99": rows["KL, 99th percentile"].value,
+        "top1": rows["top-1 agreement"].value,
+    }
+
+
+def a16_columns(scores: Any, base: Any) -> dict[str, Any]:
+    """What a row says of its distance from the same weights with 16-bit activations."""
+    rows = increases(scores, base)
+    return {
+        "a16_increase_pct": rows["perplexity, %"].difference,
+        "a16_standard_error_pct": rows["perplexity, %"].standard_error,
+        "a16_kl": rows["KL, mean"].value,
+    }
+
+
+def measure(args: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     from vllm_nvfp4.checkpoints.source import Source
-    from vllm_nvfp4.quality.statistics import text_rows
     from vllm_nvfp4.testing.engine import plain_model
 
     texts = bench_quantize.articles(args.wheel)
@@ -179,29 +224,28 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     reference = list(model.logits(samples))
     base = scores_of(iter(reference), reference, samples)
     for name, fmt in formats().items():
-        if name not in args.formats:
+        wanted = [a for a in args.activations if (name, a) not in done]
+        if name not in args.formats or not wanted:
             continue
         stored = calibrated(args, "\n\n".join(texts[1::2])) if name == "nvfp4-gptq" else None
         match = model.set_weights(name, fmt, stored)
         bits, mib = model.size(fmt)
-        for activations in args.activations:
-            model.bits = activations
-            scores = scores_of(model.logits(samples), reference, samples)
-            rows = {row.metric: row for row in text_rows(scores, base)}
-            increase = rows["perplexity, %"]
+        model.activations = "16"
+        a16 = list(model.logits(samples))
+        a16_base = scores_of(iter(a16), a16, samples)
+        for activations in wanted:
+            model.activations = activations
+            logits = a16 if activations == "16" else list(model.logits(samples))
             yield {
                 "weights": name,
                 "activations": activations,
                 "bits_per_weight": bits,
                 "layer_mib": mib,
-                "ppl": rows["perplexity"].value,
-                "ppl_increase_pct": increase.difference,
-                "standard_error_pct": increase.standard_error,
-                "kl": rows["KL, mean"].value,
-                "kl_p99": rows["KL, 99th percentile"].value,
-                "top1": rows["top-1 agreement"].value,
+                **columns(scores_of(iter(logits), reference, samples), base),
                 "match": match,
+                **a16_columns(scores_of(iter(logits), a16, samples), a16_base),
             }
+        model.activations = "16"
 
 
 def calibrated(args: argparse.Namespace, text: str) -> dict[str, torch.Tensor]:
@@ -218,10 +262,12 @@ def calibrated(args: argparse.Namespace, text: str) -> dict[str, torch.Tensor]:
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['weights']:>10} A{row['activations']:<2} | {row['bits_per_weight']:5.2f} bits "
+        f"{row['weights']:>10} {row['activations']:>4} | {row['bits_per_weight']:5.2f} bits "
         f"{row['layer_mib']:6.1f} MiB | ppl {row['ppl']:7.3f} "
         f"{row['ppl_increase_pct']:+7.2f} % +- {row['standard_error_pct']:.2f} | "
         f"kl {row['kl']:.4f} p99 {row['kl_p99']:.3f} | top-1 {row['top1']:.3f} | "
+        f"over A16 {row['a16_increase_pct']:+.2f} % +- {row['a16_standard_error_pct']:.2f}, "
+        f"kl {row['a16_kl']:.4f} | "
         f"{'match' if row['match'] else 'MISMATCH'}",
         flush=True,
     )
@@ -241,9 +287,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--wheel", type=Path, required=True, help="gensim wheel")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument(
-        "--activations", nargs="+", type=int, choices=ACTIVATIONS, default=ACTIVATIONS
-    )
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS)
     parser.add_argument("--samples", type=int, default=16, help="for the calibration")
     parser.add_argument("--eval-samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
@@ -258,13 +302,14 @@ def main() -> int:
     notes.append(("calibration", f"other articles of the same wheel, {args.samples} x 1024 tokens"))
     for name, value in notes:
         print(f"{name}: {value}")
-    rows = []
-    for row in measure(args):
-        rows.append(row)
+    rows = bench_quantize.read_csv(args.csv) if args.csv else []
+    for row in measure(args, {(row["weights"], row["activations"]) for row in rows}):
+        rows.append({**row, "commit": dict(notes)["commit"]})
+        rows.sort(key=lambda r: (FORMATS.index(r["weights"]), ACTIVATIONS.index(r["activations"])))
         show(row)
         if args.csv:
             write_csv(args.csv, rows, notes)
-    return 0 if all(row["match"] for row in rows) else 1
+    return 0 if all(str(row["match"]) == "True" for row in rows) else 1
 
 
 if __name__ == "__main__":

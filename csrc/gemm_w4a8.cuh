@@ -234,7 +234,7 @@ __device__ __forceinline__ void fold_tile(const uint4& codes, const uint32_t (&s
   }
 }
 
-// Folded block scales: the weight code * scale rounded to e4m3, about 2 % further from the model's,
+// Folded block scales: the weight code * scale rounded to e4m3, 2 to 4 % of a row off,
 // and in exchange MMAs of K = 32 whose sums need no scaling. One K step is one chain: Ada's FP8
 // accumulator truncates at each of its four MMAs, and what it holds goes on in f32 after them.
 template <class Config>

@@ -17,13 +17,15 @@ PAGE = "docs/quality.md"
 BEGIN = "<!-- formats: written by scripts/docs_quality.py -->\n"
 END = "<!-- end of formats -->\n"
 _HEADER = (
-    "| weights | bits | MiB | perplexity, A16 | A8 | A4 | KL, A16 | A8 | A4 |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| weights | bits | MiB | perplexity, A16 | A8, FP8 | A8, INT8 | A4 "
+    "| KL, A16 | A8, FP8 | A8, INT8 | A4 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
+_ACTIVATIONS = ("16", "8", "int8", "4")
 
 
 def table(results: str) -> str:
-    """A Markdown table: a line for each format, a column for each activation width.
+    """A Markdown table: a line for each format, a column for each type of activations.
 
     results: the text of the CSV; lines that begin with "#" are its header
     """
@@ -33,16 +35,20 @@ def table(results: str) -> str:
         by_format.setdefault(row["weights"], {})[row["activations"]] = row
     text = _HEADER
     for name, rows in by_format.items():
-        widths = [rows[bits] for bits in ("16", "8", "4")]
-        increases = [
-            f"{float(r['ppl_increase_pct']):+.1f} ± {float(r['standard_error_pct']):.1f} %"
-            for r in widths
-        ]
-        size = f"{float(widths[0]['bits_per_weight']):.2f} | {float(widths[0]['layer_mib']):.1f}"
-        kl = " | ".join(f"{float(r['kl']):.3f}" for r in widths)
-        ppl = f"{float(widths[0]['ppl']):.2f}, {increases[0]}"
-        text += f"| {name} | {size} | {ppl} | {increases[1]} | {increases[2]} | {kl} |\n"
+        a16 = rows["16"]
+        size = f"{float(a16['bits_per_weight']):.2f} | {float(a16['layer_mib']):.1f}"
+        ppl = f"{float(a16['ppl']):.2f}, {_increase(a16)}"
+        others = " | ".join(_increase(rows.get(bits)) for bits in _ACTIVATIONS[1:])
+        kl = " | ".join(f"{float(rows[b]['kl']):.3f}" if b in rows else "" for b in _ACTIVATIONS)
+        text += f"| {name} | {size} | {ppl} | {others} | {kl} |\n"
     return text
+
+
+def _increase(row: dict[str, str] | None) -> str:
+    """Of the perplexity, over BF16; empty for what was not measured."""
+    if row is None:
+        return ""
+    return f"{float(row['ppl_increase_pct']):+.1f} ± {float(row['standard_error_pct']):.1f} %"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ For each lock an environment of its own in .cache/rehearse is brought to what th
 uv and no local wheels in reach, and checked. Then rehearsal/walk.py runs in it for each card of
 rehearsal/stubs.py, with stand-ins of the driver's libraries before it: the plugin registers, vLLM
 is configured, models are built, loaded and packed, and whatever comes goes on to where it asks for
-a device. A table of the steps is printed, and written to FILE. Exit status 1 if a step failed.
+a device. A table of the steps is printed, and written to FILE, where the rows stay of releases and
+cards that were walked before and are not in this run. Exit status 1 if a step of it failed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bootstrap import pin_of
 from installer import Installer, SetupError, unmet
@@ -42,7 +44,8 @@ STAMP = "vllm-nvfp4.stamp"
 
 @dataclass(frozen=True)
 class Row:
-    """One step: of the release of vLLM, on the card, with what became of it."""
+    """One step: of the release of vLLM, on the card, with what became of it, and when: of which
+    commit."""
 
     release: str
     card: str
@@ -50,6 +53,39 @@ class Row:
     outcome: str
     seconds: float
     detail: str
+    commit: str = ""
+
+    @property
+    def walk(self) -> tuple[str, str]:
+        return self.release, self.card
+
+
+# A line of the table, as :func:`table` writes it.
+_LINE = re.compile(
+    r"(?P<release>\S+) +(?P<card>\d+\.\d+)? +(?P<commit>[0-9a-f]{7,12}) +(?P<step>.+?) +"
+    r"(?P<outcome>ok|failed|needs a device) +(?P<seconds>[\d.]+)(  (?P<detail>.*))?"
+)
+
+
+def rows_of(text: str) -> list[Row]:
+    """The rows of a table that was written before."""
+    rows = []
+    for line in text.splitlines():
+        if found := _LINE.fullmatch(line):
+            values: dict[str, Any] = {n: value or "" for n, value in found.groupdict().items()}
+            rows.append(Row(**values | {"seconds": float(values["seconds"])}))
+    return rows
+
+
+def merged(rows: list[Row], earlier: list[Row]) -> list[Row]:
+    """The rows of this run, and those of walks that it did not make; newest release first, cards as
+    they are walked."""
+    now = {row.walk for row in rows}
+    cards = ["", *(card.arch for card in stubs.CARDS)]
+    both = rows + [row for row in earlier if row.walk not in now]
+    return sorted(
+        both, key=lambda row: ([-int(n) for n in row.release.split(".")], cards.index(row.card))
+    )
 
 
 def release_of(lock: Path) -> str:
@@ -146,20 +182,16 @@ def walk(release: str, folder: Path, card: stubs.Card, is_short: bool) -> list[R
 
 def table(rows: list[Row]) -> str:
     """The header of a result, then one line for each step."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     lines = [
         "# command: make rehearse",
-        f"# commit: {commit}",
         f"# cpu: {_cpu()}, {os.cpu_count()} cores, no GPU",
         f"# python: {platform.python_version()}",
         f"# date: {datetime.date.today()}",
-        "# vLLM  card  step  outcome  seconds  detail",
+        "# vLLM  card  commit  step  outcome  seconds  detail",
     ]
     wide = max(len(row.step) for row in rows)
     lines += [
-        f"{row.release:8}{row.card:5}{row.step:{wide}}  {row.outcome:14}"
+        f"{row.release:8}{row.card:5}{row.commit:9}{row.step:{wide}}  {row.outcome:14}"
         f"{row.seconds:7.1f}  {row.detail}".rstrip()
         for row in rows
     ]
@@ -168,6 +200,11 @@ def table(rows: list[Row]) -> str:
     total = sum(row.seconds for row in rows)
     lines.append(f"{len(rows)} steps, {failed} failed, {waits} need a device, {total:.0f} s")
     return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _cpu() -> str:
@@ -191,17 +228,23 @@ def main() -> int:
     cards = [card for card in stubs.CARDS if not args.card or card.arch in args.card]
     CACHE.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    earlier = rows_of(args.table.read_text()) if args.table and args.table.is_file() else []
+    commit = _commit() or "0000000"
+
+    def add(found: list[Row]) -> None:
+        rows.extend(replace(row, commit=commit) for row in found)
+        if args.table:  # as far as it goes
+            args.table.write_text(table(merged(rows, earlier)))
+
     for lock in locks:
         release = release_of(lock)
         folder = CACHE / release
-        rows += install(lock, folder)
+        add(install(lock, folder))
         if rows[-1].outcome == "failed":
             continue
         for card in cards:
             # What does not depend on the card is walked on the first, the one this is made for.
-            rows += walk(release, folder, card, is_short=card is not cards[0])
-            if args.table:  # as far as it goes
-                args.table.write_text(table(rows))
+            add(walk(release, folder, card, is_short=card is not stubs.CARDS[0]))
     print(table(rows), end="")
     return int(any(row.outcome == "failed" for row in rows))
 

@@ -29,6 +29,10 @@ _L40S = "NVIDIA L40S datasheet"
 _L4 = "NVIDIA L4 datasheet; SMs and L2 from the Ada whitepaper V2.01"
 _A100 = "NVIDIA A100 datasheet; SMs, clock and L2 from the GA100 whitepaper V1.0"
 _GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2.1, appendix A"
+_A10 = (
+    "NVIDIA A10 datasheet (GB, GB/s, W); SMs, boost and L2 as on sysrqmts.com, read 2026-11-29; "
+    "rates = SMs * boost * GA102's rate"
+)
 _H100 = "NVIDIA H100 datasheet; SMs, clock and L2 from the H100 whitepaper V1.04"
 _H200 = "NVIDIA H200 datasheet; die as H100 SXM"
 _B200 = (
@@ -119,6 +123,7 @@ _GPUS: tuple[Gpu, ...] = (
     Gpu("A100-SXM4-40GB", 80, 108, 1.41, 1555, 40, 40, 312.0, 0, 0, 624.0, 400, _A100),
     Gpu("A100-SXM4-80GB", 80, 108, 1.41, 2039, 40, 80, 312.0, 0, 0, 624.0, 400, _A100),
     Gpu("A100 80GB PCIe", 80, 108, 1.41, 1935, 40, 80, 312.0, 0, 0, 624.0, 300, _A100),
+    Gpu("A10", 86, 72, 1.695, 600, 6, 24, 125.0, 0, 0, 249.9, 150, _A10),
     # Hopper: the clock at which NVIDIA quotes the tensor rates, not the highest boost.
     Gpu("H100 80GB HBM3", 90, 132, 1.83, 3352, 50, 80, 989.4, 1979.0, 1979.0, 1979.0, 700, _H100),
     Gpu("H100 PCIe", 90, 114, 1.62, 2039, 50, 80, 756.0, 1513.0, 1513.0, 1513.0, 350, _H100),

@@ -19,6 +19,8 @@ METHOD_NAME = "nvfp4"
 # vLLM may come to have a method "nvfp4" of its own; the second name will always be this one's.
 METHOD_NAMES = (METHOD_NAME, "nvfp4_ada")
 ENV_PREFIX = "VLLM_NVFP4_"
+# The option ``activation`` as the kernels take it: 0 is "by the batch size".
+ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
 
 
 def is_batch_invariant() -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from rehearsal import stage
 from rehearsal.weights import compare_with_file
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import (
     extract_fixture,
     fixture_names,
@@ -28,7 +29,7 @@ from vllm_nvfp4.testing.tiny_models import build_tokenizer, write_model
 
 SHORT = ("modelopt/nvfp4-kv8-llama", "moe_modelopt/nvfp4-qwen3")
 GRAPHS = ("modelopt/nvfp4-qwen3", "modelopt/mixed-llama", "moe_modelopt/nvfp4-qwen3")
-_ONLINE = ("llama", "gemma3", "qwen3_moe")
+_ONLINE = ("llama", "gemma3", "qwen3_moe", "qwen2.5-vl")
 _DTYPES = ("auto", "fp8", "nvfp4")
 # Type of the KV cache -> bits, as plan counts them.
 CACHES = {"bfloat16": 16, "fp8": 8, "nvfp4": 4}
@@ -138,6 +139,9 @@ def checkpoint(name: str, folder: Path) -> Path:
     """The checkpoint of that name below ``folder``."""
     tool, _, rest = name.partition("/")
     target = folder / name.replace("/", "-")
+    if tool == "16-bit" and rest in ARCHITECTURES:
+        build_tokenizer().save_pretrained(write_architecture(target, ARCHITECTURES[rest]))
+        return target
     if tool == "16-bit":
         return write_model(target, rest)
     if tool == "mxfp4":

@@ -94,6 +94,41 @@ def test_rotation_is_shown(tmp_path, capsys):
     assert any("rotated activations" in row["path"] for row in report["layers"])
 
 
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ("4090", "W4A8 in INT8 per token and 64 columns (a8_variant=auto: 1.25 times FP8's rate"),
+        ("L40S", "W4A8 in FP8 per token (a8_variant=auto: INT8 has 0.63 times its rate on paper)"),
+        ("3090", "64 columns (a8_variant=auto: sm_86 has no FP8 tensor cores; 2.5 times BF16's"),
+        (
+            "A10",
+            "W4A16 for every batch size (on sm_86 its INT8 gains less than 1.3 times on paper)",
+        ),
+        ("A100", "W4A16 for every batch size (on sm_80 its INT8 gains less than 1.3 times"),
+        ("H100", "W4A16 for every batch size (sm_90 emulates FP8 mma.sync)"),
+        ("5090", "vLLM's own kernels"),
+    ],
+)
+def test_the_card_s_8_bits_are_those_of_dispatch(tmp_path, capsys, card, words):
+    dense = extract_fixture("modelopt/nvfp4-qwen3", tmp_path / "dense")
+    experts = extract_fixture("moe_modelopt/nvfp4-qwen3", tmp_path / "experts")
+    for folder, kind in ((dense, "4-bit linear layers"), (experts, "4-bit experts")):
+        report = run_json(capsys, str(folder), "--gpu", card)
+        assert words in report["four_bit_paths"][kind].replace("tokens per expert", "batch size")
+        assert run(str(folder), "--gpu", card) == 0
+        assert f"{kind} on {report['gpu']}: " in capsys.readouterr().out
+    widened = extract_fixture("modelopt/fp8-channel-llama", tmp_path / "fp8")
+    assert run_json(capsys, str(widened), "--gpu", card)["four_bit_paths"] == {}
+
+
+def test_an_option_by_name_is_what_the_card_line_tells(tmp_path, capsys, monkeypatch):
+    folder = extract_fixture("modelopt/nvfp4-qwen3", tmp_path)
+    monkeypatch.setenv("VLLM_NVFP4_A8_VARIANT", "folded")
+    monkeypatch.setenv("VLLM_NVFP4_ACTIVATION", "8")
+    [path] = run_json(capsys, str(folder))["four_bit_paths"].values()
+    assert path == "CUDA kernel, W4A8 in FP8 per token, folded scales"
+
+
 def test_names_fold_into_ranges():
     names = [f"model.layers.{i}.x" for i in (0, 1, 2, 5, 7, 8)]
     assert command._folded_name(names) == "model.layers.{0-2,5,7-8}.x"
@@ -252,4 +287,5 @@ def test_a_terminal_of_80_columns_gets_paragraphs(tmp_path, monkeypatch, name):
     assert [x for x in lines if len(x) > 80 and str(tmp_path) not in x] == []
     assert "model.layers.{0-1}.self_attn.q_proj" in lines
     assert "bits per weight" in out.getvalue()
-    assert lines[-1].startswith(("all", "lm_head is"))
+    assert any(line.startswith("all ") for line in lines)
+    assert "4-bit linear layers on GeForce RTX 4090: CUDA kernel" in " ".join(lines)

@@ -22,7 +22,16 @@ from vllm_nvfp4.testing.checkpoints import extract_fixture
 
 ROOT = Path(__file__).parents[2]
 # Tables whose keys are names of something, not of the format.
-OPEN = ("paths", "checkpoint_bytes", "machine", "weights", "weight_parts", "vllm", "versions")
+OPEN = (
+    "paths",
+    "four_bit_paths",
+    "checkpoint_bytes",
+    "machine",
+    "weights",
+    "weight_parts",
+    "vllm",
+    "versions",
+)
 
 
 def documented(section: str) -> set[str]:

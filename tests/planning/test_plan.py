@@ -230,6 +230,27 @@ def test_a_dense_limit_by_hand(capsys):
     assert row["prefill"]["tokens_per_s"] == pytest.approx(2048 * 165.2e12 / flops)
 
 
+@pytest.mark.parametrize(
+    ("card", "tflops", "words"),
+    [
+        # An SM issues 128 lanes per clock; 4.2 / 128 + 0.167 of them for a weight and a token.
+        ("4090", 2 * 128 * 128 * 2.52e-3 / (4.2 / 128 + 0.167), "W4A8 in INT8"),
+        ("3090", 2 * 128 * 82 * 1.695e-3 / (4.2 / 128 + 0.167), "W4A8 in INT8"),
+        ("L40S", 733.0, "W4A8 in FP8 per token"),
+        ("A10", 125.0, "W4A16 for every batch size"),
+        ("A100", 312.0, "W4A16 for every batch size"),
+        ("H100", 989.4, "W4A16 for every batch size"),
+    ],
+)
+def test_prefill_s_rate_is_that_of_the_activations_that_the_card_takes(card, tflops, words, capsys):
+    result = plan(capsys, "Qwen3-8B", "--gpu", card)
+    row = next(row for row in result["formats"] if row["setup"]["fmt"] == "nvfp4")
+    assert row["prefill"]["linear_tflops"] == pytest.approx(tflops)
+    assert words in result["four_bit_paths"]["4-bit linear layers"]
+    assert main(["plan", "Qwen3-8B", "--gpu", card]) == 0
+    assert "4-bit linear layers: CUDA kernel, W4A16" in capsys.readouterr().out
+
+
 def test_an_nvfp4_kv_cache_has_scales_and_is_for_heads_of_128_and_more(capsys):
     found = {
         bits: plan(capsys, "Qwen3-8B", "--kv-bits", bits)["formats"][0]["kv_bytes"]

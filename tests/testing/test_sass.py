@@ -39,6 +39,17 @@ def test_every_grouped_kernel_meets_the_bounds_of_its_tiles(config: MoeConfig) -
     assert sass.moe_problems(config, machine, costs, CARDS) == []
 
 
+@pytest.mark.parametrize("stem", ["gemm_w4i8", "moe_w4i8"])
+def test_int8_kernels_spill_nothing_before_sm_89(stem: str, monkeypatch) -> None:
+    """The ones with the most registers; sass_report.py --check compiles them all."""
+    monkeypatch.setattr(sass, "OLDER_ARCHS", (86,))
+    configs = [c for c in (*GEMM_CONFIGS, *MOE_CONFIGS) if c.stem == stem and c.dtype == "bf16"]
+    largest = max(configs, key=lambda c: (c.fmt_name == "nvfp4", c.smem_bytes))
+    assert sass.older_problems(largest) == []
+    [problem] = sass.older_problems(replace(largest, blocks_per_sm=3))
+    assert "sm_86" in problem
+
+
 @pytest.mark.parametrize("config", ALL_MOE_CONFIGS[-3:], ids=lambda c: c.symbol)
 def test_the_small_kernels_of_experts_spill_nothing(config: AnyMoeConfig) -> None:
     machine = sass.read_machine_code(compile_cubin(config, 89))

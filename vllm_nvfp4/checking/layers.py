@@ -17,7 +17,7 @@ from vllm_nvfp4.checking.report import LayerGroup
 from vllm_nvfp4.checkpoints.spec import LayerKind, describe
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import paths
-from vllm_nvfp4.layers.weights import ACTIVATION_BITS
+from vllm_nvfp4.options import ACTIVATION_BITS
 from vllm_nvfp4.planning.families import extra_bytes
 from vllm_nvfp4.planning.model import held_bytes
 

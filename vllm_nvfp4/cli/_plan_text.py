@@ -7,6 +7,8 @@ import shlex
 import textwrap
 
 from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels.paths import describe_on
+from vllm_nvfp4.options import Options
 from vllm_nvfp4.planning.choose import Choice
 from vllm_nvfp4.planning.fit import CARD_COUNTS, UTILIZATION
 from vllm_nvfp4.planning.model import Roofline
@@ -39,10 +41,21 @@ def print_plan(asked: Asked, gpu: Gpu, rows: list[Row], cards: list[Row]) -> Non
     mark = "> recommended. " if rows[0].is_recommended else ""
     say(f"{mark}total: with an estimate for activations, graphs and CUDA. decode: all sequences "
         f"together. prefill: a prompt of {asked.prompt} tokens.")  # fmt: skip
+    for kind, path in four_bit_paths(asked, gpu).items():
+        say(f"{kind}: {path}.")
     if cards:
         print(f"\n{'The recommendation on other cards':33} cards  decode  prefill bound by     W")
         for row in cards:
             print(_card_line(row))
+
+
+def four_bit_paths(asked: Asked, gpu: Gpu) -> dict[str, str]:
+    """Kind of four-bit layers -> which kernel runs them on the card, and why."""
+    options = Options()
+    paths = {"4-bit linear layers": describe_on(gpu, options)}
+    if asked.shape.num_experts:
+        paths["4-bit experts"] = describe_on(gpu, options, are_experts=True)
+    return paths
 
 
 def _line(row: Row) -> str:

@@ -24,7 +24,7 @@ from vllm_nvfp4 import __version__
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat.packages import install_hint
 from vllm_nvfp4.compat.quiet import log_errors_alone
-from vllm_nvfp4.options import METHOD_NAME, Options
+from vllm_nvfp4.options import ACTIVATION_BITS, METHOD_NAME, Options
 from vllm_nvfp4.serving.host import available_memory, why_no_compile
 
 # Of the object that --json prints: docs/json.md.
@@ -225,7 +225,6 @@ def layer_paths() -> dict[str, str]:
     cpu_metadata.apply()
     from vllm_nvfp4.compat import kv_cache, versions
     from vllm_nvfp4.kernels import paths
-    from vllm_nvfp4.layers.linear import ACTIVATION_BITS
 
     options = Options.resolve()
     arch = versions.device_arch()

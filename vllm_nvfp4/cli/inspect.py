@@ -23,7 +23,10 @@ from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inv
 from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels import paths
 from vllm_nvfp4.options import Options
+from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.families import extra_bytes
 from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
 
@@ -84,6 +87,8 @@ def add_parser(subparsers: Any) -> None:
         "headers only: no GPU, no weights.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, or a hub name")
+    parser.add_argument("--gpu", default="RTX 4090",
+                        help="the card that would run it (default: RTX 4090)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--all", action="store_true", help="one row per layer; do not fold layers that are alike"
@@ -92,6 +97,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON; 0. A CheckpointError for a bad checkpoint goes to the caller."""
+    gpu = find_card(args.gpu)
     with folder_or_skeleton(args.model) as folder:
         config, quant_config = read_config(folder)
         inventory = validate(folder, config, quant_config)
@@ -99,11 +105,15 @@ def run(args: argparse.Namespace) -> int:
     rows = [_row([layer], options, inventory) for layer in inventory.layers]
     if not args.all:
         rows = fold(rows)
+    four_bits = four_bit_paths(inventory, options, gpu)
     if args.json:
-        json.dump(_as_json(inventory, rows), sys.stdout, indent=2)
+        added = {"gpu": gpu.name, "four_bit_paths": four_bits}
+        json.dump(_as_json(inventory, rows) | added, sys.stdout, indent=2)
         print()
     else:
-        _print_tables(inventory, rows, config)
+        remarks = ["lm_head is the embedding's weight (tied)."] * inventory.tied_embeddings
+        remarks += [f"{kind} on {gpu.name}: {path}." for kind, path in four_bits.items()]
+        _print_tables(inventory, rows, config, remarks)
     return 0
 
 
@@ -190,6 +200,28 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     return f"quantised to {choice} while loading{method}"
 
 
+def four_bit_paths(inventory: Inventory, options: Options, gpu: Gpu) -> dict[str, str]:
+    """Kind of four-bit layers that the checkpoint has, or will have once it is quantised -> which
+    kernel runs them on the card, and why."""
+    kinds = {"4-bit linear layers": False, "4-bit experts": True}
+    are_experts = {
+        is_expert(layer.name) or layer.name.endswith(".experts")
+        for layer in inventory.layers
+        if layer.part == LINEAR and _is_four_bits(layer, options)
+    }
+    return {
+        kind: paths.describe_on(gpu, options, experts)
+        for kind, experts in kinds.items()
+        if experts in are_experts
+    }
+
+
+def _is_four_bits(layer: LayerRecord, options: Options) -> bool:
+    if layer.spec.kind is LayerKind.ONLINE:
+        return _choice_while_loading(layer, options, False) != "keep"
+    return layer.spec.kind is LayerKind.MICROSCALED
+
+
 def _choice_while_loading(layer: LayerRecord, options: Options, tied_embeddings: bool) -> str:
     """The format that a 16-bit layer is quantised to as it loads, or keep."""
     is_ignored = any(fnmatch(layer.name, pattern) for pattern in options.online_ignore)
@@ -269,7 +301,11 @@ def _title(inventory: Inventory, config: dict[str, Any]) -> str:
 
 
 def _print_narrow(
-    inventory: Inventory, rows: Sequence[Row], config: dict[str, Any], width: int
+    inventory: Inventory,
+    rows: Sequence[Row],
+    config: dict[str, Any],
+    remarks: Sequence[str],
+    width: int,
 ) -> None:
     """A paragraph for each layer, and the totals, in ``width`` columns."""
 
@@ -294,8 +330,8 @@ def _print_narrow(
             f"{row.name:18} {row.format:7} {row.count:6} {row.num_weights:15,} "
             f"{row.bits_per_weight:5.2f} {_size(row.num_bytes):>10} {_size(row.held_bytes):>10}"
         )
-    if inventory.tied_embeddings:
-        say("lm_head is the embedding's weight (tied).")
+    for remark in remarks:
+        say(remark)
 
 
 def _size(num_bytes: int) -> str:
@@ -306,7 +342,9 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, Any]) -> None:
+def _print_tables(
+    inventory: Inventory, rows: Sequence[Row], config: dict[str, Any], remarks: Sequence[str]
+) -> None:
     from rich.table import Table
 
     from vllm_nvfp4.serving.console import table_console
@@ -314,7 +352,7 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
     # Piped output is for grep and files: never cut a line to the width of a terminal.
     console = table_console() if sys.stdout.isatty() else table_console(width=200)
     if console.width < _TABLE_WIDTH:
-        _print_narrow(inventory, rows, config, console.width)
+        _print_narrow(inventory, rows, config, remarks, console.width)
         return
     console.print(_title(inventory, config), highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -357,5 +395,5 @@ def _print_tables(inventory: Inventory, rows: Sequence[Row], config: dict[str, A
             "",
         )
     console.print(table)
-    if inventory.tied_embeddings:
-        console.print("lm_head is the embedding's weight (tied).", highlight=False)
+    for remark in remarks:
+        console.print(remark, highlight=False, soft_wrap=True)

@@ -180,5 +180,6 @@ def _head(asked: planning.Asked, gpu: Gpu) -> dict[str, Any]:
         "prompt": asked.prompt,
         "max_context": shape.max_context,
         "notes": list(shape.notes),
+        "four_bit_paths": _plan_text.four_bit_paths(asked, gpu),
         "checkpoint_bytes": planning.checkpoint_sizes(shape),
     }

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel runs a layer on a device, in words: for the log, ``doctor`` and ``check``."""
+"""Which kernel runs a layer on a device, in words: for the log and the commands.
+
+Imports no torch before a function asks the machine: ``plan`` and ``inspect`` tell of other cards.
+"""
 
 from __future__ import annotations
 
-import torch
-
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits, has_fp8_mma, resolve_variant
+from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.options import ACTIVATION_BITS, Options
 
 
 def gpu_figures(device_type: str) -> Gpu | None:
     """What is known of the current GPU; None on a CPU, and where torch sees no GPU."""
+    import torch
+
     if device_type != "cuda" or not torch.cuda.is_available():
         return None
     from vllm_nvfp4.kernels.cuda import devices
@@ -43,15 +46,20 @@ def describe_path(
             8: "torch's library product, W8A8",
             0: "Triton kernel, W8A16, or torch's library product, W8A8, by the batch size",
         }[activation_bits]
+    chosen = ""
     if gpu is not None:
-        variant = resolve_variant(gpu, variant)
-    has_switch = has_fp8_mma(arch) if gpu is None else gains_from_8_bits(gpu, variant)
+        chosen = _why_chosen(gpu) if variant == "auto" else ""
+        variant = dispatch.resolve_variant(gpu, variant)
+    has_switch = (
+        dispatch.has_fp8_mma(arch) if gpu is None else dispatch.gains_from_8_bits(gpu, variant)
+    )
     if activation_bits:
-        why = "" if activation_bits == 16 or has_switch else f" (slow: {_no_gain(arch, variant)})"
+        why = chosen if has_switch else f" (slow: {_no_gain(arch, variant)})"
+        why = "" if activation_bits == 16 else why
         return f"CUDA kernel, {_four_bits(activation_bits, variant)}{why}"
     if not has_switch:
         return f"CUDA kernel, W4A16 for every batch size ({_no_gain(arch, variant)})"
-    return f"CUDA kernel, W4A16, or by the batch size {_four_bits(8, variant)}"
+    return f"CUDA kernel, W4A16, or by the batch size {_four_bits(8, variant)}{chosen}"
 
 
 def describe_experts_path(
@@ -74,6 +82,27 @@ def describe_experts_path(
     return f"grouped {path.replace('batch size W4A8', 'tokens per expert W4A8')}"
 
 
+def describe_on(gpu: Gpu, options: Options, are_experts: bool = False) -> str:
+    """What would run a layer of four-bit weights on a card that need not be here."""
+    if gpu.fp4_tflops and options.native_blackwell:
+        return "vLLM's own kernels, where they take the checkpoint (option native_blackwell)"
+    bits = ACTIVATION_BITS[options.activation]
+    if are_experts:
+        return describe_experts_path("cuda", gpu.arch, bits, options.a8_variant, gpu)
+    return describe_path("cuda", gpu.arch, False, bits, options.a8_variant, gpu)
+
+
+def _why_chosen(gpu: Gpu) -> str:
+    """Why a8_variant=auto is what it is on a GPU, where 8 bits gain."""
+    if not gpu.fp8_f32_tflops:
+        gain = f"{dispatch.gain_on_paper(gpu, 'nvfp4'):.1f} times BF16's rate on paper"
+        return f" (a8_variant=auto: sm_{gpu.arch} has no FP8 tensor cores; {gain})"
+    int8, fp8 = (dispatch.paper_tflops_8(gpu, "nvfp4", v) for v in ("int8", "exact"))
+    if dispatch.resolve_variant(gpu, "auto") == "int8":
+        return f" (a8_variant=auto: {int8 / fp8:.2f} times FP8's rate on paper)"
+    return f" (a8_variant=auto: INT8 has {int8 / fp8:.2f} times its rate on paper)"
+
+
 def _four_bits(activation_bits: int, variant: str) -> str:
     """How four-bit weights meet activations."""
     words = {
@@ -89,8 +118,9 @@ def _four_bits(activation_bits: int, variant: str) -> str:
 
 def _cpu_variant(variant: str) -> str:
     """What the option ``a8_variant`` means to the CPU's kernels: "int8" or "exact"."""
-    resolved: str = ops.backend("cpu").resolve_variant(variant)
-    return resolved
+    from vllm_nvfp4.kernels.cpu.linear import resolve_variant
+
+    return resolve_variant(variant)
 
 
 def _no_gain(arch: int, variant: str) -> str:

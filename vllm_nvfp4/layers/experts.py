@@ -30,7 +30,6 @@ from vllm_nvfp4.kernels import moe_ops, ops, paths
 from vllm_nvfp4.layers.experts_kernel import NvFp4Experts
 from vllm_nvfp4.layers.parameters import ExpertCut, make_expert_parameter
 from vllm_nvfp4.layers.weights import (
-    ACTIVATION_BITS,
     EXPERT_NAMES,
     attach_experts,
     frozen,
@@ -41,7 +40,7 @@ from vllm_nvfp4.layers.weights import (
 from vllm_nvfp4.numerics.activation import ExpertActivation
 from vllm_nvfp4.numerics.quantize import largest_magnitude
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
-from vllm_nvfp4.options import Options
+from vllm_nvfp4.options import ACTIVATION_BITS, Options
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -26,7 +26,6 @@ from vllm_nvfp4.layers.filling import (
 from vllm_nvfp4.layers.parameters import make_parameter
 from vllm_nvfp4.layers.plain import WidenedLinearMethod
 from vllm_nvfp4.layers.weights import (
-    ACTIVATION_BITS,
     LINEAR_NAMES,
     apply_weight,
     attach_fp8_weight,
@@ -40,7 +39,7 @@ from vllm_nvfp4.layers.weights import (
 )
 from vllm_nvfp4.numerics.formats import BlockFormat
 from vllm_nvfp4.numerics.hadamard import rotate_blocks
-from vllm_nvfp4.options import Options
+from vllm_nvfp4.options import ACTIVATION_BITS, Options
 
 logger = init_logger(f"vllm.{__name__}")
 

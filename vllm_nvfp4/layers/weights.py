@@ -22,8 +22,8 @@ from vllm_nvfp4.numerics.quantize import (
     quantize_nvfp4_shards,
 )
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.options import ACTIVATION_BITS
 
-ACTIVATION_BITS = {"auto": 0, "16": 16, "8": 8}
 # The first is what vLLM's modular kernel takes as w13_weight and w2_weight.
 EXPERT_TENSORS = ("weight", "weight_block_scale", "weight_global_scale")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER
 from vllm_nvfp4.gpus import Gpu
+from vllm_nvfp4.kernels.cuda.dispatch import paper_tflops
 from vllm_nvfp4.planning import kv
 from vllm_nvfp4.planning.shapes import (
     ATTENTION,
@@ -247,9 +248,13 @@ class Roofline:
 
 
 def tensor_tflops(gpu: Gpu, fmt: str) -> float:
-    """Dense rate of the products in ``fmt``: the fastest that the format may use on the card."""
-    rate = gpu.bf16_tflops if fmt in ("bf16", "int4") else max(gpu.bf16_tflops, gpu.fp8_f32_tflops)
-    return max(rate, gpu.fp4_tflops) if fmt in ("nvfp4", "mxfp4", AS_STORED) else rate
+    """Dense rate of the products in ``fmt``: with the activations that the kernels take unasked on
+    the card, or in FP4 where it has that."""
+    if fmt in ("bf16", "int4"):
+        return gpu.bf16_tflops
+    if fmt == "fp8":
+        return max(gpu.bf16_tflops, gpu.fp8_f32_tflops)
+    return max(paper_tflops(gpu, "mxfp4" if fmt == "mxfp4" else "nvfp4"), gpu.fp4_tflops)
 
 
 def decode(

@@ -20,7 +20,10 @@ from pathlib import Path
 from vllm_nvfp4.gpus import Gpu, find_gpu
 from vllm_nvfp4.kernels.cuda.configs import MAX_SMEM_BYTES, GemmConfig
 from vllm_nvfp4.kernels.cuda.moe_configs import MoeConfig
+from vllm_nvfp4.kernels.cuda.nvrtc import KernelSource, compile_cubin
 
+# What kernels that do without FP8 run on besides sm_89; held to the registers alone.
+OLDER_ARCHS = (80, 86)
 # An SM has four schedulers, each of which issues one warp instruction per clock.
 _SCHEDULERS = 4
 _REGISTERS_PER_SM = 65536
@@ -345,6 +348,18 @@ def problems(
             for b in bounds
             if b.dram_ratio < MIN_DECODE_DRAM_RATIO
         ]
+    return found
+
+
+def older_problems(config: KernelSource) -> list[str]:
+    """What a kernel that has GPUs before sm_89 to run on misses there: registers."""
+    found = []
+    for arch in OLDER_ARCHS:
+        if arch < config.min_arch:
+            continue
+        machine = read_machine_code(compile_cubin(config, arch))
+        if machine.stack or machine.local:
+            found.append(f"sm_{arch}: {machine.stack + machine.local} bytes of local memory")
     return found
 
 

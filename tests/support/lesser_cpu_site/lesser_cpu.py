@@ -16,9 +16,11 @@ from pathlib import Path
 
 VARIABLE = "NVFP4_TEST_CPU_ISA"
 _AMX, _BF16, _AVX512 = ("amx",), ("avx512_bf16", "avx512bf16"), ("avx512", "evex512", "avx10")
+# Dot products of bytes in AVX2's registers came after AVX-512's.
+_AVX_VNNI = ("avx_vnni", "avxvnni")
 # Level -> how the names of the features begin that it has not.
 LEVELS = {
-    "avx2": (*_AVX512, *_AMX),
+    "avx2": (*_AVX512, *_AVX_VNNI, *_AMX),
     # AVX-512 as the first processors had it, and without tiles of matrices.
     "avx512": (*_BF16, "avx512_fp16", "avx512fp16", "avx10", *_AMX),
     "avx512_bf16": ("avx512_fp16", "avx512fp16", "avx10", *_AMX),

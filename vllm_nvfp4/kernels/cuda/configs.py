@@ -119,7 +119,7 @@ class GemmConfig(TranslationUnit):
                 "f16_partials": sums of one to four blocks are rounded to f16, for twice the MMA
                 rate on GeForce cards; opt-in, at most 5e-4 relative
                 "folded": the weights are code * block scale rounded to e4m3, for MMAs of twice the
-                depth and no scaling of their sums; nvfp4 only; opt-in, about 2 % of each weight
+                depth and no scaling of their sums; nvfp4 only; opt-in, 2 to 4 % of a row
                 "imma": the exact variant's schedule with integer MMA, for timing on GPUs without
                 native FP8 mma.sync; its results mean nothing and it is not shipped
     streams_weights: the weights go from global memory straight to registers, not through the

@@ -20,10 +20,10 @@ from vllm_nvfp4.numerics.formats import FORMATS
 ACTIVATIONS = ("auto", "16", "8")
 # Of the 8-bit kernel: "f16_partials" rounds sums of blocks to f16 (at most 5e-4 relative) and runs
 # at the f16 accumulator's rate, twice the other on GeForce cards. "folded" rounds each weight times
-# its block scale to e4m3 (about 2 %) and spends half of the issue slots, which are what limits the
-# exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada. "int8" has activations in
-# INT8 with a scale per token and 64 columns, which are finer, and needs no FP8 tensor cores. "auto"
-# is the faster one of "exact" and "int8" (resolve_variant).
+# its block scale to e4m3 (2 to 4 % of a row) and spends half of the issue slots, which are what
+# limits the exact one where FP8 MMA runs at its full rate: L40S, L4, RTX 6000 Ada. "int8" has
+# activations in INT8 with a scale per token and 64 columns, which are finer, and needs no FP8
+# tensor cores. "auto" is the faster one of "exact" and "int8" (resolve_variant).
 VARIANTS = ("auto", "exact", "int8", "f16_partials", "folded")
 
 # A product with more output tiles than this never splits K: it fills any GPU, and semaphores can
@@ -70,7 +70,7 @@ _HALF_RATE_FLOAT_ARCH = 80
 # Tokens that share the unpacking of a weight where there are many.
 _MANY_TOKENS = 128
 # A GPU without FP8 gets 8 bits unasked only where they are so many times faster on paper.
-_MIN_GAIN = 1.3
+MIN_GAIN = 1.3
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def activation_switch(
     variant = variant_of(fmt_name, resolve_variant(gpu, variant))
     if variant != "int8" and not _has_fp8(gpu):
         return math.inf
-    if not _has_fp8(gpu) and _gain_on_paper(gpu, fmt_name) < _MIN_GAIN:
+    if not _has_fp8(gpu) and gain_on_paper(gpu, fmt_name) < MIN_GAIN:
         return math.inf
     memory_us = n * k * FORMATS[fmt_name].bits_per_weight / 8 / _dram_bytes_per_us(gpu)
     us16_per_m = 2 * n * k / _tensor_flops_per_us(gpu, 16, variant)
@@ -212,11 +212,31 @@ def _us_per_weight_8(gpu: Gpu, fmt_name: str, variant: str) -> float:
     return max(2 / _tensor_flops_per_us(gpu, 8, variant), issue_us)
 
 
-def _gain_on_paper(gpu: Gpu, fmt_name: str) -> float:
-    """How many times as fast a product with many tokens is in INT8 as in 16 bits, if nothing but
-    tensor cores and issue slots bounds it and they reach their peaks."""
-    issue_rate = _lanes_per_us(gpu) * 1e6 / _issue_of_many(gpu, fmt_name, "int8")
-    return min(gpu.int8_tops * 1e12 / 2, issue_rate) / (gpu.bf16_tflops * 1e12 / 2)
+def paper_tflops_8(gpu: Gpu, fmt_name: str, variant: str) -> float:
+    """10^12 operations per second of a product with many tokens of 8 bits, if nothing but tensor
+    cores and issue slots bounds it and they reach their peaks; 0 where the GPU has no such MMA.
+
+    variant: "exact", "int8", "f16_partials" or "folded"
+    """
+    variant = variant_of(fmt_name, variant)
+    tensor = gpu.int8_tops if variant == "int8" else gpu.fp8_f32_tflops
+    if variant == "f16_partials":
+        tensor = gpu.fp8_f16_tflops
+    issue = 2 * _lanes_per_us(gpu) / 1e6 / _issue_of_many(gpu, fmt_name, variant)
+    return min(tensor, issue)
+
+
+def paper_tflops(gpu: Gpu, fmt_name: str, variant: str = "auto") -> float:
+    """As :func:`paper_tflops_8`, with the activations that many tokens take unasked: 8 bits where
+    they gain, else 16."""
+    if activation_switch(gpu, 8192, 8192, fmt_name, variant) == math.inf:
+        return gpu.bf16_tflops
+    return max(gpu.bf16_tflops, paper_tflops_8(gpu, fmt_name, resolve_variant(gpu, variant)))
+
+
+def gain_on_paper(gpu: Gpu, fmt_name: str) -> float:
+    """How many times as fast a product with many tokens is in INT8 as in 16 bits."""
+    return paper_tflops_8(gpu, fmt_name, "int8") / gpu.bf16_tflops
 
 
 def _issue_of_many(gpu: Gpu, fmt_name: str, variant: str) -> float:
