@@ -238,6 +238,7 @@ RANKED = (
     Architecture(
         "glm4-moe-lite", "Glm4MoeLiteConfig",
         _sizes(**_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe", "GLM-4.7-Flash",
+        dtype="bfloat16",
     ),
     Architecture(
         "mistral3", "Mistral3Config",
