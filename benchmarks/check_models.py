@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -127,6 +126,10 @@ def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[st
     }
 
 
+def _here(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 def prepare() -> None:
     """Everything that the rows' processes share, before the first of them is forked."""
     os.environ |= {
@@ -138,10 +141,13 @@ def prepare() -> None:
         # A library's threads do not live on in a fork.
         "OMP_NUM_THREADS": "1",
     }
-    if importlib.util.find_spec("torchvision") is None:
-        sys.path.append(str(common.ROOT / "tests" / "support" / "stubs"))
+    sys.path.append(str(common.ROOT / "tests" / "support"))
+    importlib.import_module("vision_classes").install()
     for name in _MODULES:
         importlib.import_module(name)
+    # vLLM looks at a model's class in a process of its own, so as not to touch a GPU before its
+    # time; that process would import all of vLLM again.
+    vars(sys.modules["vllm.model_executor.models.registry"])["_run_in_subprocess"] = _here
     if (number := threading.active_count()) > 1:
         raise RuntimeError(f"{number} threads before a fork: {threading.enumerate()}")
 

@@ -42,7 +42,8 @@ class Architecture:
     kind:    what is in it: "dense", "moe", "mla", "mamba2", "gdn" or "vision", several joined by +
     models:  names on the hub that people run
     auto:    transformers' class that makes the model
-    dtype:   for both engines; vLLM's kernels of gated delta nets on CPUs want 16 bits
+    dtype:   for both engines; vLLM's kernels of gated delta nets and of MLA on CPUs want
+             16 bits
     """
 
     name: str
@@ -301,13 +302,13 @@ RANKED = (
         "deepseek-v2", "DeepseekV2Config",
         _sizes(**_MLA | {"q_lora_rank": None}, **_ROUTED, topk_method="greedy",
                norm_topk_prob=False),
-        "mla+moe", "DeepSeek-V2-Lite",
+        "mla+moe", "DeepSeek-V2-Lite", dtype="bfloat16",
     ),
     Architecture(
         "deepseek-v3", "DeepseekV3Config",
         _sizes(**_MLA, **(_ROUTED | {"n_group": 2}), topk_method="noaux_tc",
                scoring_func="sigmoid"),
-        "mla+moe", "DeepSeek-V3, R1",
+        "mla+moe", "DeepSeek-V3, R1", dtype="bfloat16",
     ),
     Architecture(
         "gemma3n", "Gemma3nTextConfig",
@@ -334,7 +335,7 @@ RANKED = (
         _sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=8,
                num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1,
                first_k_dense_replace=1),
-        "mla+moe", "Kimi-Linear",
+        "mla+moe", "Kimi-Linear", dtype="bfloat16",
     ),
 )  # fmt: skip
 
