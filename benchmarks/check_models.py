@@ -8,8 +8,9 @@ quantised while it loads (online), and as `vllm-nvfp4 quantize --method rtn` wri
 dialects of ModelOpt and compressed-tensors. Log-probabilities over the whole vocabulary, in prefill
 and in forced decode, are compared with stock vLLM's on the same weights dequantised; where stock
 vLLM refuses a model on a CPU, with transformers'. A row says the largest difference or why there is
-none; share is the part of the weights' matrices that was quantised. One process a model; rows that
-FILE has already are kept, unless their architectures are named.
+none, and whether stock vLLM ends in the same way without the plugin; share is the part of the
+weights' matrices that was quantised. One process a model; rows that FILE has already and that are
+not red are kept, unless their architectures are named.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from vllm_nvfp4.testing.architectures import ARCHITECTURES, Architecture
 FIELDS = ("architecture", "class", "kind", "models", "online", "online_share", "modelopt",
           "compressed-tensors", "stored_share", "reference", "dtype", "worst", "reason",
           "seconds")  # fmt: skip
+REFUSED = "refused by vLLM"
 ROADS = ("online", "modelopt", "compressed-tensors")
 CSV = common.ROOT / "benchmarks" / "results" / "models.csv"
 _TIME_LIMIT = 420
@@ -58,26 +60,41 @@ def check(
 
     sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
-    reasons, worst = [], 0.0
-    for road in roads:
+    reasons: list[str] = []
+    worst, failed = 0.0, {}
+
+    def attempt(road: str, step: Callable[[str], Any]) -> Any:
         try:
-            found = sweep.measure(road)
+            return step(road)
         except Exception as error:  # whatever ends an engine: a row says it, and the next one runs
+            failed[road] = one_line(error)
             note(**{road: "FAILED"})
-            reasons.append(f"{road}: {one_line(error)}")
             traceback.print_exc()
+
+    for road in roads:
+        if road != "online":
+            attempt(road, sweep.quantise)
+    for road in roads:
+        found = None if road in failed else attempt(road, sweep.measure)
+        if found is None:
+            continue
+        worst = max(worst, found.deviation)
+        is_close = found.deviation <= found.tolerance
+        note(**{road: f"{found.deviation:.2g}" if is_close else f"DIFFERS {found.deviation:.2g}"})
+        share = "online_share" if road == "online" else "stored_share"
+        note(**{share: round(found.share, 3)}, reference=found.reference, worst=f"{worst:.2g}")
+        if not is_close:
+            limit = f"{found.tolerance:.2g}"
+            reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
+    stock = sweep.stock_error() if failed else ""
+    for road, error in failed.items():
+        if error == stock:
+            note(**{road: REFUSED})
         else:
-            worst = max(worst, found.deviation)
-            is_close = found.deviation <= found.tolerance
-            note(
-                **{road: f"{found.deviation:.2g}" if is_close else f"DIFFERS {found.deviation:.2g}"}
-            )
-            share = "online_share" if road == "online" else "stored_share"
-            note(**{share: round(found.share, 3)}, reference=found.reference, worst=f"{worst:.2g}")
-            if not is_close:
-                limit = f"{found.tolerance:.2g}"
-                reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
-        note(reason="; ".join(reasons))
+            reasons.append(f"{road}: {error}")
+    if stock:
+        reasons.append(f"stock vLLM, in 16 bits: {stock}")
+    note(reason="; ".join(reasons))
 
 
 def run_one(name: str, roads: Sequence[str], work: Path) -> None:
@@ -152,6 +169,12 @@ def prepare() -> None:
         raise RuntimeError(f"{number} threads before a fork: {threading.enumerate()}")
 
 
+def is_red(row: Mapping[str, Any]) -> bool:
+    """Whether the plugin fails or errs where stock vLLM does not."""
+    ends = [str(row.get(road) or "") for road in ROADS]
+    return any(e.startswith(("FAILED", "DIFFERS")) for e in ends) or not any(ends)
+
+
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
@@ -190,12 +213,13 @@ def main() -> int:
     args = parser.parse_args()
     prepare()
     rows = read_rows(args.csv)
-    for name in args.names or [n for n in ARCHITECTURES if n not in rows]:
+    done = {name for name, row in rows.items() if not is_red(row)}
+    for name in args.names or [n for n in ARCHITECTURES if n not in done]:
         rows[name] = run(ARCHITECTURES[name], args.roads, args.work / name)
         shown = ", ".join(f"{road} {rows[name].get(road, '')}" for road in ROADS)
         print(f"{name}: {shown} {rows[name]['reason']}", flush=True)
         write_table(args.csv, rows)
-    return int(any(row["reason"] for row in rows.values()))
+    return int(any(is_red(row) for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ stacks that the hub's have.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_nvfp4.testing.checkpoints import edit_tensors
 
 VOCAB_SIZE = 320
 _SIZES: dict[str, Any] = {
@@ -44,6 +46,9 @@ class Architecture:
     auto:    transformers' class that makes the model
     dtype:   for both engines; vLLM's kernels of gated delta nets and of MLA on CPUs want
              16 bits
+    rename:  pattern -> replacement, in the tensors' names, where transformers writes others than
+             the hub has
+    turned:  pattern of the stacks that transformers writes turned against the hub's
     """
 
     name: str
@@ -53,7 +58,8 @@ class Architecture:
     models: str = ""
     auto: str = "AutoModelForCausalLM"
     dtype: str = "float32"
-    edit: Callable[[dict[str, Any]], Any] = field(default=lambda config: None)
+    rename: tuple[str, str] | None = None
+    turned: str = ""
 
 
 def _sizes(**changes: Any) -> dict[str, Any]:
@@ -84,6 +90,8 @@ _ROUTED: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# All experts of each token: in BF16 a router's tie would be settled by rounding.
+_ALL_ROUTED: dict[str, Any] = {**_ROUTED, "n_routed_experts": 4, "num_experts_per_tok": 4}
 _MLA: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
@@ -238,8 +246,8 @@ RANKED = (
     Architecture("qwen3", "Qwen3Config", _sizes(), "dense", "Qwen3-8B, 14B, 32B"),
     Architecture(
         "glm4-moe-lite", "Glm4MoeLiteConfig",
-        _sizes(**_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe", "GLM-4.7-Flash",
-        dtype="bfloat16",
+        _sizes(**_MLA, **_ALL_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe",
+        "GLM-4.7-Flash", dtype="bfloat16",
     ),
     Architecture(
         "mistral3", "Mistral3Config",
@@ -262,8 +270,10 @@ RANKED = (
     ),
     Architecture(
         "qwen3-vl-moe", "Qwen3VLMoeConfig",
-        _qwen_vision(_sizes(**_EXPERTS, **_SPARSE, **_ROPE_VL), deepstack_visual_indexes=[0]),
+        _qwen_vision(_sizes(**(_EXPERTS | {"moe_intermediate_size": 96}), **_SPARSE, **_ROPE_VL),
+                     deepstack_visual_indexes=[0]),
         "moe+vision", "Qwen3-VL-MoE", _IMAGE_TEXT,
+        turned=r"experts\.(gate_up|down)_proj$",
     ),
     Architecture("granite4-moe", "GraniteMoeHybridConfig",
                  _sizes(**_GRANITE_HYBRID, num_local_experts=8, num_experts_per_tok=2),
@@ -300,13 +310,13 @@ RANKED = (
     ),
     Architecture(
         "deepseek-v2", "DeepseekV2Config",
-        _sizes(**_MLA | {"q_lora_rank": None}, **_ROUTED, topk_method="greedy",
+        _sizes(**_MLA | {"q_lora_rank": None}, **_ALL_ROUTED, topk_method="greedy",
                norm_topk_prob=False),
         "mla+moe", "DeepSeek-V2-Lite", dtype="bfloat16",
     ),
     Architecture(
         "deepseek-v3", "DeepseekV3Config",
-        _sizes(**_MLA, **(_ROUTED | {"n_group": 2}), topk_method="noaux_tc",
+        _sizes(**_MLA, **(_ALL_ROUTED | {"n_group": 2, "topk_group": 2}), topk_method="noaux_tc",
                scoring_func="sigmoid"),
         "mla+moe", "DeepSeek-V3, R1", dtype="bfloat16",
     ),
@@ -332,8 +342,8 @@ RANKED = (
                         rotary_dim=32, use_qk_norm=True), "moe", "MiniMax-M2"),
     Architecture(
         "kimi-linear", "KimiLinearConfig",
-        _sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=8,
-               num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1,
+        _sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=4,
+               num_experts_per_tok=4, moe_intermediate_size=64, n_shared_experts=1,
                first_k_dense_replace=1),
         "mla+moe", "Kimi-Linear", dtype="bfloat16",
     ),
@@ -378,6 +388,7 @@ OTHERS = (
             "mm_tokens_per_image": 4, "image_token_id": 300, "boi_token_id": 301,
             "eoi_token_id": 302, "image_token_index": 300,
         }, "dense+vision", auto=_IMAGE_TEXT,
+        rename=(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
     ),
     Architecture("glm", "GlmConfig", _sizes(partial_rotary_factor=0.5), "dense"),
     Architecture("glm4", "Glm4Config", _sizes(partial_rotary_factor=0.5), "dense"),
@@ -467,11 +478,18 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    path = folder / "config.json"
-    found = json.loads(path.read_text())
-    architecture.edit(found)
-    path.write_text(json.dumps(found))
+    if architecture.rename or architecture.turned:
+        edit_tensors(folder, lambda tensors: _to_hub(tensors, architecture))
     return folder
+
+
+def _to_hub(tensors: dict[str, Any], architecture: Architecture) -> None:
+    pattern, replacement = architecture.rename or ("$^", "")
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if architecture.turned and re.search(architecture.turned, name):
+            tensor = tensor.mT
+        tensors[re.sub(pattern, replacement, name)] = tensor
 
 
 def _draw(model: Any, generator: Any) -> None:

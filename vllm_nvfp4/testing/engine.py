@@ -62,7 +62,7 @@ def _one_collection() -> Iterator[None]:
     takes longer than a tiny model's loading and answers together.
     """
     try:
-        with mock.patch.object(gc, "collect", lambda generation=2: 0):
+        with mock.patch.object(gc, "collect", return_value=0):
             yield
     finally:
         gc.collect()

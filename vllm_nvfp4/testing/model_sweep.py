@@ -8,8 +8,11 @@ file's own names and stacks, and a row that the plugin put in the wrong place sh
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,24 +92,36 @@ class Sweep:
         config = json.loads((self.plain / "config.json").read_text())
         return str(config["architectures"][0])
 
+    def quantise(self, dialect: str) -> None:
+        """Write the model as `vllm-nvfp4 quantize` does; before any engine of this process, since
+        vLLM puts classes of its own into transformers' registers. Raises ValueError."""
+        folder = self.work / dialect
+        shutil.rmtree(folder, ignore_errors=True)
+        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            # It is about to be served.
+            status = self.command([*arguments, "--format", dialect, "--no-check"])
+        if status:
+            raise ValueError((said.getvalue().strip() or "no message").splitlines()[-1])
+
+    def stock_error(self) -> str:
+        """Why stock vLLM does not serve the model in 16 bits, in one line; "" where it does."""
+        try:
+            serve(self.plain, self.architecture.dtype, quantization=None)
+        except Exception as error:  # whatever stock vLLM cannot do on a CPU
+            return one_line(error)
+        return ""
+
     def measure(self, road: str) -> Measured:
-        """road: "online", or a dialect of `vllm-nvfp4 quantize`."""
-        folder = self.plain if road == "online" else self._quantise(road)
+        """road: "online", or a dialect that ``quantise`` has written."""
+        folder = self.plain if road == "online" else self.work / road
         answer, held = serve(folder, self.architecture.dtype)
         matrices = held if road == "online" else stored_matrices(folder, self.plain)
         expected = self._reference(matrices)
         share = quantised_share(matrices, self.plain)
         deviation = answer.deviation(expected.answer)
         return Measured(deviation, share, expected.name, expected.tolerance)
-
-    def _quantise(self, dialect: str) -> Path:
-        folder = self.work / dialect
-        shutil.rmtree(folder, ignore_errors=True)
-        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
-        # It is about to be served.
-        if self.command([*arguments, "--format", dialect, "--no-check"]):
-            raise ValueError("quantize ended with an error")
-        return folder
 
     def _reference(self, matrices: list[torch.Tensor]) -> _Reference:
         for known, reference in self._references:
@@ -133,8 +148,11 @@ class Sweep:
 
 
 def one_line(error: BaseException) -> str:
-    """The error in one line, cut if long."""
-    text = " ".join(str(error).split()) or "no message"
+    """The error in one line, cut if long; one without a message, by the line that raised it."""
+    text = " ".join(str(error).split())
+    if not text:
+        frames = traceback.extract_tb(error.__traceback__)
+        text = f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "no message"
     return f"{type(error).__name__}: {text}"[:_REASON_CHARS]
 
 
@@ -257,9 +275,9 @@ def write_twin(folder: Path, matrices: Iterable[torch.Tensor], target: Path) -> 
     for name, tensor in load_file(folder / "model.safetensors").items():
         value = tensor.float() if tensor.is_floating_point() else tensor
         if tensor.is_floating_point() and tensor.dim() >= 2:
+            # Some models store a matrix, or a stack of them, turned.
             value = _replace(value, rows, used)
-            if tensor.dim() == 3:
-                value = _replace(value.mT.contiguous(), rows, used).mT
+            value = _replace(value.mT.contiguous(), rows, used).mT
         state[name] = value.contiguous()
     target.mkdir(parents=True, exist_ok=True)
     save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
