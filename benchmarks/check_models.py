@@ -32,16 +32,18 @@ from typing import Any
 
 import common
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, Architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, FEATURED, Architecture
 
 FIELDS = ("architecture", "class", "kind", "models", "online", "online_share", "modelopt",
-          "compressed-tensors", "stored_share", "reference", "dtype", "worst", "reason",
-          "seconds")  # fmt: skip
+          "compressed-tensors", "stored_share", "TP 2", "LoRA", "MTP", "reference", "dtype",
+          "worst", "reason", "seconds")  # fmt: skip
 REFUSED = "refused by vLLM"
 ROADS = ("online", "modelopt", "compressed-tensors")
+COLUMNS = ("TP 2", "LoRA", "MTP")
 CSV = common.ROOT / "benchmarks" / "results" / "models.csv"
 _TIME_LIMIT = 420
 # What an engine, a model of transformers and `quantize` import.
+_NOTHING = "none to quantise"
 _MODULES = (
     "transformers", "transformers.models.auto.modeling_auto", "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.uniproc_executor",
@@ -57,6 +59,7 @@ def check(
     """The roads of one architecture. note: takes the columns that are known so far."""
     from vllm_nvfp4.cli.main import main as command
     from vllm_nvfp4.testing.model_sweep import Sweep, one_line
+    from vllm_nvfp4.testing.sweep_features import write_drafts
 
     sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
@@ -74,6 +77,8 @@ def check(
     for road in roads:
         if road != "online":
             attempt(road, sweep.quantise)
+    if "MTP" in FEATURED.get(architecture.name, ()):
+        attempt("MTP", lambda _: write_drafts(sweep))
     for road in roads:
         found = None if road in failed else attempt(road, sweep.measure)
         if found is None:
@@ -86,15 +91,35 @@ def check(
         if not is_close:
             limit = f"{found.tolerance:.2g}"
             reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
-    stock = sweep.stock_error() if failed else ""
-    for road, error in failed.items():
-        if error == stock:
-            note(**{road: REFUSED})
-        else:
-            reasons.append(f"{road}: {error}")
+    stock = sweep.stock_error() if failed.keys() & set(ROADS) else ""
+    own = {road: error for road, error in failed.items() if error != stock and road in ROADS}
+    note(**{road: REFUSED for road in ROADS if road in failed and road not in own})
+    note(**{road: _NOTHING for road, error in own.items() if _NOTHING in error})
+    reasons += [f"{road}: {error}" for road, error in own.items()]
     if stock:
         reasons.append(f"stock vLLM, in 16 bits: {stock}")
+    if "modelopt" in roads and "modelopt" not in failed:
+        check_features(sweep, attempt, failed, reasons, note)
     note(reason="; ".join(reasons))
+
+
+def check_features(
+    sweep: Any,
+    attempt: Callable[..., Any],
+    failed: Mapping[str, str],
+    reasons: list[str],
+    note: Callable[..., None],
+) -> None:
+    from vllm_nvfp4.testing.sweep_features import FEATURES, RANKS
+
+    for name in FEATURED.get(sweep.architecture.name, ()):
+        if name not in failed and (cell := attempt(name, lambda name: FEATURES[name](sweep))):
+            note(**{name: cell})
+        elif name == "TP 2" and sweep.stock_error(**RANKS) == failed[name]:
+            note(**{name: REFUSED})
+            reasons.append(f"stock vLLM, in 16 bits on two ranks: {failed[name]}")
+        else:
+            reasons.append(f"{name}: {failed[name]}")
 
 
 def run_one(name: str, roads: Sequence[str], work: Path) -> None:
@@ -171,7 +196,7 @@ def prepare() -> None:
 
 def is_red(row: Mapping[str, Any]) -> bool:
     """Whether the plugin fails or errs where stock vLLM does not."""
-    ends = [str(row.get(road) or "") for road in ROADS]
+    ends = [str(row.get(column) or "") for column in (*ROADS, *COLUMNS)]
     return any(e.startswith(("FAILED", "DIFFERS")) for e in ends) or not any(ends)
 
 
@@ -192,13 +217,14 @@ def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(ordered)
-    head = ("architecture", "class", *ROADS, "quantised online", "stored", "reason")
+    head = ("architecture", "class", *ROADS, *COLUMNS, "quantised online", "stored", "reason")
     lines = ["# Architectures against stock vLLM on the same weights dequantised", ""]
     lines += [f"{name}: {value}  " for name, value in notes]
     lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in ordered:
         cells = [row["architecture"] + (f" ({row['models']})" if row.get("models") else "")]
-        cells += [str(row.get(c) or "") for c in ("class", *ROADS, "online_share", "stored_share")]
+        columns = ("class", *ROADS, *COLUMNS, "online_share", "stored_share")
+        cells += [str(row.get(c) or "") for c in columns]
         cells.append(re.sub(r"[|]", "/", str(row.get("reason") or "")))
         lines.append(f"| {' | '.join(cells)} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from case_layouts import add_kv_scales, as_modelopt_stacks, drop, spread, stack_rows, stray
 from published import compressed, legacy, modelopt, nvfp4_group
-from stored_forms import INPUT_SCALE, stored_as
+from stored_forms import stored_as
 
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
+from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
 
 Tensors = dict[str, torch.Tensor]
 _KEPT = (
     r"visual|vision|conv1d|embed|norm|router|projector|lm_head|shared_expert_gate"
     r"|(mlp|mixer|block_sparse_moe)\.gate$"
 )
-_HIDDEN = 128
 
 
 @dataclass(frozen=True)
@@ -103,105 +104,12 @@ def matrices_of(case: Case, plain: Path) -> Iterator[torch.Tensor]:
             yield stored_as(form, tensor)[1]
 
 
-def _random(*shape: int, seed: int) -> torch.Tensor:
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (noise * shape[-1] ** -0.5).bfloat16()
-
-
-def _copy_layer(tensors: Tensors, source: str, target: str) -> None:
-    """A layer under another name, with weights of its own."""
-    for number, name in enumerate([n for n in tensors if n.startswith(source)]):
-        old = tensors[name]
-        new = _random(*old.shape, seed=number) if old.dim() > 1 else old.clone()
-        tensors[target + name.removeprefix(source)] = new
-
-
-def _add_mtp(tensors: Tensors, layer: str) -> None:
-    """Qwen's head for multi-token prediction, a copy of a layer."""
-    _copy_layer(tensors, layer, "mtp.layers.0.")
-    tensors["mtp.fc.weight"] = _random(_HIDDEN, 2 * _HIDDEN, seed=99)
-    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-        tensors[f"mtp.{name}.weight"] = torch.zeros(_HIDDEN).bfloat16()
-
-
 def _has_mtp(config: dict[str, Any]) -> None:
     config.get("text_config", config)["mtp_num_hidden_layers"] = 1
 
 
-def _add_layer_past_the_end(tensors: Tensors) -> None:
-    """GLM's draft layer, numbered after the last one, with tables of its own."""
-    layer = "model.layers.2."
-    _copy_layer(tensors, "model.layers.1.", layer)
-    tensors[layer + "eh_proj.weight"] = _random(_HIDDEN, 2 * _HIDDEN, seed=99)
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{layer}{name}.weight"] = torch.ones(_HIDDEN).bfloat16()
-    tensors[layer + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    tensors[layer + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-
-def _drop(pattern: str, tensors: Tensors) -> None:
-    for name in [n for n in tensors if re.search(pattern, n)]:
-        del tensors[name]
-
-
-def _stray(pattern: str, tensors: Tensors) -> None:
-    """A scale of activations beside each layer."""
-    for name in [n for n in tensors if re.search(pattern, n)]:
-        tensors[name.removesuffix("weight") + "input_scale"] = torch.tensor(INPUT_SCALE)
-
-
 def _k_eq_v(config: dict[str, Any]) -> None:
     config |= {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
-
-
-def _add_kv_scales(tensors: Tensors) -> None:
-    for name in [n for n in tensors if re.search(r"self_attn\.[kv]_proj\.weight$", n)]:
-        if "vision" not in name:
-            leaf = "k_scale" if ".k_proj" in name else "v_scale"
-            tensors[name.replace("weight", leaf)] = torch.tensor(0.05)
-
-
-def _spread(pattern: str, tensors: Tensors) -> None:
-    """Stacks [E, K, N], gate and up side by side, as one tensor [N, K] of each expert.
-
-    pattern: of an expert's name, such as "{expert}.{projection}"
-    """
-    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        root, _, leaf = name.rpartition(".")
-        for number, expert in enumerate(tensors.pop(name)):
-            parts = {"down_proj": expert.T}
-            if leaf == "gate_up_proj":
-                gate, up = expert.T.chunk(2)
-                parts = {"gate_proj": gate, "up_proj": up}
-            for projection, weight in parts.items():
-                place = pattern.format(expert=number, projection=projection)
-                tensors[f"{root}.{place}.weight"] = weight.contiguous()
-
-
-def _stack_rows(tensors: Tensors) -> None:
-    """compressed-tensors: the rows of all experts of a layer in one matrix, with one divisor."""
-    roots = {n.partition(".experts.")[0] + ".experts" for n in tensors if ".experts." in n}
-    for root in roots:
-        number = len({n.split(".experts.")[1].split(".")[0] for n in tensors if root in n})
-        for leaf, parts in {
-            "gate_up_proj": ("gate_proj", "up_proj"),
-            "down_proj": ("down_proj",),
-        }.items():
-            names = [f"{root}.{e}.{p}" for e in range(number) for p in parts]
-            rows = torch.cat([tensors.pop(f"{n}.weight") for n in names])
-            stored, _ = stored_as("ct", rows)
-            tensors |= {f"{root}.{leaf}.{k}": v for k, v in stored.items()}
-
-
-def _as_modelopt_stacks(tensors: Tensors) -> None:
-    """Llama-4 as ModelOpt writes it: codes [E, K/2, N], scales beside them."""
-    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts = [stored_as("nvfp4", e.T)[0] for e in tensors.pop(name)]
-        tensors[name] = torch.stack([e["weight"].T for e in experts])
-        scales = torch.stack([e["weight_scale"].view(torch.uint8).T for e in experts])
-        tensors[f"{name}_weight_scale"] = scales.view(torch.float8_e4m3fn)
-        for leaf in ("weight_scale_2", "input_scale"):
-            tensors[f"{name}_{leaf}"] = torch.stack([e[leaf] for e in experts])
 
 
 def _ct(ignore: list[str], bits: int = 4) -> dict[str, Any]:
@@ -259,7 +167,7 @@ def _with_mtp(model: str, prefix: str, quantised: Mapping[str, int]) -> Case:
         quantised,
         kept="linear_attn|^mtp",
         settings=_has_mtp,
-        prepare=partial(_add_mtp, layer=f"{prefix}3."),
+        prepare=partial(add_mtp, layer=f"{prefix}3."),
     )
 
 
@@ -267,7 +175,7 @@ def _with_kv_scales(model: str, quantised: Mapping[str, int]) -> Case:
     """An FP8 KV cache, with the scales as k_proj.k_scale and v_proj.v_scale."""
     lists = ["lm_head", "*mlp.gate", "*block_sparse_moe.gate", "*linear_attn*", "*vision*"]
     config = modelopt([*lists, "*visual*", "*projector*"], **_KV8)
-    return Case(model, config, quantised, kept="linear_attn", finish=_add_kv_scales)
+    return Case(model, config, quantised, kept="linear_attn", finish=add_kv_scales)
 
 
 _K, _QWEN = "model.layers.", "model.language_model.layers."
@@ -303,7 +211,7 @@ CASES: dict[str, Case] = {
         {"linear": 8, "experts": 1},
         kept=r"layers\.2\.",
         settings=lambda c: c.update(num_nextn_predict_layers=1),
-        prepare=_add_layer_past_the_end,
+        prepare=partial(add_layer_past_the_end, last=1),
     ),
     "a draft layer past the end, listed": Case(
         "glm4-moe",
@@ -311,7 +219,7 @@ CASES: dict[str, Case] = {
         {"linear": 8, "experts": 1},
         kept=r"layers\.2\.",
         settings=lambda c: c.update(num_nextn_predict_layers=1),
-        prepare=_add_layer_past_the_end,
+        prepare=partial(add_layer_past_the_end, last=1),
     ),
     "GDN quantised whole": Case("qwen3.5", modelopt(["lm_head", "model.visual*"]), {"linear": 19}),
     "strays beside in_proj_a": Case(
@@ -319,27 +227,27 @@ CASES: dict[str, Case] = {
         modelopt(["lm_head", "model.visual*", "*in_proj_a", "*in_proj_b"]),
         {"linear": 16},
         kept="in_proj_[ab]$",
-        finish=partial(_stray, r"in_proj_[ab]\.weight$"),
+        finish=partial(stray, r"in_proj_[ab]\.weight$"),
     ),
     "a stray beside lm_head": Case(
-        "qwen3", modelopt(["lm_head*"]), _DENSE_2, finish=partial(_stray, r"^lm_head\.weight$")
+        "qwen3", modelopt(["lm_head*"]), _DENSE_2, finish=partial(stray, r"^lm_head\.weight$")
     ),
     "experts that calibration did not reach": Case(
         "qwen3-moe",
         modelopt(["lm_head", "*mlp.gate"]),
         _MOE_2,
-        finish=partial(_drop, r"experts\.[25]\..*input_scale$"),
+        finish=partial(drop, r"experts\.[25]\..*input_scale$"),
     ),
     "a layer without its global scale": Case(
         "qwen3",
         modelopt(["lm_head"]),
-        finish=partial(_drop, r"layers\.1\.self_attn\.k_proj\.weight_scale_2"),
+        finish=partial(drop, r"layers\.1\.self_attn\.k_proj\.weight_scale_2"),
         error=r"layers\.1\.self_attn\.k_proj.*weight_scale_2",
     ),
     "an expert without its global scale": Case(
         "qwen3-moe",
         modelopt(["lm_head", "*mlp.gate"]),
-        finish=partial(_drop, r"layers\.1\.mlp\.experts\.3\.up_proj\.weight_scale_2"),
+        finish=partial(drop, r"layers\.1\.mlp\.experts\.3\.up_proj\.weight_scale_2"),
         error=r"layers\.1\.mlp\.experts.*weight_scale_2",
     ),
     "values that are keys": Case(
@@ -348,7 +256,7 @@ CASES: dict[str, Case] = {
         {"linear": 16},
         kept="per_layer",
         settings=_k_eq_v,
-        prepare=partial(_drop, r"layers\.[13]\.self_attn\.v_proj"),
+        prepare=partial(drop, r"layers\.[13]\.self_attn\.v_proj"),
     ),
     "values that are keys, attention in 16 bits": Case(
         "gemma4",
@@ -356,7 +264,7 @@ CASES: dict[str, Case] = {
         _DENSE_2,
         kept="per_layer|self_attn",
         settings=_k_eq_v,
-        prepare=partial(_drop, r"layers\.[13]\.self_attn\.v_proj"),
+        prepare=partial(drop, r"layers\.[13]\.self_attn\.v_proj"),
     ),
     "KV scales of Gemma-3": _with_kv_scales("gemma3-vision", _DENSE_2),
     "KV scales of GLM-4-MoE": _with_kv_scales("glm4-moe", {"linear": 8, "experts": 1}),
@@ -372,13 +280,13 @@ CASES: dict[str, Case] = {
         "qwen3-vl-moe",
         modelopt(["lm_head", "*mlp.gate", "*visual*"]),
         _MOE_2,
-        spread=partial(_spread, "{projection}.{expert}"),
+        spread=partial(spread, "{projection}.{expert}"),
     ),
     "experts by number, the model wants stacks": Case(
         "qwen3-vl-moe",
         modelopt(["lm_head", "*mlp.gate", "*visual*"]),
         _MOE_2,
-        spread=partial(_spread, "{expert}.{projection}"),
+        spread=partial(spread, "{expert}.{projection}"),
     ),
     "no config_groups": Case(
         "qwen3.5-moe",
@@ -386,14 +294,14 @@ CASES: dict[str, Case] = {
         _QWEN35_MOE,
         kept="linear_attn",
         form="ct",
-        spread=partial(_spread, "{expert}.{projection}"),
+        spread=partial(spread, "{expert}.{projection}"),
     ),
     "the rows of all experts in one matrix": Case(
         "qwen3-moe",
         _ct(["lm_head", *_ROUTERS]),
         _MOE_2,
         form=lambda layer: "bf16" if ".experts." in layer else "ct",
-        finish=_stack_rows,
+        finish=stack_rows,
     ),
     "a shared expert in no list, ModelOpt": Case(
         "qwen2-moe", modelopt(["lm_head", "*mlp.gate"]), _MOE_2, kept="shared_expert"
@@ -415,13 +323,13 @@ CASES: dict[str, Case] = {
         _ct(["language_model.lm_head", "re:.*router", "re:.*vision.*", "re:.*projector.*"]),
         {"linear": 8, "experts": 1},
         form="ct",
-        spread=partial(_spread, "{expert}.{projection}"),
+        spread=partial(spread, "{expert}.{projection}"),
     ),
     "Llama-4's experts in ModelOpt's stacks": Case(
         "llama4",
         modelopt(["*lm_head", "*router", "*vision*", "*projector*"]),
         {"linear": 8, "experts": 1},
-        finish=_as_modelopt_stacks,
+        finish=as_modelopt_stacks,
     ),
     "the table in hf_quant_config.json alone": Case(
         "qwen3-moe",

@@ -9,12 +9,14 @@ stacks that the hub's have.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.testing.checkpoints import edit_tensors
+from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
 
 VOCAB_SIZE = 320
 _SIZES: dict[str, Any] = {
@@ -46,6 +48,7 @@ class Architecture:
     auto:    transformers' class that makes the model
     dtype:   for both engines; vLLM's kernels of gated delta nets and of MLA on CPUs want
              16 bits
+    written: class in the hub's config.json, where transformers' is called otherwise
     rename:  pattern -> replacement, in the tensors' names, where transformers writes others than
              the hub has
     turned:  pattern of the stacks that transformers writes turned against the hub's
@@ -58,6 +61,7 @@ class Architecture:
     models: str = ""
     auto: str = "AutoModelForCausalLM"
     dtype: str = "float32"
+    written: str = ""
     rename: tuple[str, str] | None = None
     turned: str = ""
 
@@ -123,8 +127,8 @@ _NEMOTRON_H: dict[str, Any] = {
 _GDN: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
@@ -409,7 +413,8 @@ OTHERS = (
     Architecture("hunyuan", "HunYuanDenseV1Config", _sizes(), "dense"),
     Architecture("lfm2", "Lfm2Config",
                  _sizes(**_NO_HEAD_DIM, layer_types=["conv", "full_attention"],
-                        block_multiple_of=64, block_auto_adjust_ff_dim=False), "dense"),
+                        conv_dim=128, block_multiple_of=64, block_auto_adjust_ff_dim=False),
+                 "dense"),
     Architecture(
         "mamba2", "Mamba2Config",
         {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 4,
@@ -439,7 +444,8 @@ OTHERS = (
                   "pad_token_id": 0}, "dense"),
     Architecture("phi", "PhiConfig", _sizes(**_NO_HEAD_DIM), "dense"),
     Architecture("phi3", "Phi3Config", _sizes(**_NO_HEAD_DIM), "dense"),
-    Architecture("phi-moe", "PhimoeConfig", _sizes(**_NO_HEAD_DIM, **_LOCAL_EXPERTS), "moe"),
+    Architecture("phi-moe", "PhimoeConfig", _sizes(**_NO_HEAD_DIM, **_LOCAL_EXPERTS), "moe",
+                 written="PhiMoEForCausalLM"),
     Architecture("qwen2", "Qwen2Config", _sizes(**_NO_HEAD_DIM), "dense"),
     Architecture("qwen2-moe", "Qwen2MoeConfig",
                  _sizes(**_NO_HEAD_DIM, **_EXPERTS, **_SPARSE,
@@ -465,6 +471,49 @@ OTHERS = (
 ARCHITECTURES = {a.name: a for a in RANKED + OTHERS}
 
 
+@dataclass(frozen=True)
+class Draft:
+    """How a model gets a head for multi-token prediction.
+
+    settings: edits config.json; add: adds the tensors; method: of vLLM's speculative_config
+    """
+
+    settings: Callable[[dict[str, Any]], Any]
+    add: Callable[[dict[str, Any]], Any]
+    method: str = "mtp"
+
+
+def _has_mtp(config: dict[str, Any]) -> None:
+    config.get("text_config", config)["mtp_num_hidden_layers"] = 1
+
+
+def _has_layer_past_the_end(config: dict[str, Any]) -> None:
+    config["num_nextn_predict_layers"] = 1
+
+
+_AFTER_LAYER_1 = Draft(_has_layer_past_the_end, partial(add_layer_past_the_end, last=1))
+DRAFTS = {
+    "qwen3.5": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
+    "qwen3.5-moe": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
+    "qwen3-next": Draft(_has_mtp, partial(add_mtp, layer="model.layers.3.")),
+    "glm4-moe": _AFTER_LAYER_1,
+    "deepseek-v3": _AFTER_LAYER_1,
+}
+# One of each kind.
+FEATURED = {
+    "qwen3": ("TP 2", "LoRA"),
+    "qwen3-moe": ("TP 2", "LoRA"),
+    "deepseek-v2": ("TP 2", "LoRA"),
+    "nemotron-h-moe": ("TP 2", "LoRA"),
+    "granite4-moe": ("TP 2", "LoRA"),
+    "qwen3-next": ("TP 2", "LoRA", "MTP"),
+    "qwen3.5": ("TP 2", "LoRA", "MTP"),
+    "qwen3.5-moe": ("MTP",),
+    "glm4-moe": ("MTP",),
+    "deepseek-v3": ("MTP",),
+}
+
+
 def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) -> Path:
     """Write the model, BF16, as transformers saves it; returns the folder."""
     import torch
@@ -475,7 +524,7 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model = getattr(transformers, architecture.auto).from_config(config)
     _draw(model, torch.Generator().manual_seed(seed))
     model = model.to(torch.bfloat16)
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [architecture.written or type(model).__name__]
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if architecture.rename or architecture.turned:

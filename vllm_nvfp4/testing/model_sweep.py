@@ -95,28 +95,35 @@ class Sweep:
     def quantise(self, dialect: str) -> None:
         """Write the model as `vllm-nvfp4 quantize` does; before any engine of this process, since
         vLLM puts classes of its own into transformers' registers. Raises ValueError."""
-        folder = self.work / dialect
+        self.quantise_folder(self.plain, self.work / dialect, dialect)
+
+    def quantise_folder(self, source: Path, folder: Path, dialect: str) -> Path:
+        """The same of another folder than the model's; returns the new one."""
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = ["quantize", str(self.plain), "-o", str(folder), "--method", "rtn"]
+        arguments = ["quantize", str(source), "-o", str(folder), "--method", "rtn"]
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             # It is about to be served.
             status = self.command([*arguments, "--format", dialect, "--no-check"])
         if status:
             raise ValueError((said.getvalue().strip() or "no message").splitlines()[-1])
+        return folder
 
-    def stock_error(self) -> str:
-        """Why stock vLLM does not serve the model in 16 bits, in one line; "" where it does."""
+    def stock_error(self, **options: Any) -> str:
+        """Why stock vLLM does not serve the model in 16 bits, in one line; "" where it does.
+
+        options: keywords of :func:`serve`
+        """
         try:
-            serve(self.plain, self.architecture.dtype, quantization=None)
+            serve(self.plain, self.architecture.dtype, **(options | {"quantization": None}))
         except Exception as error:  # whatever stock vLLM cannot do on a CPU
             return one_line(error)
         return ""
 
-    def measure(self, road: str) -> Measured:
-        """road: "online", or a dialect that ``quantise`` has written."""
+    def measure(self, road: str, **options: Any) -> Measured:
+        """road: "online", or a dialect that ``quantise`` has written; options: of :func:`serve`."""
         folder = self.plain if road == "online" else self.work / road
-        answer, held = serve(folder, self.architecture.dtype)
+        answer, held = serve(folder, self.architecture.dtype, **options)
         matrices = held if road == "online" else stored_matrices(folder, self.plain)
         expected = self._reference(matrices)
         share = quantised_share(matrices, self.plain)
@@ -165,10 +172,14 @@ def _are_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return a == b
 
 
-def serve(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.Tensor]]:
+def serve(
+    folder: Path, dtype: str, adapter: Path | None = None, **options: Any
+) -> tuple[Forced, list[torch.Tensor]]:
     """(what an engine makes of PROMPT and FORCED, the matrices [N, K] that it holds quantised).
 
-    options: keywords of ``LLM``; quantization=None for stock vLLM
+    adapter: of LoRA, for the request
+    options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks no matrices are
+             returned.
     """
     defaults: dict[str, Any] = {
         "dtype": dtype,
@@ -179,7 +190,9 @@ def serve(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.
         "additional_config": {"nvfp4": {"kv_cache": "keep"}},
     }
     with engine(folder, **(defaults | options)) as llm:
-        answer = _ask(llm)
+        answer = _ask(llm, adapter)
+        if options.get("tensor_parallel_size", 1) > 1:
+            return answer, []
         executor = llm.llm_engine.engine_core.engine_core.model_executor
         model = executor.driver_worker.worker.model_runner.model
         return answer, list(quantised_matrices(model))
@@ -206,15 +219,17 @@ def _force_tokens() -> type:
     return ForceTokens
 
 
-def _ask(llm: Any) -> Forced:
+def _ask(llm: Any, adapter: Path | None) -> Forced:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     parameters = SamplingParams(
         temperature=0, max_tokens=len(FORCED), ignore_eos=True, logprobs=-1, prompt_logprobs=-1,
         detokenize=False,
     )  # fmt: skip
     request = {"prompt_token_ids": PROMPT}
-    output = llm.generate([request], parameters, use_tqdm=False)[0]
+    lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+    output = llm.generate([request], parameters, use_tqdm=False, lora_request=lora)[0]
     if list(output.outputs[0].token_ids) != FORCED:
         raise ValueError(f"decoded {output.outputs[0].token_ids}, not the tokens that were forced")
 
