@@ -110,14 +110,14 @@ def check_features(
     reasons: list[str],
     note: Callable[..., None],
 ) -> None:
-    from vllm_nvfp4.testing.sweep_features import FEATURES, RANKS
+    from vllm_nvfp4.testing.sweep_features import FEATURES, stock_options
 
     for name in FEATURED.get(sweep.architecture.name, ()):
         if name not in failed and (cell := attempt(name, lambda name: FEATURES[name](sweep))):
             note(**{name: cell})
-        elif name == "TP 2" and sweep.stock_error(**RANKS) == failed[name]:
+        elif sweep.stock_error(**stock_options(sweep, name)) == failed[name]:
             note(**{name: REFUSED})
-            reasons.append(f"stock vLLM, in 16 bits on two ranks: {failed[name]}")
+            reasons.append(f"{name}, stock vLLM in 16 bits: {failed[name]}")
         else:
             reasons.append(f"{name}: {failed[name]}")
 
@@ -241,7 +241,8 @@ def main() -> int:
     rows = read_rows(args.csv)
     done = {name for name, row in rows.items() if not is_red(row)}
     for name in args.names or [n for n in ARCHITECTURES if n not in done]:
-        rows[name] = run(ARCHITECTURES[name], args.roads, args.work / name)
+        row = run(ARCHITECTURES[name], args.roads, args.work / name)
+        rows[name] = row if set(args.roads) == set(ROADS) else rows.get(name, {}) | row
         shown = ", ".join(f"{road} {rows[name].get(road, '')}" for road in ROADS)
         print(f"{name}: {shown} {rows[name]['reason']}", flush=True)
         write_table(args.csv, rows)

@@ -105,8 +105,8 @@ def write_eagle3(folder: Path, target: Path, tensors: Tensors) -> Path:
         draft[f"midlayer.self_attn.{name}.weight"] = weight
     for name in ("midlayer.hidden_norm", "norm"):
         draft[f"{name}.weight"] = torch.ones(hidden_size).bfloat16()
-    none = torch.zeros(hidden_size, 2 * hidden_size)
-    draft["fc.weight"] = torch.cat([torch.eye(hidden_size), none], 1).bfloat16()
+    others = torch.zeros(hidden_size, 2 * hidden_size)
+    draft["fc.weight"] = torch.cat([torch.eye(hidden_size), others], 1).bfloat16()
     draft["lm_head.weight"] = tensors["lm_head.weight"].clone()
     draft["embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     make_predictable(draft, steps=2)
@@ -118,7 +118,7 @@ def write_eagle3(folder: Path, target: Path, tensors: Tensors) -> Path:
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "draft_vocab_size": config["vocab_size"],
-        "eagle_aux_hidden_state_layer_ids": [1, 1, 1],
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

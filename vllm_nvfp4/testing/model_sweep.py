@@ -24,9 +24,9 @@ import torch
 from vllm_nvfp4.testing.architectures import VOCAB_SIZE, Architecture, write_architecture
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import engine
+from vllm_nvfp4.testing.forced import FORCED
 
 PROMPT = [int(t) for t in torch.randperm(290, generator=torch.Generator().manual_seed(1))[:20] + 4]
-FORCED = [int(t) for t in torch.randperm(290, generator=torch.Generator().manual_seed(2))[:8] + 4]
 # Sums of BF16 products, rounded, differ by this much between kernels; float32 by far less.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.06}
 # A model that BF16 itself moves further than that: our distance from float32 may be 1.5 times that
@@ -178,12 +178,12 @@ def serve(
     """(what an engine makes of PROMPT and FORCED, the matrices [N, K] that it holds quantised).
 
     adapter: of LoRA, for the request
-    options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks no matrices are
-             returned.
+    options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks, and with an
+             adapter, no matrices are returned.
     """
     defaults: dict[str, Any] = {
         "dtype": dtype,
-        "logits_processors": [_force_tokens()],
+        "logits_processors": ["vllm_nvfp4.testing.forced:ForceTokens"],
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
@@ -191,32 +191,11 @@ def serve(
     }
     with engine(folder, **(defaults | options)) as llm:
         answer = _ask(llm, adapter)
-        if options.get("tensor_parallel_size", 1) > 1:
+        if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
             return answer, []
         executor = llm.llm_engine.engine_core.engine_core.model_executor
         model = executor.driver_worker.worker.model_runner.model
         return answer, list(quantised_matrices(model))
-
-
-def _force_tokens() -> type:
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-    class ForceTokens(AdapterLogitsProcessor):
-        """Leaves no choice but FORCED; the log-probabilities are taken before it."""
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def new_req_logits_processor(self, params: Any) -> Any:
-            def force(output: list[int], logits: torch.Tensor) -> torch.Tensor:
-                wanted = FORCED[min(len(output), len(FORCED) - 1)]
-                forced = torch.full_like(logits, -float("inf"))
-                forced[wanted] = 0
-                return forced
-
-            return force
-
-    return ForceTokens
 
 
 def _ask(llm: Any, adapter: Path | None) -> Forced:

@@ -49,11 +49,11 @@ def adapted(sweep: Sweep) -> str:
     """The same with a LoRA adapter on both."""
     folder, dtype = sweep.work / ROAD, sweep.architecture.dtype
     plain = sweep.measure(ROAD)
-    adapter = write_adapter(sweep.plain, sweep.work / "adapter")
+    write_adapter(sweep.plain, sweep.work / "adapter")
     twin = sweep.work / "twin"
     shutil.rmtree(twin, ignore_errors=True)
     write_dequantised(sweep.plain, stored_matrices(folder, sweep.plain), twin)
-    options: dict[str, Any] = {"adapter": adapter, "enable_lora": True, "max_lora_rank": 8}
+    options = stock_options(sweep, "LoRA")
     expected, _ = serve(twin, dtype, quantization=None, **options)
     without, _ = serve(twin, dtype, quantization=None)
     answer, _ = serve(folder, dtype, **options)
@@ -156,6 +156,15 @@ def ask(
     spec = "vllm:spec_decode_num"
     taken = int(counts.get(f"{spec}_accepted_tokens", 0))
     return list(output.token_ids), (taken, int(counts.get(f"{spec}_draft_tokens", 0)))
+
+
+def stock_options(sweep: Sweep, feature: str) -> dict[str, Any]:
+    """Of :func:`serve`, with which vLLM runs a feature, with the plugin or without."""
+    if feature == "TP 2":
+        return RANKS
+    if feature == "LoRA":
+        return {"adapter": sweep.work / "adapter", "enable_lora": True, "max_lora_rank": 8}
+    return {}
 
 
 FEATURES: dict[str, Callable[[Sweep], str]] = {
