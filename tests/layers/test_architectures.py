@@ -22,14 +22,14 @@ pytestmark = pytest.mark.vllm
 # MLA; Mamba-2 and experts without a gate; gated delta nets, of a multimodal model; experts that
 # the hub has in turned stacks, of another; rings of sliding windows and tied tables.
 SAMPLE = {
-    "deepseek-v2": 0.7,
+    "glm4-moe-lite": 0.7,
     "nemotron-h-moe": 0.8,
     "qwen3.5": 0.6,
     "qwen3-vl-moe": 0.6,
     "gemma4": 0.8,
 }
-# BF16 against float32: as far as vLLM's own BF16 is from it, twice.
-BF16 = 0.25
+# Twice what two kernels in BF16 differ by here.
+BF16 = 0.2
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -40,6 +40,9 @@ def test_log_probabilities_are_those_of_the_dequantised_weights(name, tmp_path):
     answer, matrices = serve(plain, architecture.dtype)
     assert quantised_share(matrices, plain) > SAMPLE[name]
     assert write_twin(plain, matrices, tmp_path / "twin") == 0
-    expected = ask_transformers(tmp_path / "twin", architecture.auto)
-    limit = TOLERANCE["float32"] if architecture.dtype == "float32" else BF16
-    assert answer.deviation(expected) < limit
+    if architecture.dtype == "float32":
+        expected = ask_transformers(tmp_path / "twin", architecture.auto)
+        assert answer.deviation(expected) < TOLERANCE["float32"]
+    else:
+        expected, _ = serve(tmp_path / "twin", architecture.dtype, quantization=None)
+        assert answer.deviation(expected) < BF16
