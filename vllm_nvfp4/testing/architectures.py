@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.testing.checkpoints import edit_tensors
+from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
 
 VOCAB_SIZE = 320
@@ -413,7 +413,8 @@ OTHERS = (
     Architecture("hunyuan", "HunYuanDenseV1Config", _sizes(), "dense"),
     Architecture("lfm2", "Lfm2Config",
                  _sizes(**_NO_HEAD_DIM, layer_types=["conv", "full_attention"],
-                        conv_dim=128, block_multiple_of=64, block_auto_adjust_ff_dim=False),
+                        conv_dim=128, block_dim=128, block_ff_dim=256, block_norm_eps=1e-5,
+                        block_multiple_of=64, block_auto_adjust_ff_dim=False),
                  "dense"),
     Architecture(
         "mamba2", "Mamba2Config",
@@ -423,8 +424,10 @@ OTHERS = (
          "pad_token_id": 0}, "mamba2",
     ),
     Architecture("mimo-v2", "MiMoV2FlashConfig",
-                 _sizes(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
-                 "moe"),
+                 _sizes(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+                        hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1], v_head_dim=32,
+                        swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=32,
+                        swa_v_head_dim=32, sliding_window_size=16, layernorm_epsilon=1e-6), "moe"),
     Architecture("ministral3", "Ministral3Config", _sizes(), "dense"),
     Architecture("mistral", "MistralConfig", _sizes(), "dense"),
     Architecture("mixtral", "MixtralConfig", _sizes(**_LOCAL_EXPERTS), "moe"),
@@ -524,9 +527,11 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model = getattr(transformers, architecture.auto).from_config(config)
     _draw(model, torch.Generator().manual_seed(seed))
     model = model.to(torch.bfloat16)
-    model.config.architectures = [architecture.written or type(model).__name__]
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if architecture.written:
+        written = [architecture.written]
+        edit_json(folder / "config.json", lambda config: config.update(architectures=written))
     if architecture.rename or architecture.turned:
         edit_tensors(folder, lambda tensors: _to_hub(tensors, architecture))
     return folder
