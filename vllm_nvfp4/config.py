@@ -79,14 +79,8 @@ class NvFp4Config(QuantizationConfig):
         self.__dict__.update(state)
         model_weights.install()
 
-    def prepare_weights(
-        self, model: Any, weights: Iterable[tuple[str, Any]]
-    ) -> Iterable[tuple[str, Any]]:
+    def prepare_weights(self, weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
         """What the model's own loader is to load, of the files' tensors."""
-        if self._is_online and self.census is not None:
-            # A layer is quantised once all of it is there, and has no place for a second copy.
-            copies = self.census.under(model_weights.second_names(model))
-            weights = (pair for pair in weights if pair[0].rpartition(".")[0] not in copies)
         return weights if self._expert_loading is None else self._expert_loading.rest(weights)
 
     def get_name(self) -> Any:

@@ -20,16 +20,16 @@ from vllm_nvfp4.testing.model_sweep import (
 pytestmark = pytest.mark.vllm
 
 # MLA; Mamba-2 and experts without a gate; gated delta nets, of a multimodal model; experts that
-# the hub has in turned stacks, of another; sliding windows and tied tables; a block that is there
-# twice.
+# the hub has in turned stacks, of another; sliding windows and tied tables.
 SAMPLE = {
     "glm4-moe-lite": 0.7,
     "nemotron-h-moe": 0.8,
     "qwen3.5": 0.6,
     "qwen3-vl-moe": 0.6,
     "gemma4": 0.8,
-    "zamba2": 0.35,
 }
+# Without a second engine: vLLM and transformers agree on them in float32.
+AS_TRANSFORMERS = ("nemotron-h-moe", "qwen3-vl-moe", "gemma4")
 # Twice what two kernels in BF16 differ by here.
 BF16 = 0.2
 
@@ -42,9 +42,9 @@ def test_log_probabilities_are_those_of_the_dequantised_weights(name, tmp_path):
     answer, matrices = serve(plain, architecture.dtype)
     assert quantised_share(matrices, plain) > SAMPLE[name]
     assert write_twin(plain, matrices, tmp_path / "twin") == 0
-    if architecture.dtype == "float32":
+    if name in AS_TRANSFORMERS:
         expected = ask_transformers(tmp_path / "twin", architecture.auto)
-        assert answer.deviation(expected) < TOLERANCE["float32"]
     else:
         expected, _ = serve(tmp_path / "twin", architecture.dtype, quantization=None)
-        assert answer.deviation(expected) < BF16
+    limit = BF16 if architecture.dtype == "bfloat16" else TOLERANCE["float32"]
+    assert answer.deviation(expected) < limit

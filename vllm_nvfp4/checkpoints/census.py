@@ -167,20 +167,6 @@ class Census:
         alike = all(m.stored == found[0].stored for m in found)
         return found[0] if alike else None
 
-    def under(self, further: Mapping[str, str]) -> frozenset[str]:
-        """The file's names of modules that it holds again under a further name of the model's.
-
-        further: further name of a module of the model -> its first name
-        """
-        here = set(self._names.values())
-        found = set()
-        for name, known in self._names.items():
-            for start, first in further.items():
-                inside = known.removeprefix(start + ".")
-                if inside != known and f"{first}.{inside}" in here:
-                    found.add(name)
-        return frozenset(found)
-
     def _ask(self, name: str) -> StoredModule | None:
         if (module := self.find(name)) is not None:
             self._asked.add(module.name)

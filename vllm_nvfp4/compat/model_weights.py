@@ -14,7 +14,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Have each model built from now on load ``quant_config.prepare_weights(model, weights)``."""
+    """Have each model built from now on load ``quant_config.prepare_weights(weights)``."""
     from vllm.model_executor.model_loader import base_loader
 
     loader: Any = base_loader
@@ -40,16 +40,6 @@ def _wrap(model: Any, prepare: Any) -> None:
 
     @functools.wraps(load)
     def load_weights(weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        return load(prepare(model, weights), *args, **kwargs)
+        return load(prepare(weights), *args, **kwargs)
 
     model.load_weights = load_weights
-
-
-def second_names(model: Any) -> dict[str, str]:
-    """Further names of modules that a model holds more than once -> the first name."""
-    first: dict[int, str] = {}
-    further: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if first.setdefault(id(module), name) != name:
-            further[name] = first[id(module)]
-    return further

@@ -468,6 +468,8 @@ OTHERS = (
                mamba_expand=2, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=64,
                chunk_size=32, num_mem_blocks=1, use_shared_attention_adapter=False,
                adapter_rank=16, attention_head_dim=64, attention_hidden_size=256), "mamba2",
+        # The hub's files hold the block that two layers share once.
+        rename=(r"layers\.3\.shared_transformer\.", "layers.1.shared_transformer."),
     ),
 )  # fmt: skip
 
