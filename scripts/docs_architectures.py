@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import docs_table
 
@@ -25,7 +25,7 @@ def _is_number(cell: str) -> bool:
     return cell[:1].isdigit()
 
 
-def _worst(rows: list[Mapping[str, str]], dtype: str) -> float:
+def _worst(rows: Sequence[Mapping[str, str]], dtype: str) -> float:
     return max(float(r["worst"]) for r in rows if r["dtype"] == dtype and _is_number(r["worst"]))
 
 
