@@ -18,6 +18,7 @@ PAGE = "README.md"
 TABLE = "benchmarks/results/models.md"
 BEGIN = "<!-- architectures: written by scripts/docs_architectures.py -->\n"
 END = "<!-- end of architectures -->\n"
+ROADS = ("online", "modelopt", "compressed-tensors")
 _WIDTH = 104
 
 
@@ -26,16 +27,15 @@ def _is_number(cell: str) -> bool:
 
 
 def _worst(rows: Sequence[Mapping[str, str]], dtype: str) -> float:
-    return max(float(r["worst"]) for r in rows if r["dtype"] == dtype and _is_number(r["worst"]))
+    return max(float(r[road]) for r in rows if r["dtype"] == dtype for road in ROADS)
 
 
 def paragraph() -> str:
     """How many architectures agree with stock vLLM, by which road, and how far."""
     with (docs_table.ROOT / TABLE).with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    roads = ("online", "modelopt", "compressed-tensors")
-    good = [r for r in rows if all(_is_number(r[road]) for road in roads)]
-    refused = [r for r in rows if all(r[road].startswith("refused") for road in roads)]
+    good = [r for r in rows if all(_is_number(r[road]) for road in ROADS)]
+    refused = [r for r in rows if all(r[road].startswith("refused") for road in ROADS)]
     others = [r["architecture"] for r in rows if r not in good and r not in refused]
     exact, rounded = _worst(good, "float32"), _worst(good, "bfloat16")
     text = (
