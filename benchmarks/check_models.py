@@ -8,35 +8,48 @@ quantised while it loads (online), and as `vllm-nvfp4 quantize --method rtn` wri
 dialects of ModelOpt and compressed-tensors. Log-probabilities over the whole vocabulary, in prefill
 and in forced decode, are compared with stock vLLM's on the same weights dequantised; where stock
 vLLM refuses a model on a CPU, with transformers'. A row says the largest difference or why there is
-none; share is the part of the weights' matrices that was quantised. One process a model; rows that
-FILE has already are kept, unless their architectures are named.
+none, and whether stock vLLM ends in the same way without the plugin; share is the part of the
+weights' matrices that was quantised. One process a model; rows that FILE has already and that are
+not red are kept, unless their architectures are named.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, Architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, FEATURED, Architecture
 
 FIELDS = ("architecture", "class", "kind", "models", "online", "online_share", "modelopt",
-          "compressed-tensors", "stored_share", "reference", "dtype", "worst", "reason",
-          "seconds")  # fmt: skip
+          "compressed-tensors", "stored_share", "TP 2", "LoRA", "MTP", "reference", "dtype",
+          "worst", "reason", "seconds")  # fmt: skip
+REFUSED = "refused by vLLM"
 ROADS = ("online", "modelopt", "compressed-tensors")
+COLUMNS = ("TP 2", "LoRA", "MTP")
 CSV = common.ROOT / "benchmarks" / "results" / "models.csv"
 _TIME_LIMIT = 420
+# What an engine, a model of transformers and `quantize` import.
+_NOTHING = "none to quantise"
+_MODULES = (
+    "transformers", "transformers.models.auto.modeling_auto", "vllm.entrypoints.llm",
+    "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.engine.core", "vllm.model_executor.models.registry",
+    "vllm_nvfp4.plugin", "vllm_nvfp4.cli.main", "vllm_nvfp4.testing.model_sweep",
+)  # fmt: skip
 _REASON_CHARS = 240
 
 
@@ -46,69 +59,104 @@ def check(
     """The roads of one architecture. note: takes the columns that are known so far."""
     from vllm_nvfp4.cli.main import main as command
     from vllm_nvfp4.testing.model_sweep import Sweep, one_line
+    from vllm_nvfp4.testing.sweep_features import write_drafts
 
     sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
-    reasons, worst = [], 0.0
-    for road in roads:
+    reasons: list[str] = []
+    worst, failed = 0.0, {}
+
+    def attempt(road: str, step: Callable[[str], Any]) -> Any:
         try:
-            found = sweep.measure(road)
+            return step(road)
         except Exception as error:  # whatever ends an engine: a row says it, and the next one runs
+            failed[road] = one_line(error)
             note(**{road: "FAILED"})
-            reasons.append(f"{road}: {one_line(error)}")
             traceback.print_exc()
+
+    for road in roads:
+        if road != "online":
+            attempt(road, sweep.quantise)
+    if "MTP" in FEATURED.get(architecture.name, ()):
+        attempt("MTP", lambda _: write_drafts(sweep))
+    for road in roads:
+        found = None if road in failed else attempt(road, sweep.measure)
+        if found is None:
+            continue
+        worst = max(worst, found.deviation)
+        is_close = found.deviation <= found.tolerance
+        note(**{road: f"{found.deviation:.2g}" if is_close else f"DIFFERS {found.deviation:.2g}"})
+        share = "online_share" if road == "online" else "stored_share"
+        note(**{share: round(found.share, 3)}, reference=found.reference, worst=f"{worst:.2g}")
+        if not is_close:
+            limit = f"{found.tolerance:.2g}"
+            reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
+    stock = sweep.stock_error() if failed.keys() & set(ROADS) else ""
+    own = {road: error for road, error in failed.items() if error != stock and road in ROADS}
+    note(**{road: REFUSED for road in ROADS if road in failed and road not in own})
+    note(**{road: _NOTHING for road, error in own.items() if _NOTHING in error})
+    reasons += [f"{road}: {error}" for road, error in own.items()]
+    if stock:
+        reasons.append(f"stock vLLM, in 16 bits: {stock}")
+    if "modelopt" in roads and "modelopt" not in failed:
+        check_features(sweep, attempt, failed, reasons, note)
+    note(reason="; ".join(reasons))
+
+
+def check_features(
+    sweep: Any,
+    attempt: Callable[..., Any],
+    failed: Mapping[str, str],
+    reasons: list[str],
+    note: Callable[..., None],
+) -> None:
+    from vllm_nvfp4.testing.sweep_features import FEATURES, stock_options
+
+    for name in FEATURED.get(sweep.architecture.name, ()):
+        if name not in failed and (cell := attempt(name, lambda name: FEATURES[name](sweep))):
+            note(**{name: cell})
+        elif sweep.stock_error(**stock_options(sweep, name)) == failed[name]:
+            note(**{name: REFUSED})
+            reasons.append(f"{name}, stock vLLM in 16 bits: {failed[name]}")
         else:
-            worst = max(worst, found.deviation)
-            is_close = found.deviation <= found.tolerance
-            note(
-                **{road: f"{found.deviation:.2g}" if is_close else f"DIFFERS {found.deviation:.2g}"}
-            )
-            share = "online_share" if road == "online" else "stored_share"
-            note(**{share: round(found.share, 3)}, reference=found.reference, worst=f"{worst:.2g}")
-            if not is_close:
-                limit = f"{found.tolerance:.2g}"
-                reasons.append(f"{road}: differs by {found.deviation:.2g}, not at most {limit}")
-        note(reason="; ".join(reasons))
+            reasons.append(f"{name}: {failed[name]}")
 
 
-def run_one(name: str, roads: Sequence[str], work: Path) -> int:
+def run_one(name: str, roads: Sequence[str], work: Path) -> None:
     """In a process of its own: the row goes to a file as far as it is known."""
+    with (work / "log.txt").open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
     row: dict[str, Any] = {}
-    path = work / "row.json"
-    path.unlink(missing_ok=True)
 
     def note(**columns: Any) -> None:
         row.update(columns)
-        path.write_text(json.dumps(row))
+        (work / "row.json").write_text(json.dumps(row))
 
     try:
         check(ARCHITECTURES[name], roads, work, note)
     except Exception as error:
         traceback.print_exc()
         note(reason=f"{type(error).__name__}: {error}"[:_REASON_CHARS])
-    return 0
 
 
 def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[str, Any]:
     """The row of one architecture, whatever becomes of its process."""
     work.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    command = [sys.executable, __file__, "--one", architecture.name]
-    command += ["--work", str(work), "--roads", *roads]
-    ended = ""
-    with (work / "log.txt").open("wb") as log:
-        try:
-            result = subprocess.run(
-                command,
-                stdout=log,
-                stderr=log,
-                timeout=_TIME_LIMIT,
-                env=_environment(),
-            )
-            ended = f"the process ended with {result.returncode}" if result.returncode else ""
-        except subprocess.TimeoutExpired:
-            ended = f"not done in {_TIME_LIMIT} s"
     found = work / "row.json"
+    found.unlink(missing_ok=True)
+    begin = time.monotonic()
+    # A fork of this process has all its modules, whose import takes longer than an engine.
+    process = multiprocessing.get_context("fork").Process(
+        target=run_one, args=(architecture.name, roads, work)
+    )
+    process.start()
+    process.join(_TIME_LIMIT)
+    ended = f"the process ended with {process.exitcode}" if process.exitcode else ""
+    if process.is_alive():
+        ended = f"not done in {_TIME_LIMIT} s"
+        process.kill()
+        process.join()
     row = json.loads(found.read_text()) if found.exists() else {}
     row["reason"] = "; ".join(part for part in (row.get("reason", ""), ended) if part)
     return row | {
@@ -120,19 +168,36 @@ def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[st
     }
 
 
-def _environment() -> dict[str, str]:
-    import importlib.util
+def _here(function: Callable[[], Any]) -> Any:
+    return function()
 
-    paths = [str(common.ROOT), os.environ.get("PYTHONPATH", "")]
-    if importlib.util.find_spec("torchvision") is None:
-        paths.append(str(common.ROOT / "tests" / "support" / "stubs"))
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+
+def prepare() -> None:
+    """Everything that the rows' processes share, before the first of them is forked."""
+    os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TOKENIZERS_PARALLELISM": "false",
+        # Of an eager engine vLLM compiles a few lines of the sampler, once in every process.
+        "TORCHDYNAMO_DISABLE": "1",
+        # A library's threads do not live on in a fork.
+        "OMP_NUM_THREADS": "1",
     }
+    sys.path.append(str(common.ROOT / "tests" / "support"))
+    importlib.import_module("vision_classes").install()
+    for name in _MODULES:
+        importlib.import_module(name)
+    # vLLM looks at a model's class in a process of its own, so as not to touch a GPU before its
+    # time; that process would import all of vLLM again.
+    vars(sys.modules["vllm.model_executor.models.registry"])["_run_in_subprocess"] = _here
+    if (number := threading.active_count()) > 1:
+        raise RuntimeError(f"{number} threads before a fork: {threading.enumerate()}")
+
+
+def is_red(row: Mapping[str, Any]) -> bool:
+    """Whether the plugin fails or errs where stock vLLM does not."""
+    ends = [str(row.get(column) or "") for column in (*ROADS, *COLUMNS)]
+    return any(e.startswith(("FAILED", "DIFFERS")) for e in ends) or not any(ends)
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -152,13 +217,14 @@ def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(ordered)
-    head = ("architecture", "class", *ROADS, "quantised online", "stored", "reason")
+    head = ("architecture", "class", *ROADS, *COLUMNS, "quantised online", "stored", "reason")
     lines = ["# Architectures against stock vLLM on the same weights dequantised", ""]
     lines += [f"{name}: {value}  " for name, value in notes]
     lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in ordered:
         cells = [row["architecture"] + (f" ({row['models']})" if row.get("models") else "")]
-        cells += [str(row.get(c) or "") for c in ("class", *ROADS, "online_share", "stored_share")]
+        columns = ("class", *ROADS, *COLUMNS, "online_share", "stored_share")
+        cells += [str(row.get(c) or "") for c in columns]
         cells.append(re.sub(r"[|]", "/", str(row.get("reason") or "")))
         lines.append(f"| {' | '.join(cells)} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -170,17 +236,17 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=CSV, metavar="FILE")
     parser.add_argument("--work", type=Path, default=common.ROOT / ".cache" / "models")
     parser.add_argument("--roads", nargs="+", choices=ROADS, default=ROADS)
-    parser.add_argument("--one", choices=ARCHITECTURES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        return run_one(args.one, args.roads, args.work)
+    prepare()
     rows = read_rows(args.csv)
-    for name in args.names or [n for n in ARCHITECTURES if n not in rows]:
-        rows[name] = run(ARCHITECTURES[name], args.roads, args.work / name)
+    done = {name for name, row in rows.items() if not is_red(row)}
+    for name in args.names or [n for n in ARCHITECTURES if n not in done]:
+        row = run(ARCHITECTURES[name], args.roads, args.work / name)
+        rows[name] = row if set(args.roads) == set(ROADS) else rows.get(name, {}) | row
         shown = ", ".join(f"{road} {rows[name].get(road, '')}" for road in ROADS)
         print(f"{name}: {shown} {rows[name]['reason']}", flush=True)
         write_table(args.csv, rows)
-    return int(any(row["reason"] for row in rows.values()))
+    return int(any(is_red(row) for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,13 @@ _ELSEWHERE = {
     "nvidia/Qwen3-8B-NVFP4",
     ".venv/bin/",
 }
-PARTS = ("docs_options.py", "docs_quality.py", "docs_bench.py", "docs_models.py")
+PARTS = (
+    "docs_options.py",
+    "docs_quality.py",
+    "docs_bench.py",
+    "docs_models.py",
+    "docs_architectures.py",
+)
 
 
 def test_the_readme_is_short():

@@ -2,9 +2,14 @@
 """Speculative decoding: the same tokens, and a draft that is the target is nearly always right."""
 
 import pytest
+from safetensors.torch import load_file
 from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT
+from stored_forms import store
+from vllm import SamplingParams
 
-from vllm_nvfp4.testing.checkpoints import extract_fixture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, DRAFTS, write_architecture
+from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors, extract_fixture
+from vllm_nvfp4.testing.drafts import hand_on_the_embedding, make_predictable, write_eagle3
 from vllm_nvfp4.testing.engine import ask_engine, engine
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -55,3 +60,90 @@ def test_a_draft_that_is_the_target_is_taken(form, folders):
         tokens, acceptance = tokens_and_acceptance(target, folders["other"])
         assert tokens == alone
         assert acceptance < 0.5
+
+
+MTP = {"method": "mtp", "num_speculative_tokens": 2}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+PREDICTABLE = {
+    "dtype": "float32",
+    "additional_config": KEEP_KV,
+    "disable_log_stats": False,
+    "skip_tokenizer_init": True,
+}
+
+
+def greedy_tokens(llm):
+    parameters = SamplingParams(
+        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False
+    )
+    request = {"prompt_token_ids": PROMPT}
+    return list(llm.generate([request], parameters, use_tqdm=False)[0].outputs[0].token_ids)
+
+
+def ask(folder, speculative=None):
+    """(greedy tokens, drafted tokens that were taken, drafted)."""
+    with engine(folder, **PREDICTABLE, speculative_config=speculative) as llm:
+        tokens = greedy_tokens(llm)
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    spec = "vllm:spec_decode_num"
+    return tokens, *(int(counts.get(f"{spec}_{n}_tokens", 0)) for n in ("accepted", "draft"))
+
+
+def write_with_head(folder, form, is_right):
+    """GLM-4-MoE in NVFP4, with the draft layer after its last in ``form``."""
+    kept = ("embed", "head", "norm", "mlp.gate", "eh_proj")  # as vLLM builds them
+    draft = DRAFTS["glm4-moe"]
+
+    def edit(tensors):
+        draft.add(tensors)
+        make_predictable(tensors)
+        if is_right:
+            hand_on_the_embedding(tensors)
+
+    def form_of(layer):
+        if any(part in layer for part in kept):
+            return "bf16"
+        return form if ".layers.2." in layer else "nvfp4"
+
+    write_architecture(folder, ARCHITECTURES["glm4-moe"])
+    edit_json(folder / "config.json", draft.settings)
+    edit_tensors(folder, edit)
+    return store(folder, form_of, NVFP4)
+
+
+def test_a_head_in_the_target_s_file(tmp_path):
+    """Whatever form it is stored in, the right one is always taken and the wrong one never."""
+    right = {
+        form: write_with_head(tmp_path / form, form, True) for form in ("bf16", "fp8", "nvfp4")
+    }
+    alone, *_ = ask(right["bf16"])
+    assert len(set(alone)) == len(alone)
+    for form, folder in right.items():
+        tokens, taken, drafted = ask(folder, MTP)
+        assert tokens == alone, form
+        assert taken == drafted >= NUM_TOKENS // 2, form
+    tokens, taken, drafted = ask(write_with_head(tmp_path / "wrong", "nvfp4", False), MTP)
+    assert tokens == alone
+    assert taken <= drafted // 10
+
+
+@pytest.mark.parametrize("quantization", [None, "nvfp4"])
+def test_an_eagle_3_draft_beside_a_quantised_target(quantization, tmp_path):
+    """In 16 bits, and quantised while it loads."""
+    target = write_model(tmp_path / "target", "llama")
+    edit_tensors(target, make_predictable)
+    draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))
+    speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 1}
+    speculative["quantization"] = quantization
+    alone, *_ = ask(target)
+    tokens, taken, drafted = ask(target, speculative)
+    assert tokens == alone
+    assert taken == drafted >= NUM_TOKENS // 2
+    edit_tensors(draft, shuffle_first_projection)
+    tokens, taken, drafted = ask(target, speculative)
+    assert tokens == alone
+    assert taken <= drafted // 10
+
+
+def shuffle_first_projection(tensors):
+    tensors["fc.weight"] = tensors["fc.weight"].roll(7, 0)

@@ -2,13 +2,11 @@
 """Files whose layers are stored otherwise than their configuration says, through real engines."""
 
 import pytest
-import torch
 from serving_cases import compare, layer_of
+from stored_forms import store
 
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.validate import validate
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_nvfp4
-from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -17,58 +15,11 @@ pytestmark = pytest.mark.vllm
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
-def stored_as(form, weight):
-    """A weight [N, K] as the tensors of a form, by their names after the layer's."""
-    weight = weight.float()
-    if form == "bf16":
-        return {"weight": weight.bfloat16()}
-    if form == "fp8":
-        codes, scale = quantize_fp8_per_row(weight)
-        return {"weight": codes, "weight_scale": scale}
-    if form == "fp8block":
-        tiles = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32)).abs().amax((1, 3)) / 448
-        full = tiles.repeat_interleave(32, 0).repeat_interleave(32, 1)
-        return {"weight": (weight / full).to(torch.float8_e4m3fn), "weight_scale_inv": tiles}
-    if form == "mxfp8":
-        amax = weight.unflatten(1, (-1, 32)).abs().amax(2).clamp(min=2.0**-100)
-        exponent = torch.floor(torch.log2(amax)).int() - 8
-        full = torch.ldexp(torch.ones(()), exponent).repeat_interleave(32, 1)
-        codes = (weight / full).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return {"weight": codes, "weight_scale": (exponent + 127).to(torch.uint8)}
-    quantized = quantize_nvfp4(weight, "rtn")
-    scales = quantized.block_scale, quantized.global_scale[0].reshape(())
-    if form == "ct":
-        divisor = (1 / scales[1].double()).float().reshape(1)
-        names = ("weight_packed", "weight_scale", "weight_global_scale")
-        return dict(zip(names, (quantized.codes, scales[0], divisor), strict=True))
-    if form == "awq":
-        pre_scale = 0.5 + torch.arange(weight.shape[1]) / weight.shape[1]
-        return stored_as("nvfp4", weight / pre_scale) | {"pre_quant_scale": pre_scale}
-    names = ("weight", "weight_scale", "weight_scale_2")
-    tensors = dict(zip(names, (quantized.codes, *scales), strict=True))
-    return {**tensors, "input_scale": torch.tensor(0.01)}
-
-
-def store(folder, decide, config, strays=()):
-    """Write the model of a folder with each weight [N, K] in the form ``decide(its name)``."""
-
-    def edit(tensors):
-        for name in [n for n in tensors if n.endswith(".weight") and tensors[n].dim() == 2]:
-            layer = name.removesuffix(".weight")
-            stored = stored_as(decide(layer), tensors.pop(name))
-            tensors |= {f"{layer}.{leaf}": tensor for leaf, tensor in stored.items()}
-        for name in strays:
-            tensors[name] = torch.tensor(0.01)
-
-    edit_json(folder / "config.json", lambda c: c.update(quantization_config=config))
-    return edit_tensors(folder, edit)
-
-
 FORMS = {
     "model.layers.0.self_attn.k_proj": "bf16",  # a shard unlike the others
     "model.layers.0.self_attn.o_proj": "fp8block",
     "model.layers.0.mlp.down_proj": "mxfp8",
-    "model.layers.1.self_attn.q_proj": "fp8",  # shards in three forms
+    "model.layers.1.self_attn.q_proj": "fp8row",  # shards in three forms
     "model.layers.1.self_attn.v_proj": "bf16",
     "model.layers.1.self_attn.o_proj": "fp8",
     "model.layers.1.mlp.gate_proj": "fp8block",
@@ -116,7 +67,7 @@ def test_a_shared_expert_in_no_list_and_in_16_bits(tmp_path):
         assert type(shared.quant_method).__name__ == "UnquantizedLinearMethod"
 
 
-@pytest.mark.parametrize("forms", [("fp8block", "mxfp8"), ("awq", "fp8")])
+@pytest.mark.parametrize("forms", [("fp8block", "mxfp8"), ("awq", "fp8row")])
 def test_experts_in_forms_without_a_kernel(forms, tmp_path):
     """Each layer's experts in another form: all become 16 bits, as their values are."""
     folder = write_model(tmp_path, "qwen3_moe")

@@ -73,8 +73,9 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
     """Build and load the model, and the draft model of speculative decoding if there is one."""
     from vllm.model_executor.model_loader import base_loader
 
+    from vllm_nvfp4.checking.draft import draft_of
     from vllm_nvfp4.checking.groups import first_of_many
-    from vllm_nvfp4.checking.layers import layer_groups
+    from vllm_nvfp4.checking.layers import draft_groups, layer_groups
     from vllm_nvfp4.checking.load import load_without_data
     from vllm_nvfp4.compat import versions
 
@@ -93,15 +94,22 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
     with first_of_many(parallel):
         loaded = load_without_data(build, census.headers(), model_config)
         groups = tuple(layer_groups(loaded.model))
-    errors = [Finding(name or "load", message) for name, message in loaded.refused.items()]
-    errors += [
-        Finding(
-            name,
-            f"found {filled} of {size} elements in the files; needed all of them. {_DOWNLOAD}",
-        )
-        for name, (filled, size) in loaded.empty.items()
-    ]
-    dropped, left_out = _unused(loaded.unused, census)
+        errors, unused = list(_errors(loaded)), set(loaded.unused)
+        found = [(unused, census)]
+        if (draft := draft_of(config)) is not None:
+            of_draft = _load_draft(draft, census, config)
+            groups += tuple(draft_groups(of_draft.model))
+            errors += _errors(of_draft)
+            if draft.census is None:
+                unused &= set(of_draft.unused)
+            else:
+                found.append((set(of_draft.unused), draft.census))
+    dropped: list[Finding] = []
+    left_out: dict[str, int] = {}
+    for names, of_files in found:
+        of_layers, of_others = _unused(names, of_files)
+        dropped += of_layers
+        left_out |= of_others
     devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     architecture = type(loaded.model).__name__
     return lambda seconds: Report(
@@ -115,6 +123,30 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
         left_out,
         seconds,
     )
+
+
+def _load_draft(draft: Any, target: Any, config: Any) -> Any:
+    """The load of a draft model, whose tables are the target's where its files have none."""
+    from vllm_nvfp4.checking.layers import vocabulary_names
+    from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.compat import versions
+
+    def build() -> Any:
+        versions.forget_layers(config)
+        return draft.build()
+
+    loaded = load_without_data(build, (draft.census or target).headers(), draft.model_config)
+    shared = set(vocabulary_names(loaded.model))
+    loaded.empty = {n: v for n, v in loaded.empty.items() if n.rpartition(".")[0] not in shared}
+    return loaded
+
+
+def _errors(loaded: Any) -> Iterable[Finding]:
+    for name, message in loaded.refused.items():
+        yield Finding(name or "load", message)
+    for name, (filled, size) in loaded.empty.items():
+        found = f"found {filled} of {size} elements in the files; needed all of them"
+        yield Finding(name, f"{found}. {_DOWNLOAD}")
 
 
 def _unused(names: Iterable[str], census: Any) -> tuple[list[Finding], dict[str, int]]:

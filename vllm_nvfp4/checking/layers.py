@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from vllm.model_executor.layers.linear import LinearBase
@@ -53,6 +54,20 @@ def layer_groups(model: Any) -> Iterator[LayerGroup]:
         sizes[part, form, path] += size
     for key, count in sorted(counts.items(), key=lambda item: -sizes[item[0]]):
         yield LayerGroup(*key, count, sizes[key])
+
+
+def draft_groups(model: Any) -> Iterator[LayerGroup]:
+    """The same of a draft model, which takes its embedding and lm_head from the target."""
+    for group in layer_groups(model):
+        if group.part not in ("embedding", "lm_head"):
+            yield replace(group, part=f"draft {group.part}")
+
+
+def vocabulary_names(model: Any) -> Iterator[str]:
+    """The names of a model's embeddings and lm_heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding):
+            yield name
 
 
 def _part(module: Any) -> str:

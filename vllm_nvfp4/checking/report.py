@@ -14,7 +14,8 @@ SCHEMA = 1
 class LayerGroup:
     """Layers that are stored alike and run alike.
 
-    part:       linear, experts, lm_head, embedding, or other: everything that is no product
+    part:       linear, experts, lm_head, embedding, or other: everything that is no product; of a
+                draft model, draft linear and so on
     form:       as stored, e.g. "NVFP4"; "16 bits"
     path:       what runs them
     held_bytes: of one device's memory, once they are loaded
@@ -95,7 +96,7 @@ class Report:
             yield f"{self.model}: {self.architecture}, dialect {self.dialect}"
         for layer in self.layers:
             size = f"{layer.held_bytes / 1e9:.3f} GB"
-            yield f"{layer.count:6} {layer.part:10} {layer.form:24} {size:>12}  {layer.path}"
+            yield f"{layer.count:6} {layer.part:13} {layer.form:24} {size:>12}  {layer.path}"
         if self.left_out:
             names = ", ".join(f"{n} ({count})" for n, count in sorted(self.left_out.items()))
             yield f"in the files, and asked for by no layer of the model: {names}"

@@ -8,11 +8,15 @@ stacks that the hub's have.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
+from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
 
 VOCAB_SIZE = 320
 _SIZES: dict[str, Any] = {
@@ -42,7 +46,12 @@ class Architecture:
     kind:    what is in it: "dense", "moe", "mla", "mamba2", "gdn" or "vision", several joined by +
     models:  names on the hub that people run
     auto:    transformers' class that makes the model
-    dtype:   for both engines; vLLM's kernels of gated delta nets on CPUs want 16 bits
+    dtype:   for both engines; vLLM's kernels of gated delta nets and of MLA on CPUs want
+             16 bits
+    written: class in the hub's config.json, where transformers' is called otherwise
+    rename:  pattern -> replacement, in the tensors' names, where transformers writes others than
+             the hub has
+    turned:  pattern of the stacks that transformers writes turned against the hub's
     """
 
     name: str
@@ -52,7 +61,9 @@ class Architecture:
     models: str = ""
     auto: str = "AutoModelForCausalLM"
     dtype: str = "float32"
-    edit: Callable[[dict[str, Any]], Any] = field(default=lambda config: None)
+    written: str = ""
+    rename: tuple[str, str] | None = None
+    turned: str = ""
 
 
 def _sizes(**changes: Any) -> dict[str, Any]:
@@ -83,6 +94,8 @@ _ROUTED: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+# All experts of each token: in BF16 a router's tie would be settled by rounding.
+_ALL_ROUTED: dict[str, Any] = {**_ROUTED, "n_routed_experts": 4, "num_experts_per_tok": 4}
 _MLA: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
@@ -114,8 +127,8 @@ _NEMOTRON_H: dict[str, Any] = {
 _GDN: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
@@ -237,7 +250,8 @@ RANKED = (
     Architecture("qwen3", "Qwen3Config", _sizes(), "dense", "Qwen3-8B, 14B, 32B"),
     Architecture(
         "glm4-moe-lite", "Glm4MoeLiteConfig",
-        _sizes(**_MLA, **_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe", "GLM-4.7-Flash",
+        _sizes(**_MLA, **_ALL_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe",
+        "GLM-4.7-Flash", dtype="bfloat16",
     ),
     Architecture(
         "mistral3", "Mistral3Config",
@@ -260,8 +274,10 @@ RANKED = (
     ),
     Architecture(
         "qwen3-vl-moe", "Qwen3VLMoeConfig",
-        _qwen_vision(_sizes(**_EXPERTS, **_SPARSE, **_ROPE_VL), deepstack_visual_indexes=[0]),
+        _qwen_vision(_sizes(**(_EXPERTS | {"moe_intermediate_size": 96}), **_SPARSE, **_ROPE_VL),
+                     deepstack_visual_indexes=[0]),
         "moe+vision", "Qwen3-VL-MoE", _IMAGE_TEXT,
+        turned=r"experts\.(gate_up|down)_proj$",
     ),
     Architecture("granite4-moe", "GraniteMoeHybridConfig",
                  _sizes(**_GRANITE_HYBRID, num_local_experts=8, num_experts_per_tok=2),
@@ -298,15 +314,15 @@ RANKED = (
     ),
     Architecture(
         "deepseek-v2", "DeepseekV2Config",
-        _sizes(**_MLA | {"q_lora_rank": None}, **_ROUTED, topk_method="greedy",
+        _sizes(**_MLA | {"q_lora_rank": None}, **_ALL_ROUTED, topk_method="greedy",
                norm_topk_prob=False),
-        "mla+moe", "DeepSeek-V2-Lite",
+        "mla+moe", "DeepSeek-V2-Lite", dtype="bfloat16",
     ),
     Architecture(
         "deepseek-v3", "DeepseekV3Config",
-        _sizes(**_MLA, **(_ROUTED | {"n_group": 2}), topk_method="noaux_tc",
+        _sizes(**_MLA, **(_ALL_ROUTED | {"n_group": 2, "topk_group": 2}), topk_method="noaux_tc",
                scoring_func="sigmoid"),
-        "mla+moe", "DeepSeek-V3, R1",
+        "mla+moe", "DeepSeek-V3, R1", dtype="bfloat16",
     ),
     Architecture(
         "gemma3n", "Gemma3nTextConfig",
@@ -330,10 +346,10 @@ RANKED = (
                         rotary_dim=32, use_qk_norm=True), "moe", "MiniMax-M2"),
     Architecture(
         "kimi-linear", "KimiLinearConfig",
-        _sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=8,
-               num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1,
+        _sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=4,
+               num_experts_per_tok=4, moe_intermediate_size=64, n_shared_experts=1,
                first_k_dense_replace=1),
-        "mla+moe", "Kimi-Linear",
+        "mla+moe", "Kimi-Linear", dtype="bfloat16",
     ),
 )  # fmt: skip
 
@@ -376,6 +392,7 @@ OTHERS = (
             "mm_tokens_per_image": 4, "image_token_id": 300, "boi_token_id": 301,
             "eoi_token_id": 302, "image_token_index": 300,
         }, "dense+vision", auto=_IMAGE_TEXT,
+        rename=(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
     ),
     Architecture("glm", "GlmConfig", _sizes(partial_rotary_factor=0.5), "dense"),
     Architecture("glm4", "Glm4Config", _sizes(partial_rotary_factor=0.5), "dense"),
@@ -396,7 +413,9 @@ OTHERS = (
     Architecture("hunyuan", "HunYuanDenseV1Config", _sizes(), "dense"),
     Architecture("lfm2", "Lfm2Config",
                  _sizes(**_NO_HEAD_DIM, layer_types=["conv", "full_attention"],
-                        block_multiple_of=64, block_auto_adjust_ff_dim=False), "dense"),
+                        conv_dim=128, block_dim=128, block_ff_dim=256, block_norm_eps=1e-5,
+                        block_multiple_of=64, block_auto_adjust_ff_dim=False),
+                 "dense"),
     Architecture(
         "mamba2", "Mamba2Config",
         {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 4,
@@ -405,8 +424,10 @@ OTHERS = (
          "pad_token_id": 0}, "mamba2",
     ),
     Architecture("mimo-v2", "MiMoV2FlashConfig",
-                 _sizes(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
-                 "moe"),
+                 _sizes(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+                        hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1], v_head_dim=32,
+                        swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=32,
+                        swa_v_head_dim=32, sliding_window_size=16, layernorm_epsilon=1e-6), "moe"),
     Architecture("ministral3", "Ministral3Config", _sizes(), "dense"),
     Architecture("mistral", "MistralConfig", _sizes(), "dense"),
     Architecture("mixtral", "MixtralConfig", _sizes(**_LOCAL_EXPERTS), "moe"),
@@ -426,7 +447,8 @@ OTHERS = (
                   "pad_token_id": 0}, "dense"),
     Architecture("phi", "PhiConfig", _sizes(**_NO_HEAD_DIM), "dense"),
     Architecture("phi3", "Phi3Config", _sizes(**_NO_HEAD_DIM), "dense"),
-    Architecture("phi-moe", "PhimoeConfig", _sizes(**_NO_HEAD_DIM, **_LOCAL_EXPERTS), "moe"),
+    Architecture("phi-moe", "PhimoeConfig", _sizes(**_NO_HEAD_DIM, **_LOCAL_EXPERTS), "moe",
+                 written="PhiMoEForCausalLM"),
     Architecture("qwen2", "Qwen2Config", _sizes(**_NO_HEAD_DIM), "dense"),
     Architecture("qwen2-moe", "Qwen2MoeConfig",
                  _sizes(**_NO_HEAD_DIM, **_EXPERTS, **_SPARSE,
@@ -446,10 +468,55 @@ OTHERS = (
                mamba_expand=2, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=64,
                chunk_size=32, num_mem_blocks=1, use_shared_attention_adapter=False,
                adapter_rank=16, attention_head_dim=64, attention_hidden_size=256), "mamba2",
+        # The hub's files hold the block that two layers share once.
+        rename=(r"layers\.3\.shared_transformer\.", "layers.1.shared_transformer."),
     ),
 )  # fmt: skip
 
 ARCHITECTURES = {a.name: a for a in RANKED + OTHERS}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How a model gets a head for multi-token prediction.
+
+    settings: edits config.json; add: adds the tensors; method: of vLLM's speculative_config
+    """
+
+    settings: Callable[[dict[str, Any]], Any]
+    add: Callable[[dict[str, Any]], Any]
+    method: str = "mtp"
+
+
+def _has_mtp(config: dict[str, Any]) -> None:
+    config.get("text_config", config)["mtp_num_hidden_layers"] = 1
+
+
+def _has_layer_past_the_end(config: dict[str, Any]) -> None:
+    config["num_nextn_predict_layers"] = 1
+
+
+_AFTER_LAYER_1 = Draft(_has_layer_past_the_end, partial(add_layer_past_the_end, last=1))
+DRAFTS = {
+    "qwen3.5": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
+    "qwen3.5-moe": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
+    "qwen3-next": Draft(_has_mtp, partial(add_mtp, layer="model.layers.3.")),
+    "glm4-moe": _AFTER_LAYER_1,
+    "deepseek-v3": _AFTER_LAYER_1,
+}
+# One of each kind.
+FEATURED = {
+    "qwen3": ("TP 2", "LoRA"),
+    "qwen3-moe": ("TP 2", "LoRA"),
+    "deepseek-v2": ("TP 2", "LoRA"),
+    "nemotron-h-moe": ("TP 2", "LoRA"),
+    "granite4-moe": ("TP 2", "LoRA"),
+    "qwen3-next": ("TP 2", "LoRA", "MTP"),
+    "qwen3.5": ("TP 2", "LoRA", "MTP"),
+    "qwen3.5-moe": ("MTP",),
+    "glm4-moe": ("MTP",),
+    "deepseek-v3": ("MTP",),
+}
 
 
 def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) -> Path:
@@ -462,14 +529,23 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model = getattr(transformers, architecture.auto).from_config(config)
     _draw(model, torch.Generator().manual_seed(seed))
     model = model.to(torch.bfloat16)
-    model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    path = folder / "config.json"
-    found = json.loads(path.read_text())
-    architecture.edit(found)
-    path.write_text(json.dumps(found))
+    if architecture.written:
+        written = [architecture.written]
+        edit_json(folder / "config.json", lambda config: config.update(architectures=written))
+    if architecture.rename or architecture.turned:
+        edit_tensors(folder, lambda tensors: _to_hub(tensors, architecture))
     return folder
+
+
+def _to_hub(tensors: dict[str, Any], architecture: Architecture) -> None:
+    pattern, replacement = architecture.rename or ("$^", "")
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if architecture.turned and re.search(architecture.turned, name):
+            tensor = tensor.mT
+        tensors[re.sub(pattern, replacement, name)] = tensor
 
 
 def _draw(model: Any, generator: Any) -> None:

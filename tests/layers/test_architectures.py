@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One architecture of each kind that no other test serves, quantised while it loads.
+
+`make models` runs them all, stored ones too. Dense models and mixtures of experts are served by
+test_serving and test_experts, experts in stacks by test_stacked_experts.
+"""
+
+import pytest
+import vision_classes
+
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
+from vllm_nvfp4.testing.model_sweep import (
+    TOLERANCE,
+    ask_transformers,
+    quantised_share,
+    serve,
+    write_twin,
+)
+
+pytestmark = pytest.mark.vllm
+
+# MLA; Mamba-2 and experts without a gate; gated delta nets, of a multimodal model; experts that
+# the hub has in turned stacks, of another; sliding windows and tied tables.
+SAMPLE = {
+    "glm4-moe-lite": 0.7,
+    "nemotron-h-moe": 0.8,
+    "qwen3.5": 0.6,
+    "qwen3-vl-moe": 0.6,
+    "gemma4": 0.8,
+}
+# Without a second engine: vLLM and transformers agree on them in float32.
+AS_TRANSFORMERS = ("nemotron-h-moe", "qwen3-vl-moe", "gemma4")
+# Twice what two kernels in BF16 differ by here.
+BF16 = 0.2
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_log_probabilities_are_those_of_the_dequantised_weights(name, tmp_path):
+    vision_classes.install()
+    architecture = ARCHITECTURES[name]
+    plain = write_architecture(tmp_path / "plain", architecture)
+    answer, matrices = serve(plain, architecture.dtype)
+    assert quantised_share(matrices, plain) > SAMPLE[name]
+    assert write_twin(plain, matrices, tmp_path / "twin") == 0
+    if name in AS_TRANSFORMERS:
+        expected = ask_transformers(tmp_path / "twin", architecture.auto)
+    else:
+        expected, _ = serve(tmp_path / "twin", architecture.dtype, quantization=None)
+    limit = BF16 if architecture.dtype == "bfloat16" else TOLERANCE["float32"]
+    assert answer.deviation(expected) < limit
