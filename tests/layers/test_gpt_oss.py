@@ -77,7 +77,14 @@ def single_nvfp4(name, experts, bias, out):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("store", "options"), [(stacked_nvfp4, {}), (single_nvfp4, TWO_RANKS)])
+@pytest.mark.parametrize(
+    ("store", "options"),
+    [
+        (stacked_nvfp4, {}),
+        (single_nvfp4, {}),
+        pytest.param(single_nvfp4, TWO_RANKS, marks=pytest.mark.trust),
+    ],
+)
 def test_experts_in_nvfp4_with_biases(store, options, tmp_path, monkeypatch):
     """On two ranks each expert is cut, and one of them adds the bias of the down projection."""
     plain = write_model(tmp_path / "plain", "gpt_oss")
