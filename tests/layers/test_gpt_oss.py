@@ -115,7 +115,10 @@ def test_quantised_while_loading(tmp_path, monkeypatch):
     model = quantise_like_online(plain_model(folder, torch.float32), "nvfp4")
     with torch.no_grad():
         for layer in model.model.layers:
-            for stack, turns in ((layer.mlp.experts.gate_up_proj, 2), (layer.mlp.experts.down_proj, 1)):
+            for stack, turns in (
+                (layer.mlp.experts.gate_up_proj, 2),
+                (layer.mlp.experts.down_proj, 1),
+            ):
                 for expert in stack:
                     for i in range(turns):  # gate and up have each a scale of their own
                         rows = expert[:, i::turns]
@@ -127,7 +130,9 @@ def test_quantised_while_loading(tmp_path, monkeypatch):
 
 def test_one_seed_is_one_model(tmp_path):
     """All of it, what transformers itself draws included: two copies are compared above."""
-    one, other = (load_file(write_model(tmp_path / n, "gpt_oss") / "model.safetensors") for n in "ab")
+    one, other = (
+        load_file(write_model(tmp_path / n, "gpt_oss") / "model.safetensors") for n in "ab"
+    )
     assert {n for n in one if not torch.equal(one[n], other[n])} == set()
 
 
