@@ -432,7 +432,7 @@ def test_what_is_not_supported_is_named(config, words):
 def test_a_folder_of_mlx_is_named(tmp_path):
     table = {"bits": 4, "group_size": 16, "mode": "nvfp4"}
     (tmp_path / "config.json").write_text(json.dumps({"quantization": table}))
-    with pytest.raises(CheckpointError, match="found 'mlx'.*serve the BF16 model"):
+    with pytest.raises(CheckpointError, match=r"found 'mlx'.*serve the BF16 model"):
         detect(read_config(tmp_path)[1])
 
 

@@ -26,7 +26,7 @@ SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "aut
 _OTHER_FP4 = {
     "gguf": "Serve the BF16 model (it is quantised while it loads), or quantise that with ModelOpt "
     "or llm-compressor.",
-    "mlx": "MLX packs eight codes in an uint32, for Apple's GPUs alone: serve the BF16 model (it is "
+    "mlx": "MLX packs eight codes in an uint32, for Apple's GPUs: serve the BF16 model (it is "
     "quantised while it loads), or `vllm-nvfp4 quantize` it.",
 }
 # What MLX says instead of a method, in "quantization" and again in "quantization_config".
@@ -88,8 +88,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(config.json, its quantisation configuration or None).
 
     Looked for, in this order: ``quantization_config``, ``compression_config`` and MLX's
-    ``quantization`` of config.json, the same of its ``text_config``, and hf_quant_config.json. Raises CheckpointError for a missing
-    or unreadable file, and for one that a link places outside the folder.
+    ``quantization`` of config.json, the same of its ``text_config``, and hf_quant_config.json.
+    Raises CheckpointError for a missing or unreadable file, and for one that a link places outside
+    the folder.
     """
     config = _read_json(folder, "config.json", "Name a folder that holds a Hugging Face model.")
     if config is None:
