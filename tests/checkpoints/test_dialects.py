@@ -91,6 +91,8 @@ EXPECTED = {
     "compressed_tensors/mixed-llama": ("FP8 W8A8 per channel", None, 8, None),
     "compressed_tensors/mxfp4-llama": ("MXFP4 W4A16", MXFP4, 16, None),
     "compressed_tensors/mxfp4-gemma3": ("MXFP4 W4A16", MXFP4, 16, None),
+    "autoround/nvfp4-llama": ("NVFP4 W4A4", NVFP4, 4, None),
+    "autoround/mxfp4-llama": ("MXFP4 W4A16", MXFP4, 16, None),
     "fp_quant/nvfp4-llama": ("FP-Quant nvfp4", NVFP4, 4, None),
     "fp_quant/mxfp4-llama": ("FP-Quant mxfp4", MXFP4, 4, None),
 }
@@ -417,6 +419,7 @@ def test_online_leaves_encoders_routers_and_heads_alone():
         (fp_quant(hadamard_group_size=48), "a power of two"),
         ({"quant_method": "quark", "x": 1}, "AMD Quark"),
         ({"quant_method": "gguf"}, "BF16 model"),
+        ({"bits": 4, "group_size": 16, "mode": "nvfp4"}, "found 'mlx'.*eight codes in an uint32"),
         ({"quant_method": "awq"}, "one of modelopt, compressed-tensors, fp_quant"),
         ({"bits": 4}, "quant_method: found none"),
     ],
@@ -424,6 +427,13 @@ def test_online_leaves_encoders_routers_and_heads_alone():
 def test_what_is_not_supported_is_named(config, words):
     with pytest.raises(CheckpointError, match=words):
         detect(config)
+
+
+def test_a_folder_of_mlx_is_named(tmp_path):
+    table = {"bits": 4, "group_size": 16, "mode": "nvfp4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization": table}))
+    with pytest.raises(CheckpointError, match=r"found 'mlx'.*serve the BF16 model"):
+        detect(read_config(tmp_path)[1])
 
 
 def test_read_config_finds_every_place(tmp_path):

@@ -95,6 +95,13 @@ def test_a_stack_in_fp8(scale, kind):
     assert census.stored_as[f"{P}.weight"].is_transposed == (len(scale) == 3 and scale[2] == N)
 
 
+def test_rows_in_turns():
+    rows = torch.arange(E * 4).view(E, 4, 1)
+    found = {(e, p): v.flatten().tolist() for e, p, v in Stack(("gate", "up"), E, True).split(rows)}
+    assert found[1, "gate"] == [4, 6]
+    assert found[1, "up"] == [5, 7]
+
+
 def test_what_is_no_stack_stays():
     """A dense layer of the same name, experts one by one, and stacks in 16 bits."""
     tensors = {

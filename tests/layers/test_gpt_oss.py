@@ -7,12 +7,24 @@ The reference is transformers' reader of the same file, which shares no code wit
 import pytest
 import torch
 from safetensors import safe_open
-from serving_cases import TWO_RANKS, compare_to, gpt_oss_answer
+from safetensors.torch import load_file
+from serving_cases import (
+    NUM_TOKENS,
+    PROMPT,
+    TWO_RANKS,
+    compare_to,
+    gpt_oss_answer,
+    quantise_like_online,
+    rounded,
+)
 
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.validate import validate
-from vllm_nvfp4.testing.checkpoints import edit_tensors, to_gpt_oss_mxfp4
+from vllm_nvfp4.numerics.quantize import quantize_nvfp4
+from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors, to_gpt_oss_mxfp4
+from vllm_nvfp4.testing.engine import ask_reference, plain_model
+from vllm_nvfp4.testing.model_sweep import write_twin
 from vllm_nvfp4.testing.tiny_models import write_model
 
 LAYER = "model.layers.1.mlp.experts"
@@ -38,6 +50,90 @@ def test_the_tokens_of_transformers(original, options, monkeypatch):
     if options:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     compare_to(gpt_oss_answer(original), original, atol=1e-4, **options)
+
+
+def stacked_nvfp4(name, experts, bias, out):
+    """ModelOpt's layout of a stack: K before N, the scales beside it."""
+    out[name] = torch.stack([e.codes.T for e in experts])
+    scales = [e.block_scale.view(torch.uint8).T for e in experts]
+    out[f"{name}_weight_scale"] = torch.stack(scales).view(torch.float8_e4m3fn)
+    out[f"{name}_weight_scale_2"] = torch.stack([e.global_scale[0] for e in experts])
+    out[f"{name}_bias"] = bias
+
+
+def single_nvfp4(name, experts, bias, out):
+    """Experts one by one, gate and up apart, as tools write that make them linear layers first."""
+    root, _, leaf = name.rpartition(".")
+    parts = {"down_proj": slice(None)}
+    if leaf == "gate_up_proj":
+        parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    for e, expert in enumerate(experts):
+        for part, rows in parts.items():
+            layer = f"{root}.{e}.{part}"
+            out[f"{layer}.weight"] = expert.codes[rows]
+            out[f"{layer}.weight_scale"] = expert.block_scale[rows]
+            out[f"{layer}.weight_scale_2"] = expert.global_scale[0].clone()
+            out[f"{layer}.bias"] = bias[e][rows]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("store", "options"),
+    [
+        (stacked_nvfp4, {}),
+        (single_nvfp4, {}),
+        pytest.param(single_nvfp4, TWO_RANKS, marks=pytest.mark.trust),
+    ],
+)
+def test_experts_in_nvfp4_with_biases(store, options, tmp_path, monkeypatch):
+    """On two ranks each expert is cut, and one of them adds the bias of the down projection."""
+    plain = write_model(tmp_path / "plain", "gpt_oss")
+    folder = write_model(tmp_path / "nvfp4", "gpt_oss")
+    matrices = []
+
+    def edit(tensors):
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            weights = tensors.pop(name)  # [E, K, N]
+            experts = [quantize_nvfp4(w.T.float().contiguous(), "rtn") for w in weights]
+            matrices.extend(e.dequantize() for e in experts)
+            store(name, experts, tensors.pop(f"{name}_bias"), tensors)
+
+    edit_tensors(folder, edit)
+    config = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["*self_attn*"]}
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config=config))
+    assert write_twin(plain, matrices, tmp_path / "twin") == 0
+    expected = ask_reference(plain_model(tmp_path / "twin", torch.float32), PROMPT, NUM_TOKENS)
+    if options:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    compare_to(expected, folder, atol=1e-4, **options)
+
+
+@pytest.mark.vllm
+def test_quantised_while_loading(tmp_path, monkeypatch):
+    """The 16-bit model, whose stacks have K before N, on two ranks that share each expert."""
+    folder = write_model(tmp_path, "gpt_oss")
+    model = quantise_like_online(plain_model(folder, torch.float32), "nvfp4")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for stack, turns in (
+                (layer.mlp.experts.gate_up_proj, 2),
+                (layer.mlp.experts.down_proj, 1),
+            ):
+                for expert in stack:
+                    for i in range(turns):  # gate and up have each a scale of their own
+                        rows = expert[:, i::turns]
+                        rows.copy_(rounded(rows.T.contiguous(), "nvfp4").T)
+    expected = ask_reference(model, PROMPT, NUM_TOKENS)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    compare_to(expected, folder, atol=1e-4, **TWO_RANKS)
+
+
+def test_one_seed_is_one_model(tmp_path):
+    """All of it, what transformers itself draws included: two copies are compared above."""
+    one, other = (
+        load_file(write_model(tmp_path / n, "gpt_oss") / "model.safetensors") for n in "ab"
+    )
+    assert {n for n in one if not torch.equal(one[n], other[n])} == set()
 
 
 def test_the_inventory_counts_every_weight(original):

@@ -98,7 +98,8 @@ def _spec(entry: Mapping[str, Any], config: Mapping[str, Any]) -> LayerSpec:
     act_bits = entry.get("act_bits", config.get("act_bits", _SIXTEEN))
     if kind.startswith("nv_fp") and bits == 4:
         activation_bits = act_bits if type(act_bits) is int and act_bits < _SIXTEEN else _SIXTEEN
-        return replace(compressed_tensors.NVFP4_W4A16, activation_bits=activation_bits)
+        algo = f"NVFP4 W4A{activation_bits}"
+        return replace(compressed_tensors.NVFP4_W4A16, algo=algo, activation_bits=activation_bits)
     if kind.startswith("mx_fp") and bits == 4:
         return compressed_tensors.MXFP4_W4A16
     if kind.startswith("mx_fp") and bits == 8:

@@ -26,7 +26,11 @@ SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "aut
 _OTHER_FP4 = {
     "gguf": "Serve the BF16 model (it is quantised while it loads), or quantise that with ModelOpt "
     "or llm-compressor.",
+    "mlx": "MLX packs eight codes in an uint32, for Apple's GPUs: serve the BF16 model (it is "
+    "quantised while it loads), or `vllm-nvfp4 quantize` it.",
 }
+# What MLX says instead of a method, in "quantization" and again in "quantization_config".
+_OF_MLX = {"bits", "group_size"}
 
 
 def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
@@ -68,18 +72,25 @@ def method_name(quant_config: Mapping[str, Any]) -> str:
     if method:
         return method
     producer = quant_config.get("producer")
+    if _is_of_mlx(quant_config):
+        return "mlx"
     by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
     if by_modelopt or isinstance(quant_config.get("quantization"), Mapping):
         return "modelopt"
     return ""
 
 
+def _is_of_mlx(value: object) -> bool:
+    return isinstance(value, Mapping) and value.keys() >= _OF_MLX
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(config.json, its quantisation configuration or None).
 
-    Looked for, in this order: ``quantization_config`` and ``compression_config`` of config.json,
-    the same of its ``text_config``, and hf_quant_config.json. Raises CheckpointError for a missing
-    or unreadable file, and for one that a link places outside the folder.
+    Looked for, in this order: ``quantization_config``, ``compression_config`` and MLX's
+    ``quantization`` of config.json, the same of its ``text_config``, and hf_quant_config.json.
+    Raises CheckpointError for a missing or unreadable file, and for one that a link places outside
+    the folder.
     """
     config = _read_json(folder, "config.json", "Name a folder that holds a Hugging Face model.")
     if config is None:
@@ -93,8 +104,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     text_config = as_table(config.get("text_config"), "config.json", "text_config")
     todo = "Restore the file from the checkpoint."
     for owner in (config, text_config):
-        for key in ("quantization_config", "compression_config"):
-            if owner.get(key):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if owner.get(key) and (key != "quantization" or _is_of_mlx(owner[key])):
                 found = dict(as_table(owner[key], "config.json", key))
                 if lacks_table(found):
                     found = _with_table(found, _read_json(folder, LEGACY, todo))

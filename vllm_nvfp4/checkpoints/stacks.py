@@ -87,17 +87,19 @@ def _canonical_name(name: str, headers: Mapping[str, TensorHeader]) -> str:
     if match is None:
         return name
     main = headers.get(match["module"])
-    if main is None or main.dtype not in _QUANTISED:
+    if main is None or not (main.dtype in _QUANTISED or f"{match['module']}_bias" in headers):
         return name
     leaf = match["leaf"] or "weight"
     return f"{match['module']}.{'weight_' + leaf if leaf.startswith('scale') else leaf}"
 
 
 def is_stack(module: str, headers: Mapping[str, TensorHeader]) -> bool:
-    """Whether a module's weight is of several experts, and quantised."""
+    """Whether a module's weight is of several experts, and quantised or with biases."""
     parent, _, leaf = module.rpartition(".")
     main = _main(module, headers)
-    if leaf not in PROJECTIONS or main is None or main.dtype not in _QUANTISED:
+    if leaf not in PROJECTIONS or main is None:
+        return False
+    if main.dtype not in _QUANTISED and f"{module}.bias" not in headers:
         return False
     return len(main.shape) == 3 or parent.rpartition(".")[2] == "experts"
 
@@ -107,7 +109,7 @@ def _main(module: str, headers: Mapping[str, TensorHeader]) -> TensorHeader | No
 
 
 def _is_transposed(module: str, headers: Mapping[str, TensorHeader]) -> bool:
-    """Whether K stands before N: by the block scales, which divide K alone."""
+    """Whether K stands before N: by the block scales, which divide K alone, or by the biases."""
     main = _main(module, headers)
     if main is None or len(main.shape) != 3:
         return False
@@ -116,19 +118,22 @@ def _is_transposed(module: str, headers: Mapping[str, TensorHeader]) -> bool:
         scale = headers.get(f"{module}.{leaf}")
         if scale is not None and len(scale.shape) == 3:
             return second == scale.shape[2] and first != scale.shape[1]
-    return False
+    bias = headers.get(f"{module}.bias")
+    return bias is not None and second == bias.shape[-1] and first != second
 
 
 @dataclass(frozen=True)
 class Stack:
     """How the tensors of one stacked module become those of experts.
 
-    parts:       what its rows are, of "gate", "up" and "down", one part after the other
-    num_experts: E
+    parts:          what its rows are, of "gate", "up" and "down"
+    num_experts:    E
+    is_interleaved: the rows of its parts take turns, instead of one part after the other
     """
 
     parts: tuple[str, ...]
     num_experts: int
+    is_interleaved: bool = False
 
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         """(expert, part, its tensor) of each. tensor: with N before K; scalars are one for all
@@ -145,7 +150,10 @@ class Stack:
             tensor = tensor.unflatten(0, (count, -1))
         for e in range(count):
             for i, part in enumerate(self.parts):
-                yield e, part, tensor[e].chunk(num_parts)[i]
+                if self.is_interleaved:
+                    yield e, part, tensor[e, i::num_parts]
+                else:
+                    yield e, part, tensor[e].chunk(num_parts)[i]
 
 
 def parts_of(module: str) -> tuple[str, ...]:

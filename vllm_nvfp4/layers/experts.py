@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm_nvfp4.checkpoints.spec import (
     LayerKind,
     LayerSpec,
     Role,
+    TensorSpec,
     describe,
 )
 from vllm_nvfp4.compat import versions
@@ -80,17 +82,20 @@ def experts_spec(dialect: Dialect, layer: Any, prefix: str) -> LayerSpec:
 def moe_method(options: Options, spec: LayerSpec, layer: Any, prefix: str) -> NvFp4MoEMethod:
     """The method for experts stored, or to be quantised, as ``spec`` says.
 
-    Raises CheckpointError for what has no kernel here: biases that the checkpoint's format has no
-    tensor for; where the files were out of reach, experts in FP8 or with a rotation; and an
-    unknown activation.
+    Raises CheckpointError for what has no kernel here, where the files were out of reach: experts
+    in FP8 or with a rotation; and for an unknown activation.
     """
-    obstacle = None
     if spec.kind not in (LayerKind.MICROSCALED, LayerKind.ONLINE) or spec.hadamard_size:
-        obstacle = describe(spec), "NVFP4 or MXFP4 experts without a rotation of the activations"
-    elif layer.moe_config.has_bias and spec.tensor(Role.BIAS) is None:
-        obstacle = "experts with biases", "experts without, or gpt-oss's own MXFP4 checkpoint"
-    if obstacle:
-        raise CheckpointError(prefix, "mixture-of-experts layer", *obstacle, _LEAVE_OUT)
+        raise CheckpointError(
+            prefix,
+            "mixture-of-experts layer",
+            describe(spec),
+            "NVFP4 or MXFP4 experts without a rotation of the activations",
+            _LEAVE_OUT,
+        )
+    if layer.moe_config.has_bias and spec.tensor(Role.BIAS) is None:
+        bias = TensorSpec("bias", Role.BIAS, ("BF16", "F16", "F32"))
+        spec = replace(spec, tensors=(*spec.tensors, bias))
     if spec.kind is LayerKind.ONLINE:
         return NvFp4OnlineMoEMethod(options, spec, layer, prefix)
     return NvFp4MoEMethod(options, spec, layer, prefix)
@@ -163,12 +168,13 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         declared = _activation_of(layer, self.moe.activation.value)
+        in_halves = getattr(layer, "nvfp4_in_halves", False)
         for stem in ("w13", "w2"):
             if tensors := self.take_tensors(layer, stem):
                 bias = tensors.pop(Role.BIAS, None)
                 num_experts = max(len(tensor) for tensor in tensors.values())
                 weights = self.weights(layer, stem, tensors)
-                if stem == "w13" and declared.is_interleaved:
+                if stem == "w13" and declared.is_interleaved and not in_halves:
                     weights = map(uninterleave, weights)
                     bias = None if bias is None else torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
                 if bias is not None:

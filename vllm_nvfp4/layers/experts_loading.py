@@ -28,6 +28,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.checkpoints.stacks import Stack, StoredAs, parts_of
+from vllm_nvfp4.numerics.activation import INTERLEAVED
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -151,25 +152,31 @@ class ExpertLoading:
         """Have the experts of a layer loaded here, where the model's own loader cannot: stacks, and
         what is widened. prefix, names, spec: as of :meth:`_widens`, whose answer it returns.
 
-        Raises CheckpointError for what has to be widened and has biases.
+        Raises CheckpointError for what has to be widened and has gate and up rows in turns.
         """
         is_widened = self._widens(prefix, names, spec)
-        if is_widened and layer.moe_config.has_bias:
+        is_in_turns = layer.moe_config.activation.value == INTERLEAVED
+        if is_widened and is_in_turns:
             raise CheckpointError(
                 "checkpoint",
                 prefix,
-                f"{describe(spec)} experts with biases",
-                "gpt-oss's own MXFP4 for experts with biases, or 16 bits",
-                "Quantise the model again with this layer left as it is (ignore list).",
+                describe(spec),
+                "NVFP4 or MXFP4 for experts whose rows of gate and up take turns",
+                "Quantise the model again with one of these.",
             )
         stacks = self._census.stacks(prefix)
         for module in stacks:
             parts = parts_of(module.name)
             if not layer.moe_config.is_act_and_mul:
                 parts = parts[-1:]
-            self._add(layer, module, is_widened, stack=Stack(parts, len(names)))
-        if is_widened and not stacks:
-            for module, expert, part in self._alone(names):
+            turns = is_in_turns and len(parts) > 1
+            self._add(layer, module, is_widened, stack=Stack(parts, len(names), turns))
+        alone = [] if stacks else list(self._alone(names))
+        # The model of such experts takes no part of one alone.
+        is_refused = is_in_turns and bool(alone) and spec.is_quantized
+        layer.nvfp4_in_halves = is_in_turns and bool(stacks or is_refused)
+        if is_widened or is_refused:
+            for module, expert, part in alone:
                 self._add(layer, module, is_widened, alone=(expert, part))
         if is_widened:
             logger.info_once(

@@ -193,7 +193,8 @@ def _expert_loader(tensor: TensorSpec, cut: ExpertCut, shards: int, prefix: str)
                 _note(param, [(i, shard)])
             return True if return_success else None
         if is_here and param.numel():
-            _store_expert(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
+            store = _store_bias if tensor.role is Role.BIAS else _store_expert
+            store(param.data[slot], loaded_weight, shard_id, shard, shards, cut.tp_rank)
             _note(param, [(slot, shard)])
         return is_here if return_success else None
 
@@ -216,6 +217,23 @@ def _store_stack(param: Any, loaded: torch.Tensor, name: str) -> None:
             "Choose a --tensor-parallel-size that divides the blocks of the intermediate size.",
         )
     param.data.copy_(loaded)
+
+
+def _store_bias(
+    data: torch.Tensor,
+    loaded: torch.Tensor,
+    shard_id: str,
+    shard: int,
+    shards: int,
+    tp_rank: int,
+) -> None:
+    """Store this rank's part of a bias. That of w2 is added once, by the first rank."""
+    size = len(data) // shards
+    if shard_id == "w2":
+        data.copy_(loaded if tp_rank == 0 else torch.zeros_like(loaded))
+    else:
+        part = loaded.narrow(0, tp_rank * size, size)
+        data[shard * size : (shard + 1) * size].copy_(part)
 
 
 def _store_expert(

@@ -19,6 +19,8 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh_no_mul": lambda h: gelu(h, approximate="tanh"),
     "relu2_no_mul": lambda h: relu(h).square(),
 }
+# The one whose rows of gate and up take turns.
+INTERLEAVED = "swigluoai"
 _GATED = ("silu", "gelu", "gelu_tanh", "swigluoai", "swigluoai_uninterleave")
 SUPPORTED = (*_GATED, *_PLAIN)
 
@@ -69,7 +71,7 @@ class ExpertActivation:
     @property
     def is_interleaved(self) -> bool:
         """Whether the rows of gate and up take turns, in the place of two halves."""
-        return self.name == "swigluoai"
+        return self.name == INTERLEAVED
 
     def uninterleaved(self) -> ExpertActivation:
         """The same on two halves."""

@@ -155,16 +155,21 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     handles = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
     for module, stored in census.modules.items():
+        spec = stored.spec
         tensors = {}
         for leaf, header in stored.tensors.items():
             name = f"{module}.{leaf}" if module else leaf
             source = census.stored_as.get(name, StoredAs(name))
             tensor = handles[header.file].get_tensor(source.name)
-            tensors[leaf] = tensor.mT if source.is_transposed else tensor
-        spec = stored.spec
+            if source.is_transposed and spec.is_quantized:
+                tensor = tensor.mT
+            tensors[leaf] = tensor
         unused = spec.names(Role.UNUSED)
         if census.is_stack(stored):
-            state[module] = _dequantized_stack(spec, tensors)
+            if "bias" in tensors:
+                state[f"{module}_bias"] = tensors.pop("bias")
+            is_plain = not spec.is_quantized
+            state[module] = tensors["weight"] if is_plain else _dequantized_stack(spec, tensors)
             tensors = {}
         elif spec.is_quantized and spec.algo != GPT_OSS.algo:
             state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)

@@ -66,8 +66,10 @@ def build_model(family: str, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * noise)  # norms: around their neutral value
+            if parameter.dim() == 1 and "norm" in name:
+                parameter.add_(0.1 * noise)  # around the neutral value
+            elif parameter.dim() == 1:  # biases, and sinks, which transformers draws too
+                parameter.copy_(0.1 * noise)
             elif "embed_tokens" in name and family != "gemma3":
                 parameter.copy_(noise)
             else:  # gemma3 multiplies its embedding by sqrt(hidden_size) itself
