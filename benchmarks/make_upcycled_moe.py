@@ -34,7 +34,7 @@ _CLUSTER_TOKENS = 64 * _LENGTH
 _CLUSTER_ROUNDS = 20
 # As DeepSeek-V3 balances: the bias that a router adds before it chooses grows for an expert with
 # too few tokens.
-_BALANCE_ROUNDS, _BALANCE_STEP = 60, 0.005
+_BALANCE_ROUNDS, _BALANCE_STEP = 400, 0.004
 # Of a router's logits: weights of the two experts are then apart, and both count.
 _LOGIT_DEVIATION = 1.5
 
@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument("--first-moe", type=int, default=24, help="layers before it stay dense")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=4, help=f"samples of {_LENGTH} tokens")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     args = parser.parse_args()
     for name, value in common.header():
         print(f"{name}: {value}")
