@@ -85,15 +85,15 @@ def add_parser(subparsers: Any) -> None:
         "--activation",
         choices=("16", "8"),
         default="16",
-        help="bits of the activations that hessian, gptq and mr-gptq choose weights for: with 8, the "
-        "output on rounded inputs comes near to the source's on its own (default: 16)",
+        help="bits of the activations that hessian, gptq and mr-gptq choose weights for; with 8, "
+        "the output on rounded inputs comes near to the source's on its own (default: 16)",
     )
     parser.add_argument(
         "--a8-variant",
         choices=VARIANTS,
         default="exact",
-        help="with --activation 8: exact is FP8 with one scale per token, int8 INT8 with one per token "
-        "and 64 columns, as the engine's option of this name (default: exact)",
+        help="with --activation 8: exact is FP8 with one scale per token, int8 INT8 with one per "
+        "token and 64 columns, as the engine's option of this name (default: exact)",
     )
     parser.add_argument(
         "--towers",
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.activation == "8" and method in DATA_FREE:
         raise ValueError(
-            f"--activation 8 with --method {method}, which looks at no inputs; drop --activation, or "
-            "use --method gptq"
+            f"--activation 8 with --method {method}, which looks at no inputs; "
+            "drop --activation, or use --method gptq"
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")

@@ -31,7 +31,7 @@ from vllm_nvfp4.quantize.hessian import (
     shifted_target,
 )
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
-from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, quantize_routed
+from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, pairs, quantize_routed
 
 METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
@@ -183,10 +183,6 @@ class Calibrated:
         routing = Routing.of(full, inputs)
         stack = Stack(full, layer.get_submodule(module), places)
         stack.check(routing)
-        groups: dict[int, tuple[list[str], list[str]]] = {}
-        for name, place in sorted(places.items(), key=lambda p: (p[1].expert, p[1].index)):
-            pair = groups.setdefault(place.expert, ([], []))
-            pair[place.leaf == "down_proj"].append(name)
 
         def quantize(
             names: list[str], moments: Moments, x: torch.Tensor
@@ -200,7 +196,7 @@ class Calibrated:
         exact = None
         if self._follows_exact:
             exact = self._exact.inputs[module].flatten(0, -2)
-        counts = quantize_routed(stack, routing, exact, groups, quantize, self._rounded)
+        counts = quantize_routed(stack, routing, exact, pairs(places), quantize, self._rounded)
         self.expert_tokens[full] = [counts[e] for e in sorted(counts)]
 
     def _round(

@@ -118,6 +118,14 @@ class Stack:
             )
 
 
+def pairs(places: Mapping[str, ExpertPlace]) -> dict[int, tuple[list[str], list[str]]]:
+    """Expert -> the stored names of (gate and up, down)."""
+    found: dict[int, tuple[list[str], list[str]]] = {}
+    for name, place in sorted(places.items(), key=lambda p: (p[1].expert, p[1].index)):
+        found.setdefault(place.expert, ([], []))[place.leaf == "down_proj"].append(name)
+    return found
+
+
 @dataclass
 class Moments:
     """H = E[x x^T] of a layer's inputs and, where the unquantised inputs x' are known,
