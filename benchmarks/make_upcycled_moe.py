@@ -155,7 +155,7 @@ def describe(model: Any, samples: torch.Tensor) -> None:
 
     hooks = [router.register_forward_hook(count) for _, router in routers(model)]
     with torch.inference_mode():
-        model.model(input_ids=samples[:16])
+        model.model(input_ids=samples[:: max(1, len(samples) // 16)])
     for hook in hooks:
         hook.remove()
     for mixture, router in routers(model):

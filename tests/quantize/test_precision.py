@@ -123,7 +123,7 @@ def test_sensitivity_of_experts_is_the_kl_of_the_whole_model(method, tmp_path):
     source = Source(write_model(tmp_path / "moe", "qwen3_moe"))
     quantized, _ = source.quantizable()
     generator = torch.Generator().manual_seed(1)
-    samples, others = torch.randint(4, 260, (2, 2, 24), generator=generator).unbind()
+    samples, others = torch.randint(4, 260, (42, 24), generator=generator).split((2, 40))
     measurement = sensitivity.Measurement(samples, others, method, draws=400, dtype=torch.float32)
     found = sensitivity.measure(source, quantized, measurement)
     assert sorted(n for g in found for n in g.names) == sorted(quantized)
@@ -148,7 +148,7 @@ def test_sensitivity_of_experts_is_the_kl_of_the_whole_model(method, tmp_path):
     if method == "mse":
         assert experts[1].kl["nvfp4"] == pytest.approx(expected, rel=0.2)
     else:
-        assert 0 < experts[1].kl["nvfp4"] < 1.5 * expected
+        assert 0 < experts[1].kl["nvfp4"] < expected
 
 
 def test_the_experts_of_a_layer_get_one_format(tmp_path):
