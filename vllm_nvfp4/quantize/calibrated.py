@@ -117,14 +117,7 @@ class Calibrated:
         self._is_layer = unit.prefix in self._model.prefixes
         if not self._is_layer:
             return
-        if unit.prefix != self._model.prefix(self._index):
-            raise CheckpointError(
-                unit.prefix,
-                "decoder layer",
-                f"{unit.prefix} where {self._model.prefix(self._index)} comes next",
-                "the layers of one decoder, all there and in order",
-                "Use --method mse, which needs no forward pass.",
-            )
+        self._go_to(unit.prefix)
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
         experts = self._routed(groups)
@@ -161,6 +154,27 @@ class Calibrated:
             if name:
                 hooks[name] = lambda x, *rest, name=name: seen.update({name: x})  # type: ignore[misc]
         self._output = self._model.watch(layer, self._index, self._hidden, hooks)
+
+    def _go_to(self, prefix: str) -> None:
+        """Run both streams through the layers before one, of which nothing is quantised."""
+        index = self._model.prefixes.index(prefix)
+        if index < self._index:
+            raise CheckpointError(
+                prefix,
+                "decoder layer",
+                f"{prefix} where {self._model.prefix(self._index)} comes next",
+                "the layers of one decoder in order",
+                "Use --method mse, which needs no forward pass.",
+            )
+        for i in range(self._index, index):
+            layer = self._model.layer(i, {})
+            before = self._hidden
+            self._hidden = self._model.run(layer, i, before)
+            if self._exact_hidden is before:
+                self._exact_hidden = self._hidden
+            elif self._follows_exact:
+                self._exact_hidden = self._model.run(layer, i, self._exact_hidden)
+        self._index = index
 
     def _routed(self, groups: list[list[str]]) -> dict[str, dict[str, ExpertPlace]]:
         """The modules of routed experts in the layer -> where each of their weights stands."""
@@ -356,6 +370,7 @@ class Calibrated:
             if self._model.embedding_name in stored:
                 self._hidden = self._embedded(stored)[1]
             return
+        self._go_to(unit.prefix)
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.
         if self._index < self._model.num_layers:
