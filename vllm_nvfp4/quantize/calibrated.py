@@ -73,7 +73,7 @@ class Calibrated:
         self._found: dict[str, BlockScaledWeight] = {}  # the current layer's
         self._fp8: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._input_amax: dict[str, float] = {}
-        self._output: torch.Tensor | None = None  # its output with these
+        self._output: torch.Tensor | None = None  # the layer's, with these
         self._exact = ExactLayer()
         # Called with the name of each layer before it is quantised.
         self.progress: Callable[[str], None] | None = None
@@ -170,10 +170,9 @@ class Calibrated:
             layer = self._model.layer(i, {})
             before = self._hidden
             self._hidden = self._model.run(layer, i, before)
-            if self._exact_hidden is before:
-                self._exact_hidden = self._hidden
-            elif self._follows_exact:
-                self._exact_hidden = self._model.run(layer, i, self._exact_hidden)
+            theirs = self._exact_hidden
+            is_same = theirs is before or not self._follows_exact
+            self._exact_hidden = self._hidden if is_same else self._model.run(layer, i, theirs)
         self._index = index
 
     def _routed(self, groups: list[list[str]]) -> dict[str, dict[str, ExpertPlace]]:
