@@ -12,8 +12,8 @@ dequantised in float32; every calibrated method sees the same tokens. llm-compre
 shows each expert all tokens (`all`, its default) or those routed to it (`routed`). ppl_ratio and kl
 are against the model in 16 bits; over_gptq is the perplexity over that of our gptq on the same
 model, paired by token; *_se are standard errors by a bootstrap over blocks of tokens. cpu_s is the
-CPU time of all threads, of a peer's without the imports. DIR keeps the checkpoints: a run that was
-stopped goes on.
+CPU time of all threads, of a peer's without the imports. DIR keeps checkpoints and scores: a run that
+was stopped goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,31 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         asked = copy.copy(args)
         asked.model, asked.moe = folder, args.model
-        model = plain_model(folder, torch.float32)
-        base, reference = bench_quantize.scores_of(model, samples, None)
+        load = lambda folder=folder: plain_model(folder, torch.float32)  # noqa: E731
+        base, reference = scored(args.work / f"{kind}.pt", load, samples, None)
         yield {"model": kind, "maker": "16 bits", **compared(base, base, base)}
         best: Any = None
         for _, maker, method, tokens in runs:
             target = args.work / "-".join(filter(None, (kind, maker, method, tokens)))
             extra = options(asked, kind, maker, tokens)
             seconds = bench_quantize_peers.make(asked, maker, method, target, extra)
-            model = reference_model(target, torch.float32)
-            scores, _ = bench_quantize.scores_of(model, samples, reference)
+            load = lambda target=target: reference_model(target, torch.float32)  # noqa: E731
+            scores, _ = scored(target.with_suffix(".pt"), load, samples, reference)
             best = best or scores
             names = {"model": kind, "maker": maker, "method": method, "tokens": tokens}
             yield {**names, **compared(scores, base, best), "cpu_s": seconds}
+
+
+def scored(path: Path, load: Callable[[], Any], samples: Any, reference: Any) -> tuple[Any, Any]:
+    """What bench_quantize.scores_of gives of a model, kept in a file."""
+    import torch
+
+    if not path.is_file():
+        made = bench_quantize.scores_of(load(), samples, reference)
+        torch.save(made, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    found: tuple[Any, Any] = torch.load(path, weights_only=False)
+    return found
 
 
 def options(args: argparse.Namespace, kind: str, maker: str, tokens: str) -> list[str]:
