@@ -12,8 +12,8 @@ dequantised in float32; every calibrated method sees the same tokens. llm-compre
 shows each expert all tokens (`all`, its default) or those routed to it (`routed`). ppl_ratio and kl
 are against the model in 16 bits; over_gptq is the perplexity over that of our gptq on the same
 model, paired by token; *_se are standard errors by a bootstrap over blocks of tokens. cpu_s is the
-CPU time of all threads, of a peer's without the imports. DIR keeps checkpoints and scores: a run that
-was stopped goes on.
+CPU time of all threads, of a peer's without the imports. DIR keeps checkpoints and scores: a run
+that was stopped goes on.
 """
 
 from __future__ import annotations
