@@ -120,6 +120,9 @@ class Calibrated:
         self._go_to(unit.prefix)
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
+        # The forward passes of a layer are part of its time.
+        if groups and self.progress is not None:
+            self.progress(groups[0][0].removesuffix(".weight"))
         experts = self._routed(groups)
         plain = [group for group in groups if self._model.expert(self._index, group[0]) is None]
         if self._follows_exact:
@@ -156,7 +159,7 @@ class Calibrated:
         self._output = self._model.watch(layer, self._index, self._hidden, hooks)
 
     def _go_to(self, prefix: str) -> None:
-        """Run both streams through the layers before one, of which nothing is quantised."""
+        """Run both streams through the layers before one, where nothing is quantised."""
         index = self._model.prefixes.index(prefix)
         if index < self._index:
             raise CheckpointError(
