@@ -144,14 +144,14 @@ def stored_matches(folder: Path, method: str, model: Path) -> bool:
     return False
 
 
-def texts_of(args: argparse.Namespace, calibration: Path) -> Any:
-    """The tokens that every model is scored on, [eval_samples, length]; the other articles are
-    written to the file ``calibration``."""
+def texts_of(args: argparse.Namespace, calibration: Path, others: slice = slice(1, None, 2)) -> Any:
+    """The tokens that every model is scored on, [eval_samples, length], of every second article;
+    ``others`` are written to the file ``calibration``."""
     import torch
     from transformers import AutoTokenizer
 
     texts = articles(args.wheel)
-    calibration.write_text("\n\n".join(texts[1::2]))
+    calibration.write_text("\n\n".join(texts[others]))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
     return torch.tensor(tokens[: args.eval_samples * args.length]).view(-1, args.length)

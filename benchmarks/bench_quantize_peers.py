@@ -21,7 +21,7 @@ import argparse
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +49,23 @@ FIELDS = (
 )
 
 
-def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> float:
-    """The checkpoint, unless it is there; CPU seconds."""
+def make(
+    args: argparse.Namespace, maker: str, method: str, target: Path, extra: Sequence[str] = ()
+) -> float:
+    """The checkpoint, unless it is there; CPU seconds. extra: arguments of the maker's own."""
     seconds = target.with_suffix(".seconds")
     if seconds.is_file():
         return float(seconds.read_text())
     if maker == "vllm-nvfp4":
         options = []
-        if method in ("hessian", "gptq"):
+        if method not in ("rtn", "mse"):
             options = ["--calibration", str(args.work / "calibration.txt")]
             options += ["--samples", str(args.samples)]
-        found = bench_quantize.quantize(args.model, target, method, options)["cpu_s"]
+        found = bench_quantize.quantize(args.model, target, method, [*options, *extra])["cpu_s"]
     else:
         python = {"llmcompressor": args.llmcompressor, "modelopt": args.modelopt}[maker]
         command = [str(python), str(HELPER), maker, method, str(args.model), str(target)]
-        command += ["--samples", str(args.work / "calibration.safetensors")]
+        command += ["--samples", str(args.work / "calibration.safetensors"), *extra]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{maker} {method}: {done.stderr[-2000:]}")
@@ -72,15 +74,17 @@ def make(args: argparse.Namespace, maker: str, method: str, target: Path) -> flo
     return found
 
 
-def prepare(args: argparse.Namespace) -> torch.Tensor:
-    """Write the calibration text and its tokens; returns the tokens of the text for the scores."""
+def prepare(args: argparse.Namespace, others: slice = slice(1, None, 2)) -> torch.Tensor:
+    """Write the calibration text and its tokens; returns the tokens of the text for the scores.
+
+    others: the articles that are the calibration text"""
     from safetensors.torch import save_file
 
     from vllm_nvfp4.quantize.calibration import Calibration
 
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "calibration.txt"
-    samples: torch.Tensor = bench_quantize.texts_of(args, text)
+    samples: torch.Tensor = bench_quantize.texts_of(args, text, others)
     tokens = Calibration(str(text), args.samples).samples(args.model)
     save_file({"tokens": tokens}, args.work / "calibration.safetensors")
     return samples

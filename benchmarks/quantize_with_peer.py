@@ -11,9 +11,9 @@ leave it alone. The last line of the output is the CPU time of all threads, impo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,16 @@ METHODS = {
 }
 
 
-def compress(model: Any, method: str, tokens: torch.Tensor) -> None:
+def compress(
+    model: Any, method: str, tokens: torch.Tensor, all_experts: bool, ignore: list[str]
+) -> None:
     """llm-compressor's own presets. Data goes only to the methods that look at it."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    common = {"targets": "Linear", "scheme": "NVFP4A16", "ignore": ["lm_head"]}
+    common = {"targets": "Linear", "scheme": "NVFP4A16", "ignore": ["lm_head", *ignore]}
     recipe = {
         "rtn": lambda: QuantizationModifier(**common),
         "mse": lambda: QuantizationModifier(**common, weight_observer="nvfp4_expanded_mse"),
@@ -50,6 +52,7 @@ def compress(model: Any, method: str, tokens: torch.Tensor) -> None:
             "num_calibration_samples": len(tokens),
             "max_seq_length": tokens.shape[1],
             "shuffle_calibration_samples": False,
+            "moe_calibrate_all_experts": all_experts,
         }
     oneshot(model=model, recipe=recipe, **options)
 
@@ -81,6 +84,17 @@ def optimise(model: Any, method: str, tokens: torch.Tensor) -> None:
     mtq.quantize(model, config, run)
 
 
+def load(library: str, folder: Path) -> Any:
+    """The model in BF16; with llm-compressor each expert as linear layers, as it wants them."""
+    context: Any = contextlib.nullcontext()
+    if library == "llmcompressor":
+        from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+
+        context = load_quantizable_moe()
+    with context:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
 def export(library: str, model: Any, target: Path) -> None:
     if library == "llmcompressor":
         model.save_pretrained(target, save_compressed=True)
@@ -98,15 +112,24 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument(
+        "--routed-tokens",
+        action="store_true",
+        help="llm-compressor: an expert sees the tokens that are routed to it, not all",
+    )
+    parser.add_argument(
+        "--ignore", nargs="*", default=[], help="llm-compressor: layers to keep beside lm_head"
+    )
     args = parser.parse_args()
     if args.method not in METHODS[args.library]:
         parser.error(f"{args.library} has {', '.join(METHODS[args.library])}; not {args.method}")
     tokens = load_file(args.samples)["tokens"]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    quantize: Callable[[Any, str, torch.Tensor], None]
-    quantize = compress if args.library == "llmcompressor" else optimise
+    model = load(args.library, args.model)
     started = time.process_time()
-    quantize(model, args.method, tokens)
+    if args.library == "llmcompressor":
+        compress(model, args.method, tokens, not args.routed_tokens, args.ignore)
+    else:
+        optimise(model, args.method, tokens)
     export(args.library, model, args.target)
     seconds = time.process_time() - started
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.target)

@@ -15,12 +15,14 @@ from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.model import AS_STORED, checkpoint_parts
 from vllm_nvfp4.quantize import sensitivity
+from vllm_nvfp4.quantize.changes import weight_changes
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq
 from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats
+from vllm_nvfp4.quantize.report import label
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import (
     ask_engine,
@@ -103,7 +105,7 @@ def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
                 changes = {name: sensitivity._vocabulary_change(source, name, measurement)}
             else:
                 moment = layerwise(group.names[0]) if method == "gptq" else None
-                changes = sensitivity._changes(source, group.names, method, moment)
+                changes = weight_changes(source, group.names, method, moment)
             for name in ("nvfp4", "fp8"):
                 kept = {n: model.get_parameter(n).clone() for n in group.names}
                 for n, change in changes.items():
@@ -113,6 +115,56 @@ def test_sensitivity_is_the_kl_of_the_whole_model(family, method, tmp_path):
                 assert group.kl[name] == pytest.approx(float(expected), rel=0.2)
                 for n, weight in kept.items():
                     model.get_parameter(n).copy_(weight)
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_sensitivity_of_experts_is_the_kl_of_the_whole_model(method, tmp_path):
+    """All experts of the last layer in NVFP4, nothing else; one group, which FP8 is none of."""
+    source = Source(write_model(tmp_path / "moe", "qwen3_moe"))
+    quantized, _ = source.quantizable()
+    generator = torch.Generator().manual_seed(1)
+    samples, others = torch.randint(4, 260, (42, 24), generator=generator).split((2, 40))
+    measurement = sensitivity.Measurement(samples, others, method, draws=400, dtype=torch.float32)
+    found = sensitivity.measure(source, quantized, measurement)
+    assert sorted(n for g in found for n in g.names) == sorted(quantized)
+    experts = [g for g in found if "fp8" not in g.kl]
+    assert [len(g.names) for g in experts] == [12, 12]
+    assert label(experts[1]) == "model.layers.1.mlp.experts"
+    model = plain_model(source.folder, torch.float32)
+    with torch.inference_mode():
+        exact = torch.log_softmax(model(samples).logits, -1)
+        module = model.get_submodule("model.layers.1.mlp.experts")
+        for name in experts[1].names:
+            place = source.model_class.expert(name)
+            weight = source.load(name, "cpu").float()
+            pair = [n for n in experts[1].names if f".{place.expert}." in n]
+            pair = [n for n in pair if ("down" in n) == ("down" in name)]
+            shared = max(nvfp4_global_scale(source.load(n, "cpu").float()) for n in pair)
+            # By gptq they differ, and cost less.
+            changed = quantize_nvfp4(weight, "mse", shared).dequantize()
+            place.view(module.get_parameter(place.leaf), len(weight)).copy_(changed)
+        mine = torch.log_softmax(model(samples).logits, -1)
+        expected = float((exact.exp() * (exact - mine)).sum(-1).double().mean())
+    if method == "mse":
+        assert experts[1].kl["nvfp4"] == pytest.approx(expected, rel=0.2)
+    else:
+        assert 0 < experts[1].kl["nvfp4"] < expected
+
+
+def test_the_experts_of_a_layer_get_one_format(tmp_path):
+    """Of which FP8 is none, and vLLM has a place for every tensor of the mixed file."""
+    folder = write_model(tmp_path / "moe", "qwen3_moe")
+    target = tmp_path / "out"
+    arguments = ["quantize", str(folder), "-o", str(target), "--method", "mse"]
+    assert main([*arguments, "--target-bits", "8.5"]) == 0
+    _, config = read_config(target)
+    layers = config["quantized_layers"]
+    experts = {n: layers[n]["quant_algo"] for n in layers if ".experts." in n}
+    assert set(experts.values()) == {"W4A16_NVFP4"}
+    by_layer = {n.partition(".mlp.")[0] for n in experts}
+    assert len(experts) == 12 * len(by_layer)
+    for layer in {"model.layers.0", "model.layers.1"} - by_layer:
+        assert all(f"{layer}.mlp.experts.{e}.up_proj" in config["ignore"] for e in range(4))
 
 
 def test_fp8_by_gptq_changes_the_output_less_than_the_nearest_codes():

@@ -89,8 +89,8 @@ def test_each_expert_sees_its_tokens(models, tmp_path):
     """hessian's scales against moments that are collected here, expert by expert, in float64."""
     source = Source(models("qwen3_moe"))
     calibration = Calibration(num_samples=16, length=128)
-    calibrated = Calibrated(source, "hessian", calibration)
     quantized, _ = source.quantizable()
+    calibrated = Calibrated(source, "hessian", calibration)
     unit = by_layer(source.tensors, quantized)[1]
     calibrated.start(unit, quantized, set(), lambda scale: scale)
     counts = calibrated.expert_tokens[EXPERTS]

@@ -61,6 +61,19 @@ def test_the_time_left_follows_from_the_fraction(monkeypatch: pytest.MonkeyPatch
     now[0] += 300
     current.fraction = 0.75
     assert current.line() == "    Again ... 5 min 00 s, 75%, about 5 min 00 s left"
+    # It counts down while a piece is under way.
+    now[0] += 60
+    assert current.line() == "    Again ... 6 min 00 s, 75%, about 4 min 00 s left"
+    now[0] += 600
+    assert current.line().endswith("75%, about 0 s left")
+    # Neither what came before the first piece nor what was skipped counts.
+    current.begin("Anew")
+    now[0] += 100
+    current.fraction = 0.0
+    current.skip(0.5)
+    now[0] += 10
+    current.fraction = 0.6
+    assert current.line() == "    Anew ... 110 s, 60%, about 40 s left"
 
 
 @pytest.mark.parametrize(

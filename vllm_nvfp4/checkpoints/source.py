@@ -166,7 +166,8 @@ class Source:
     ) -> tuple[set[str], list[Kept]]:
         """(weights to quantise; the other tensors of two or more dimensions, and why they stay).
 
-        ignore:      fnmatch patterns of layer names that stay as they are
+        ignore:      fnmatch patterns of layer names that stay as they are, with the other shards of
+                     their fused layers
         with_towers: vision and audio towers are quantised too
         Experts stacked in one tensor, where they are quantised, are from here on a tensor each.
         """
@@ -182,6 +183,7 @@ class Source:
                 for name, place in places.items()
                 if self._is_asked(name, place, ignore, with_towers, kept)
             }
+            linear = self._without_shards_of_ignored(linear, kept)
             linear = self._split_stacks(linear, places, kept)
             linear = self._of_good_shape(linear, places, kept)
             if not linear:
@@ -216,6 +218,15 @@ class Source:
         if reason:
             kept.append(Kept(name, kind.value, reason, info.num_bytes))
         return not reason
+
+    def _without_shards_of_ignored(self, linear: set[str], kept: list[Kept]) -> set[str]:
+        """Engines have no fused layer of which a part is quantised."""
+        ignored = {_fused_name(k.name) for k in kept if k.reason == _IGNORED}
+        also = {name for name in linear if _fused_name(name) in ignored}
+        kept += [
+            Kept(n, Kind.LINEAR.value, _IGNORED, self.tensors[n].num_bytes) for n in sorted(also)
+        ]
+        return linear - also
 
     def _split_stacks(
         self, linear: set[str], places: dict[str, Place], kept: list[Kept]

@@ -71,6 +71,7 @@ class WriteOptions:
     device:    where weights are quantised
     arguments: what makes two runs the same, for :func:`write_resumable`
     progress:  called with the name of each layer before it is quantised
+    skipped:   the same of each layer that an earlier run has quantised
     precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
                "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
     vocabulary: weights that ``precision`` is asked for beside the linear layers: lm_head's, the
@@ -84,6 +85,7 @@ class WriteOptions:
     device: torch.device | str = "cpu"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] | None = None
+    skipped: Callable[[str], None] | None = None
     precision: Callable[[Path, set[str]], Mapping[str, str]] | None = None
     vocabulary: Sequence[str] = ()
     finish: Callable[[Path], None] | None = None
@@ -203,7 +205,7 @@ class _Job:
         for unit, entries, path in zip(units, planned, paths, strict=True):
             if path.is_file():
                 for group in unit.groups:
-                    self._announce(group)
+                    self._announce(group, self.options.skipped)
             else:
                 self.quantizer.start(
                     unit, self.quantized, self.fp8, self.options.stored.representable
@@ -224,9 +226,9 @@ class _Job:
             return "model.safetensors"
         return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
-    def _announce(self, group: Sequence[str]) -> None:
-        if group[0] in self.quantized and self.options.progress is not None:
-            self.options.progress(group[0].removesuffix(".weight"))
+    def _announce(self, group: Sequence[str], say: Callable[[str], None] | None) -> None:
+        if group[0] in self.quantized and say is not None:
+            say(group[0].removesuffix(".weight"))
 
     def _plan(self, unit: Unit, report: WriteReport) -> dict[str, TensorInfo]:
         entries: dict[str, TensorInfo] = {}
@@ -265,7 +267,7 @@ class _Job:
                 for name in group:
                     writer.write(name, self.source.load(name, "cpu"))
                 continue
-            self._announce(group)
+            self._announce(group, self.options.progress)
             tensors = {name: self.source.load_finite(name, self.options.device) for name in group}
             if group[0] in self.fp8:
                 for name, (codes, scale) in self.quantizer.quantize_fp8(tensors).items():

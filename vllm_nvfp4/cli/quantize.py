@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,13 @@ from vllm_nvfp4.cli._files import check_can_write, check_text
 from vllm_nvfp4.cli._quantize_text import kept_lines, memory_line, print_summary
 
 if TYPE_CHECKING:
-    from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
     from vllm_nvfp4.serving.progress import Step
 
-_TITLE = "Quantising"
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
+VARIANTS = ("exact", "int8")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -84,9 +82,31 @@ def add_parser(subparsers: Any) -> None:
         help="chooses the parts of the text (default: 0)",
     )
     parser.add_argument(
+        "--activation",
+        choices=("16", "8"),
+        default="16",
+        help="bits of the activations that hessian, gptq and mr-gptq choose weights for; with 8, "
+        "the output on rounded inputs comes near to the source's on its own (default: 16)",
+    )
+    parser.add_argument(
+        "--a8-variant",
+        choices=VARIANTS,
+        default="exact",
+        help="with --activation 8: exact is FP8 with one scale per token, int8 INT8 with one per "
+        "token and 64 columns, as the engine's option of this name (default: exact)",
+    )
+    parser.add_argument(
         "--towers",
         action="store_true",
         help="quantise the linear layers of vision and audio towers too",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep layers of these names, e.g. '*.self_attn.*', or below them in 16 bits, and with "
+        "a shard its whole fused layer; may be given more than once",
     )
     parser.add_argument(
         "--no-check",
@@ -139,6 +159,11 @@ def run(args: argparse.Namespace) -> int:
     if args.calibration and method in DATA_FREE and not is_measured:
         raise ValueError(
             f"--method {method} looks at no text; drop --calibration, or use --method gptq"
+        )
+    if args.activation == "8" and method in DATA_FREE:
+        raise ValueError(
+            f"--activation 8 with --method {method}, which looks at no inputs; "
+            "drop --activation, or use --method gptq"
         )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
@@ -254,6 +279,7 @@ def _quantize(
     from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
+    from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
     from vllm_nvfp4.serving.progress import step
 
@@ -264,33 +290,39 @@ def _quantize(
     arguments: dict[str, Any] = {"method": method, "device": args.device}
     if args.kv_cache != "keep":
         arguments["kv_cache"] = args.kv_cache
+    if args.activation == "8":
+        arguments["a8_variant"] = args.a8_variant
     if calibration is not None:
         arguments |= calibration.identity()
     if is_measured:
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
     vocabulary = source.vocabulary(args.embedding) if is_measured else []
-    linear, kept = source.quantizable((), args.towers)
+    linear, kept = source.quantizable(args.ignore, args.towers)
     chosen = linear.union(vocabulary)
 
-    with step(_TITLE, sys.stderr) as current:
+    with step(TITLE, sys.stderr) as current:
         precision = _precision(args, source, method, calibration, current)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
-            quantizer = Calibrated(source, method, calibration, args.device, rotation)
+            variant = args.a8_variant if args.activation == "8" else ""
+            quantizer = Calibrated(source, method, calibration, args.device, rotation, variant)
         used = calibration if method in CALIBRATED else None
         for line in kept_lines(source, kept, set(vocabulary)):
             current.say(line)
-        progress = _progress(current, source, chosen)
+        prefixes = quantizer.prefixes if isinstance(quantizer, Calibrated) else None
+        progress = Progress(current, source, chosen, method, prefixes)
         if isinstance(quantizer, Calibrated):
-            quantizer.progress = progress
+            quantizer.progress = progress.begun
         current.say(memory_line(source, chosen, used, args.device, is_measured))
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
+            ignore=args.ignore,
             towers=args.towers,
             device=args.device,
             arguments=arguments,
-            progress=progress,
+            progress=progress.begun,
+            skipped=progress.skipped,
             precision=precision,
             vocabulary=vocabulary,
             finish=_finish(args, calibration, current),
@@ -349,27 +381,3 @@ def _source_folder(model: str, target: Path) -> Path:
         raise
     origin.write_text(identity)
     return folder
-
-
-def _progress(current: Step, source: Source, quantized: set[str]) -> Callable[[str], None]:
-    """What WriteOptions.progress calls when a layer begins: the ones before it are done.
-
-    It counts weights, not layers: a feed-forward layer takes several times an attention's.
-    """
-    from vllm_nvfp4.checkpoints.source import by_layer
-
-    before: dict[str, int] = {}
-    total = 0
-    for group in (g for unit in by_layer(source.tensors, quantized) for g in unit.groups):
-        if group[0] in quantized:
-            before |= {name.removesuffix(".weight"): total for name in group}
-            total += sum(prod(source.tensors[name].shape) for name in group)
-
-    def progress(layer: str) -> None:
-        if current.title != _TITLE:
-            current.begin(_TITLE)
-        # A layer that was quantised while it ran is named a second time when it is written.
-        current.fraction = max(current.fraction or 0.0, before[layer] / max(total, 1))
-        current.detail = layer
-
-    return progress

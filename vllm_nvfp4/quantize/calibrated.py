@@ -8,8 +8,8 @@ one through the layers of the source. GPTQ rounds towards what brings the first 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -20,7 +20,9 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
+from vllm_nvfp4.quantize.activations import rounded
 from vllm_nvfp4.quantize.calibration import Calibration
+from vllm_nvfp4.quantize.exact import ExactLayer, run_exact
 from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import (
     quantize_fp8_gptq,
@@ -29,31 +31,23 @@ from vllm_nvfp4.quantize.hessian import (
     shifted_target,
 )
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
-from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, quantize_routed
+from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, pairs, quantize_routed
 
 METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
 # layer's inputs can be cut into.
 _LARGEST_ROTATION = 64
-# Layers whose output is added to the residual stream, and the module whose input is the stream
-# that they add to; "" is the decoder layer itself.
-_ADDS_TO = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
-
-
-@dataclass
-class _Exact:
-    """The source's own decoder layer: inputs of modules, and its output."""
-
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    output: torch.Tensor | None = None
 
 
 class Calibrated:
     """A Quantizer (see vllm_nvfp4.checkpoints.quantizer) that runs the model on a text.
 
-    source: the 16-bit checkpoint; method: one of METHODS. "mr-gptq" is GPTQ in a rotated space:
-    what it gives is W R for inputs x R, R block-diagonal with a Hadamard matrix of size
-    ``rotation`` (MR-GPTQ: Egiazarian et al., arXiv 2509.23202)
+    source: the 16-bit checkpoint, which was asked what is ``quantizable``; method: one of METHODS.
+    "mr-gptq" is GPTQ in a rotated space: what it gives is W R for inputs x R, R block-diagonal
+    with a Hadamard matrix of size ``rotation`` (MR-GPTQ: Egiazarian et al., arXiv 2509.23202)
+    a8_variant: what rounds the inputs of quantised layers to 8 bits (see ``rounded``), for weights
+    that come near to the source's output on such inputs; "" for 16 bits. What is between a routed
+    expert's two products is rounded where its weights are chosen, not where its output is made.
     Raises CheckpointError where transformers cannot run the model, or the text is too short.
     """
 
@@ -64,27 +58,32 @@ class Calibrated:
         calibration: Calibration,
         device: str = "cpu",
         rotation: int = 0,
+        a8_variant: str = "",
     ) -> None:
         self._source, self._device = source, device
         # What is in no decoder layer is rounded by its weights alone.
         self._by_weights, self._is_layer = DataFree("mse"), False
         self._follows_exact = method != "hessian"
         self._rotation = hadamard(rotation).to(device) if rotation else None
+        self._a8_variant = a8_variant
         self._samples = calibration.samples(source.folder)
-        source.quantizable()  # takes stacked experts apart
         self._model, self._hidden = self._embedded({})  # through the quantised layers
         self._exact_hidden = self._hidden  # through the source's
         self._index = 0
         self._found: dict[str, BlockScaledWeight] = {}  # the current layer's
         self._fp8: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._input_amax: dict[str, float] = {}
-        self._output: torch.Tensor | None = None  # its output with these
-        self._exact = _Exact()
-        self._adds_to: dict[str, str] = {}
+        self._output: torch.Tensor | None = None  # the layer's, with these
+        self._exact = ExactLayer()
         # Called with the name of each layer before it is quantised.
         self.progress: Callable[[str], None] | None = None
         # Tokens of the text that each routed expert of a layer got.
         self.expert_tokens: dict[str, list[int]] = {}
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Of the decoder layers: what is in none of them is rounded by its weights alone."""
+        return self._model.prefixes
 
     def _embedded(self, weights: Mapping[str, torch.Tensor]) -> tuple[LayerwiseModel, torch.Tensor]:
         """(The model, what goes into its first layer: all samples in one tensor, so that each layer
@@ -118,45 +117,66 @@ class Calibrated:
         self._is_layer = unit.prefix in self._model.prefixes
         if not self._is_layer:
             return
-        if unit.prefix != self._model.prefix(self._index):
-            raise CheckpointError(
-                unit.prefix,
-                "decoder layer",
-                f"{unit.prefix} where {self._model.prefix(self._index)} comes next",
-                "the layers of one decoder, all there and in order",
-                "Use --method mse, which needs no forward pass.",
-            )
+        self._go_to(unit.prefix)
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
+        # The forward passes of a layer are part of its time.
+        if groups and self.progress is not None:
+            self.progress(groups[0][0].removesuffix(".weight"))
         experts = self._routed(groups)
         plain = [group for group in groups if self._model.expert(self._index, group[0]) is None]
         if self._follows_exact:
-            self._run_exact(layer, [*map(self._module, (g[0] for g in plain)), *experts])
+            asked = [*map(self._module, (g[0] for g in plain)), *experts]
+            self._exact = run_exact(self._model, layer, self._index, self._exact_hidden, asked)
         seen: dict[str, torch.Tensor] = {}
 
-        def quantize_before(names: list[str]) -> Callable[..., None]:
-            def hook(x: torch.Tensor, *rest: torch.Tensor) -> None:
+        def quantize_before(names: list[str]) -> Callable[..., Any]:
+            def hook(x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                x = self._rounded(x)
                 if names[0] in {**self._found, **self._fp8}:  # by the hook on another shard
-                    return
+                    return x, *rest
                 target, hessian = self._target(names, x, seen)
                 weights = self._round(names, target, hessian, x, names[0] in fp8, representable)
                 for name, weight in weights.items():
                     layer.get_parameter(f"{self._module(name)}.weight").copy_(weight)
+                return x, *rest
 
             return hook
 
-        def quantize_experts(name: str) -> Callable[..., None]:
-            def hook(*inputs: torch.Tensor) -> None:
+        def quantize_experts(name: str) -> Callable[..., Any]:
+            def hook(x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                inputs = (self._rounded(x), *rest)
                 self._quantize_experts(layer, name, experts[name], inputs, fp8, representable)
+                return inputs
 
             return hook
 
         hooks = {self._module(n): quantize_before(group) for group in plain for n in group}
         hooks |= {name: quantize_experts(name) for name in experts}
-        for name in self._adds_to.values():
+        for name in self._exact.adds_to.values():
             if name:
                 hooks[name] = lambda x, *rest, name=name: seen.update({name: x})  # type: ignore[misc]
         self._output = self._model.watch(layer, self._index, self._hidden, hooks)
+
+    def _go_to(self, prefix: str) -> None:
+        """Run both streams through the layers before one, where nothing is quantised."""
+        index = self._model.prefixes.index(prefix)
+        if index < self._index:
+            raise CheckpointError(
+                prefix,
+                "decoder layer",
+                f"{prefix} where {self._model.prefix(self._index)} comes next",
+                "the layers of one decoder in order",
+                "Use --method mse, which needs no forward pass.",
+            )
+        for i in range(self._index, index):
+            layer = self._model.layer(i, {})
+            before = self._hidden
+            self._hidden = self._model.run(layer, i, before)
+            theirs = self._exact_hidden
+            is_same = theirs is before or not self._follows_exact
+            self._exact_hidden = self._hidden if is_same else self._model.run(layer, i, theirs)
+        self._index = index
 
     def _routed(self, groups: list[list[str]]) -> dict[str, dict[str, ExpertPlace]]:
         """The modules of routed experts in the layer -> where each of their weights stands."""
@@ -179,10 +199,6 @@ class Calibrated:
         routing = Routing.of(full, inputs)
         stack = Stack(full, layer.get_submodule(module), places)
         stack.check(routing)
-        groups: dict[int, tuple[list[str], list[str]]] = {}
-        for name, place in sorted(places.items(), key=lambda p: (p[1].expert, p[1].index)):
-            pair = groups.setdefault(place.expert, ([], []))
-            pair[place.leaf == "down_proj"].append(name)
 
         def quantize(
             names: list[str], moments: Moments, x: torch.Tensor
@@ -196,7 +212,7 @@ class Calibrated:
         exact = None
         if self._follows_exact:
             exact = self._exact.inputs[module].flatten(0, -2)
-        counts = quantize_routed(stack, routing, exact, groups, quantize)
+        counts = quantize_routed(stack, routing, exact, pairs(places), quantize, self._rounded)
         self.expert_tokens[full] = [counts[e] for e in sorted(counts)]
 
     def _round(
@@ -220,45 +236,6 @@ class Calibrated:
         """A weight's module, by its name in the layer."""
         return self._model.module(self._index, name)
 
-    def _run_exact(self, layer: torch.nn.Module, asked: list[str]) -> None:
-        """Nothing in the layer is quantised yet."""
-        inputs: dict[str, torch.Tensor] = {}
-        modules = dict(layer.named_modules())
-        outputs: dict[str, torch.Tensor] = {}
-        writers = [n for n, stream in _ADDS_TO.items() if {n, stream} <= modules.keys()]
-
-        def note_output(name: str) -> Callable[..., None]:
-            return lambda module, args, output: outputs.update({name: output[:1].cpu()})
-
-        def note_input(name: str) -> Callable[..., None]:
-            return lambda x, *rest: inputs.update({name: x.to(self._exact_hidden.dtype).cpu()})
-
-        handles = [modules[n].register_forward_hook(note_output(n)) for n in writers]
-        streams = [n for n in _ADDS_TO.values() if n in modules and n]
-        watched = {*asked, *streams}
-        hooks = {name: note_input(name) for name in sorted(watched)}
-        try:
-            output = self._model.watch(layer, self._index, self._exact_hidden, hooks)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._exact = _Exact(inputs, output)
-        self._adds_to = {n: _ADDS_TO[n] for n in writers if self._adds(n, outputs, inputs, output)}
-
-    def _adds(
-        self,
-        writer: str,
-        outputs: dict[str, torch.Tensor],
-        inputs: dict[str, torch.Tensor],
-        output: torch.Tensor,
-    ) -> bool:
-        """_ADDS_TO holds where the layer is built so: found by adding up, on the first sample."""
-        stream = _ADDS_TO[writer]
-        before = inputs[stream][:1] if stream else self._exact_hidden[:1]
-        streams = [n for n in _ADDS_TO.values() if n and n in inputs]
-        after = output[:1] if stream or not streams else inputs[streams[0]][:1]
-        return torch.allclose(before + outputs[writer], after, rtol=1e-2, atol=1e-2)
-
     def _target(
         self, names: list[str], x: torch.Tensor, seen: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +250,7 @@ class Calibrated:
         if not self._follows_exact:
             return target, hessian
         input_shift = difference_moment(self._exact.inputs[module], x, x)
-        stream = self._adds_to.get(module)
+        stream = self._exact.adds_to.get(module)
         output_shift = None
         if stream is not None:
             theirs = self._exact.inputs[stream] if stream else self._exact_hidden
@@ -354,6 +331,22 @@ class Calibrated:
             return 0.0
         return max(float(self._rotate(sample.float()).abs().amax()) for sample in x)
 
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs of a quantised layer as it is going to be served."""
+        return rounded(x, self._a8_variant, self._rotate) if self._a8_variant else x
+
+    def _run_stored(self, layer: torch.nn.Module, index: int, names: Iterable[str]) -> torch.Tensor:
+        """The output of a layer with its quantised weights, ``names``."""
+        if not self._a8_variant:
+            return self._model.run(layer, index, self._hidden)
+        places = {n: self._model.expert(index, n) for n in names}
+        modules = {
+            self._model.module(index, n) if place is None else place.module
+            for n, place in places.items()
+        }
+        hooks = {m: lambda x, *rest: (self._rounded(x), *rest) for m in sorted(modules)}
+        return self._model.watch(layer, index, self._hidden, hooks)
+
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._rotation is None else rotate_blocks(x, self._rotation)
 
@@ -379,6 +372,7 @@ class Calibrated:
             if self._model.embedding_name in stored:
                 self._hidden = self._embedded(stored)[1]
             return
+        self._go_to(unit.prefix)
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.
         if self._index < self._model.num_layers:
@@ -389,12 +383,12 @@ class Calibrated:
                 exact = self._model.run(source, index, self._exact_hidden)
             if output is None or stored.keys() != {**self._found, **self._fp8}.keys():
                 layer = self._model.layer(index, stored)
-                output = self._model.run(layer, index, self._hidden)
+                output = self._run_stored(layer, index, stored)
             self._hidden = output
             if exact is not None:
                 self._exact_hidden = exact
         self._found, self._fp8, self._input_amax = {}, {}, {}
-        self._output, self._exact = None, _Exact()
+        self._output, self._exact = None, ExactLayer()
 
 
 def rotation_size(source: Source, quantized: set[str]) -> int:

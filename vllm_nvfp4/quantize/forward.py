@@ -266,12 +266,12 @@ class LayerwiseModel:
         layer: torch.nn.Module,
         index: int,
         hidden: torch.Tensor,
-        hooks: Mapping[str, Callable[..., None]],
+        hooks: Mapping[str, Callable[..., Any]],
     ) -> torch.Tensor:
         """:meth:`run`, in which each of some modules, by name in the layer, calls a function with
-        its inputs before it computes."""
+        its inputs before it computes; it takes what that returns, if anything, in their place."""
 
-        def call(name: str) -> Callable[..., None]:
+        def call(name: str) -> Callable[..., Any]:
             return lambda module, args: hooks[name](*(x.detach() for x in args))
 
         with self._hooked(layer, index, "register_forward_pre_hook", {n: call(n) for n in hooks}):
@@ -317,7 +317,7 @@ class LayerwiseModel:
         layer: torch.nn.Module,
         index: int,
         register: str,
-        hooks: Mapping[str, Callable[..., None]],
+        hooks: Mapping[str, Callable[..., Any]],
     ) -> Iterator[None]:
         """Hooks on modules, by name in the layer; all of them must be called meanwhile."""
         by_name = dict(layer.named_modules())
@@ -326,10 +326,10 @@ class LayerwiseModel:
             raise self._unknown(f"no module {self.prefix(index)}{missing}")
         reached = set()
 
-        def call(name: str) -> Callable[..., None]:
-            def hook(*args: Any) -> None:
+        def call(name: str) -> Callable[..., Any]:
+            def hook(*args: Any) -> Any:
                 reached.add(name)
-                hooks[name](*args)
+                return hooks[name](*args)
 
             return hook
 

@@ -25,8 +25,9 @@ _MAX_STEPS = 200_000
 @dataclass(frozen=True)
 class Sensitivity:
     """The weights of one fused layer, how many there are and in how many rows, and the mean KL
-    over tokens (in nats) of the model's logits with that layer alone in each format; "bf16" costs
-    none."""
+    over tokens (in nats) of the model's logits with that layer alone in each format that it may
+    have; "bf16" costs none. The routed experts of a layer are one: no kernel of experts reads FP8,
+    and engines hold them in one format."""
 
     names: tuple[str, ...]
     num_weights: int
@@ -58,7 +59,9 @@ def choose_formats(
         raise ValueError(f"{target_bits} bits per weight; NVFP4 alone takes {BITS['nvfp4']}")
     if max_kl is not None and not max_kl >= 0:
         raise ValueError(f"a KL of at most {max_kl}; it needs to be 0 or more")
-    extra = [{n: half_bits(g, n) - half_bits(g, "nvfp4") for n in BITS} for g in groups]
+    extra = [
+        {n: half_bits(g, n) - half_bits(g, "nvfp4") for n in BITS if n in g.kl} for g in groups
+    ]
     everything = sum(costs["bf16"] for costs in extra)
     budget = everything
     if target_bits is not None:
@@ -90,6 +93,8 @@ def _knapsack(
         best = np.full(num_steps + 1, np.inf)
         choice = np.zeros(num_steps + 1, np.uint8)
         for index, name in enumerate(BITS):
+            if name not in costs:
+                continue
             cost = -(-costs[name] // step)
             if cost > num_steps:
                 continue

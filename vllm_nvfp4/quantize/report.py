@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from vllm_nvfp4.quantize.precision import Sensitivity, average_bits
 
 SUFFIXES = (".png", ".svg")
 _COLOURS = {"nvfp4": "tab:green", "fp8": "tab:orange", "bf16": "tab:red"}
+
+
+# What a format costs is shown for these.
+_EACH = ("nvfp4", "fp8")
 
 
 def check_plot(path: Path) -> None:
@@ -25,8 +30,11 @@ def check_plot(path: Path) -> None:
 
 
 def label(group: Sensitivity) -> str:
-    """One name for the shards of a fused layer: "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
+    """One name for the shards of a fused layer, "model.layers.0.self_attn.q_proj+k_proj+v_proj", or
+    for the experts of a layer, "model.layers.0.mlp.experts"."""
     layers = [name.removesuffix(".weight") for name in group.names]
+    if "fp8" not in group.kl:
+        return f"{layers[0].partition('.experts.')[0]}.experts"
     return layers[0] + "".join("+" + name.rpartition(".")[2] for name in layers[1:])
 
 
@@ -35,10 +43,8 @@ def table(groups: Sequence[Sensitivity], formats: Sequence[str]) -> str:
     width = max(len(label(g)) for g in groups)
     lines = [f"{'layer':<{width}}  {'weights':>11}  {'KL nvfp4':>9}  {'KL fp8':>9}  chosen"]
     for group, chosen in zip(groups, formats, strict=True):
-        lines.append(
-            f"{label(group):<{width}}  {group.num_weights:>11,}  {group.kl['nvfp4']:9.2e}  "
-            f"{group.kl['fp8']:9.2e}  {chosen}"
-        )
+        kl = "  ".join(f"{group.kl[f]:9.2e}" if f in group.kl else f"{'-':>9}" for f in _EACH)
+        lines.append(f"{label(group):<{width}}  {group.num_weights:>11,}  {kl}  {chosen}")
     lines.append(summary(groups, formats))
     return "\n".join(lines)
 
@@ -62,8 +68,8 @@ def plot(groups: Sequence[Sensitivity], formats: Sequence[str], path: Path) -> N
     axes = figure.subplots()
     positions = range(len(groups))
     axes.bar(positions, [g.kl["nvfp4"] for g in groups], color=[_COLOURS[f] for f in formats])
-    axes.plot(positions, [g.kl["fp8"] for g in groups], "k_", markersize=4)
-    positive = [kl for g in groups for kl in (g.kl["nvfp4"], g.kl["fp8"]) if kl > 0]
+    axes.plot(positions, [g.kl.get("fp8", math.nan) for g in groups], "k_", markersize=4)
+    positive = [kl for g in groups for kl in g.kl.values() if kl > 0]
     axes.set_yscale("symlog", linthresh=min(positive, default=1e-6), linscale=0.2)
     axes.set_xlabel("fused layer, in the order of the model")
     axes.set_ylabel("KL of the logits, this layer alone in NVFP4")

@@ -118,6 +118,14 @@ class Stack:
             )
 
 
+def pairs(places: Mapping[str, ExpertPlace]) -> dict[int, tuple[list[str], list[str]]]:
+    """Expert -> the stored names of (gate and up, down)."""
+    found: dict[int, tuple[list[str], list[str]]] = {}
+    for name, place in sorted(places.items(), key=lambda p: (p[1].expert, p[1].index)):
+        found.setdefault(place.expert, ([], []))[place.leaf == "down_proj"].append(name)
+    return found
+
+
 @dataclass
 class Moments:
     """H = E[x x^T] of a layer's inputs and, where the unquantised inputs x' are known,
@@ -147,6 +155,7 @@ def quantize_routed(
     exact: torch.Tensor | None,
     groups: Mapping[int, tuple[list[str], list[str]]],
     quantize: Callable[[list[str], Moments, torch.Tensor], dict[str, torch.Tensor]],
+    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> dict[int, int]:
     """Quantise all experts of a layer, each for its own tokens; returns how many these are.
 
@@ -155,6 +164,7 @@ def quantize_routed(
     groups:   expert -> names of (gate and up, down)
     quantize: of a fused layer's names, the moments of its inputs and some of these; gives what each
               weight has become, [N, K] float32
+    rounded:  what the down projections see of their inputs; ``routing`` has gate's and up's
     """
     total = routing.weights.float().square().sum(1).sqrt().to(routing.x.dtype)[:, None]
     pooled = Moments.of(routing.x * total, None if exact is None else exact.to(total) * total)
@@ -170,7 +180,7 @@ def quantize_routed(
         moments = pooled.shrunk(own if len(token) else None, _share(len(token)))
         for name, value in quantize(names, moments, x).items():
             stack.set(name, value)
-        inner[expert] = stack.inner(x, expert) * weight
+        inner[expert] = rounded(stack.inner(x, expert)) * weight
     every = torch.cat(list(inner.values()))
     every_exact = torch.cat(list(exact_inner.values())) if exact_inner else None
     pooled = Moments.of(every, every_exact)

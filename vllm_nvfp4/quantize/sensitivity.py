@@ -18,21 +18,23 @@ has one change, whose two effects add up.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.quantizer import quantize_in_pieces
 from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.quantize.calibrated import METHODS, forward_dtype
 from vllm_nvfp4.quantize.calibration import Calibration
+from vllm_nvfp4.quantize.changes import Changes, layer_changes
+from vllm_nvfp4.quantize.expert_sensitivity import expert_effects
 from vllm_nvfp4.quantize.forward import HEAD_NAME, Head, LayerwiseModel
-from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
-from vllm_nvfp4.quantize.moments import second_moment
 from vllm_nvfp4.quantize.precision import Sensitivity
 
 # Short samples, so that a few thousand tokens give enough of them for a mean of squares.
@@ -42,9 +44,6 @@ NUM_SAMPLES = 16
 _DRAWS = 3
 # Samples that go through a layer together.
 _CHUNK = 8
-_FORMATS = ("nvfp4", "fp8")
-# Output changes of a fused layer's formats, by weight and format: W' - W, [N, K] float32.
-Changes = dict[str, dict[str, torch.Tensor]]
 
 
 def num_samples(is_calibrated: bool) -> int:
@@ -114,17 +113,20 @@ def measure(
         if progress is not None and groups:
             progress(1 - (i + 1) / model.num_layers, prefix.removesuffix("."))
         layer = model.layer(i, {})
+        experts, groups = _experts_apart(model, i, groups)
         modules = {n: model.module(i, n) for g in groups for n in g}
-        moments = {}
-        if measurement.method in METHODS:
-            asked = {modules[group[0]] for group in groups}
-            moments = _second_moments(model, layer, i, others, sorted(asked))
-        changes: Changes = {}
-        for group in groups:
-            moment = moments.get(modules[group[0]])
-            changes |= _changes(source, group, measurement.method, moment)
-        sums, gradients = _backward(model, layer, i, samples, gradients, modules, changes)
+        changes = layer_changes(source, model, layer, i, groups, others, measurement.method)
+        effects = {}
+        for names, places in experts.items():
+            modules[names[0]] = places[names[0]].module
+            effects[names[0]] = expert_effects(
+                source, model, layer, i, places, samples, others, measurement.method
+            )
+        sums, gradients = _backward(model, layer, i, samples, gradients, modules, changes, effects)
         found.append([_sensitivity(source, g, _divergences(sums, g, count)) for g in groups])
+        found[-1] += [
+            _sensitivity(source, names, _divergences(sums, names[:1], count)) for names in experts
+        ]
     for name in vocabulary:
         sums_of.setdefault(name, {})
         if name == model.embedding_name:
@@ -133,6 +135,21 @@ def measure(
                 sums_of[name][fmt] = effect + sums_of[name].get(fmt, 0)
         found.append([_sensitivity(source, (name,), _divergences(sums_of, (name,), count))])
     return [group for of_layer in reversed(found) for group in of_layer]
+
+
+def _experts_apart(
+    model: LayerwiseModel, index: int, groups: Sequence[tuple[str, ...]]
+) -> tuple[dict[tuple[str, ...], dict[str, ExpertPlace]], list[tuple[str, ...]]]:
+    """({The weights of all experts of one module: where each stands}, the other fused layers.)"""
+    stacks: dict[str, dict[str, ExpertPlace]] = {}
+    rest = []
+    for group in groups:
+        if (place := model.expert(index, group[0])) is None:
+            rest.append(group)
+            continue
+        for name in group:
+            stacks.setdefault(place.module, {})[name] = model.expert(index, name) or place
+    return {tuple(places): places for places in stacks.values()}, rest
 
 
 def _sensitivity(source: Source, group: tuple[str, ...], kl: dict[str, float]) -> Sensitivity:
@@ -279,14 +296,13 @@ def _backward(
     gradients: Sequence[Sequence[torch.Tensor]],
     modules: dict[str, str],
     changes: Changes,
+    effects_of_experts: dict[str, list[torch.Tensor]],
 ) -> tuple[dict[str, dict[str, torch.Tensor]], list[list[torch.Tensor]]]:
     """(sum_t g . e of each weight and format, over all chunks and draws [num_samples * draws];
     the gradients by the layer's input, like ``gradients``)."""
-    sums: dict[str, dict[str, list[torch.Tensor]]] = {
-        name: {fmt: [] for fmt in _FORMATS} for name in modules
-    }
+    sums: dict[str, dict[str, list[torch.Tensor]]] = {name: defaultdict(list) for name in modules}
     passed = []
-    for chunk, outer in zip(hidden, gradients, strict=True):
+    for c, (chunk, outer) in enumerate(zip(hidden, gradients, strict=True)):
         state = chunk.detach().clone().requires_grad_()
         traced, output = model.traced(layer, index, state, modules.values())
         names = list(modules)
@@ -296,8 +312,9 @@ def _backward(
                 fmt: traced[modules[name]][0] @ change.to(chunk.dtype).T
                 for fmt, change in changes[name].items()
             }
-            for name in names
+            for name in changes
         }
+        effects |= {name: {"nvfp4": made[c]} for name, made in effects_of_experts.items()}
         inner = []
         for d, gradient in enumerate(outer):
             last = d + 1 == len(outer)
@@ -307,7 +324,8 @@ def _backward(
             inner.append(into)
             for name, by in zip(names, by_output, strict=True):
                 for fmt, effect in effects[name].items():
-                    product = (by * effect).flatten(1).sum(1, dtype=torch.float64)
+                    # An experts module has all tokens in one dimension.
+                    product = (by * effect).view(len(chunk), -1).sum(1, dtype=torch.float64)
                     sums[name][fmt].append(product)
         passed.append(inner)
     whole = {n: {fmt: torch.cat(parts) for fmt, parts in of.items()} for n, of in sums.items()}
@@ -321,49 +339,8 @@ def _divergences(
     return {
         fmt: float(torch.stack([sums[name][fmt] for name in group]).sum(0).square().sum())
         / (2 * count)
-        for fmt in _FORMATS
+        for fmt in sums[group[0]]
     }
-
-
-def _second_moments(
-    model: LayerwiseModel,
-    layer: torch.nn.Module,
-    index: int,
-    hidden: Sequence[torch.Tensor],
-    modules: Sequence[str],
-) -> dict[str, torch.Tensor]:
-    """E[x x^T] of the inputs of each module, [K, K] float32."""
-    total: dict[str, torch.Tensor] = {}
-    num_samples = sum(map(len, hidden))
-    for chunk in hidden:
-        inputs, _ = model.inputs(layer, index, chunk, modules)
-        for name, x in inputs.items():
-            total[name] = total.get(name, 0) + second_moment(x) * (len(chunk) / num_samples)
-    return total
-
-
-def _changes(
-    source: Source, group: Sequence[str], method: str, moment: torch.Tensor | None
-) -> Changes:
-    """W' - W of each weight of a fused layer in each format."""
-    weights = {n: source.load(n, "cpu").float() for n in group}
-    shared = torch.stack([nvfp4_global_scale(w) for w in weights.values()]).amax()
-    found: Changes = {}
-    for name, weight in weights.items():
-        if moment is None:
-            four = quantize_nvfp4(weight, method, shared)
-        elif method == "gptq":
-            # The descent lowers all layers' errors alike, and takes as long as all the rest.
-            four = quantize_gptq(weight, moment, shared, descent_rounds=0)
-        else:
-            four = quantize_hessian(weight, moment, shared)
-        if method == "gptq" and moment is not None:
-            codes, scale = quantize_fp8_gptq(weight, moment)
-        else:
-            codes, scale = quantize_fp8_per_row(weight)
-        eight = codes.float() * scale
-        found[name] = {"nvfp4": four.dequantize() - weight, "fp8": eight - weight}
-    return found
 
 
 def save(path: Path, groups: Sequence[Sensitivity]) -> None:

@@ -29,7 +29,8 @@ class Step:
 
     detail:   what the progress line says about it; a phase, a file, a layer
     fraction: how much is done, 0 to 1; None where nobody knows. With it the line says how much
-              time is left: elapsed * (1 - fraction) / (fraction - the first fraction)
+              time is left: what it took from the first fraction to this one, times (1 - fraction) /
+              (fraction - the first fraction), less what has gone by since this one
     look:     called before each line, to count what nobody reports; sets the two above
     """
 
@@ -40,6 +41,7 @@ class Step:
         self._fraction: float | None = None
         self._first = 0.0
         self.started = self.begun = time.monotonic()
+        self._first_at = self._changed_at = self.started
         self._lock = threading.Lock()
         self.is_terminal = out.isatty() and os.environ.get("TERM") != "dumb"
         self._finished = threading.Event()
@@ -55,9 +57,16 @@ class Step:
 
     @fraction.setter
     def fraction(self, value: float | None) -> None:
-        # What an earlier run had done took none of this one's time.
-        self._first = value or 0.0 if self._fraction is None else self._first
-        self._fraction = value
+        if value == self._fraction:
+            return
+        if self._fraction is None:
+            self.skip(value or 0.0)
+        self._fraction, self._changed_at = value, time.monotonic()
+
+    def skip(self, fraction: float) -> None:
+        """Go on from a fraction that took no time: an earlier run did it."""
+        self._fraction = self._first = fraction
+        self._first_at = self._changed_at = time.monotonic()
 
     def advance(self, fraction: float, detail: str) -> None:
         self.fraction, self.detail = fraction, detail
@@ -85,10 +94,10 @@ class Step:
         parts = [f"{self.title} ... {duration(self.seconds)}"]
         if self.fraction is not None:
             parts.append(f"{self.fraction:.0%}")
-            done = self.fraction - self._first
+            done, took = self.fraction - self._first, self._changed_at - self._first_at
             if done > 0 and self.seconds >= _ETA_SECONDS:
-                left = self.seconds * (1 - self.fraction) / done
-                parts.append(f"about {duration(left)} left")
+                left = took * (1 - self.fraction) / done - (time.monotonic() - self._changed_at)
+                parts.append(f"about {duration(max(left, 0.0))} left")
         text = "    " + ", ".join(parts)
         # A detail may come from a log: keep the line a line.
         return text + (f"  {self.detail[:_MAX_DETAIL]}" if self.detail else "")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other loaders make of a folder: stock vLLM's configurations, transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vision_classes
+from families import write_family
+from made_once import made_once
+
+from vllm_nvfp4.checking.check import engine_arguments
+from vllm_nvfp4.checkpoints.detect import read_config
+from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.testing.engine import plain_model, reference_model
+from vllm_nvfp4.testing.tiny_models import build_tokenizer
+
+# Prefixes of a wrapper, a pair of latent attention, gated delta nets, Mamba-2, stacks.
+STOCK = ("qwen3", "qwen3_moe", "qwen3_vl_moe", "glm47_flash", "qwen3_next", "granite4")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """models(family) -> the folder of a tiny model with a tokenizer, made once."""
+
+    def write(folder: Path, family: str) -> None:
+        write_family(folder, family)
+        build_tokenizer().save_pretrained(folder)
+
+    return made_once(tmp_path_factory.mktemp("models"), write)
+
+
+def quantized(models, tmp_path: Path, family: str, dialect: str) -> Path:
+    target = tmp_path / dialect
+    arguments = ["quantize", str(models(family)), "-o", str(target), "--method", "rtn"]
+    assert main([*arguments, "--format", dialect, "--no-check"]) == 0
+    return target
+
+
+def built(folder: Path) -> Any:
+    """vLLM's model of a folder, loaded without its data."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import base_loader
+
+    from vllm_nvfp4.checking.groups import first_of_many
+    from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.compat import versions
+
+    config = engine_arguments(str(folder), ["--enforce-eager"]).create_engine_config()
+    headers = config.quant_config.census.headers()
+
+    def build() -> Any:
+        versions.forget_layers(config)
+        return base_loader.initialize_model(config)
+
+    with set_current_vllm_config(config), first_of_many(config.parallel_config):
+        return load_without_data(build, headers, config.model_config).model
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", STOCK)
+def test_stock_vllm_excludes_what_is_in_16_bits_and_nothing_else(models, tmp_path, family):
+    """vLLM's own two configurations, asked about every linear layer and every experts module."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.quantization.compressed_tensors import utils
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+    from vllm_nvfp4.compat import versions
+
+    cpu_metadata.apply()
+    vision_classes.install()
+    folder = quantized(models, tmp_path, family, "modelopt")
+    model = built(folder)
+    stock = ModelOptNvFp4Config.from_config(read_config(folder)[1])
+    other = quantized(models, tmp_path, family, "compressed-tensors")
+    compressed = CompressedTensorsConfig.from_config(read_config(other)[1])
+    for config in (stock, compressed):
+        config.packed_modules_mapping = getattr(model, "packed_modules_mapping", {})
+        if (mapper := getattr(model, "hf_to_vllm_mapper", None)) is not None:
+            config.apply_vllm_mapper(mapper)
+    asked: dict[bool, list[str]] = {True: [], False: []}
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearBase) and not versions.is_moe_layer(module):
+            continue
+        # What vLLM builds without a configuration asks none.
+        prefix = getattr(module, "prefix", "") or getattr(module, "layer_name", "")
+        if not prefix or getattr(module, "quant_config", None) is None:
+            continue
+        spec = getattr(module.quant_method, "spec", None)
+        is_kept = spec is None or not spec.is_quantized
+        asked[is_kept].append(prefix)
+        assert stock.is_layer_excluded(prefix) == is_kept, (name, prefix)
+        if isinstance(module, LinearBase):
+            mapping = compressed.packed_modules_mapping
+            ignored = utils.should_ignore_layer(prefix, compressed.ignore, mapping)
+            assert ignored == is_kept, (name, prefix)
+    assert asked[True] or family in ("qwen3", "glm47_flash", "granite4")
+    assert len(asked[False]) >= 4
+
+
+def test_transformers_gives_the_same_logits(models, tmp_path):
+    """AutoModelForCausalLM with compressed-tensors, which computes its weights in BF16."""
+    from transformers import AutoModelForCausalLM
+
+    folder = quantized(models, tmp_path, "qwen3", "compressed-tensors")
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = torch.randint(4, 260, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = theirs.eval()(tokens).logits.float()
+        ours = reference_model(folder, torch.bfloat16)(tokens).logits.float()
+        source = plain_model(models("qwen3"), torch.bfloat16)(tokens).logits.float()
+    assert (found - ours).norm() < 0.02 * ours.norm()
+    assert (found - source).norm() > 3 * (found - ours).norm()
