@@ -278,7 +278,7 @@ class Bench:
             self._num_jobs += 1
             common = ["--base-url", server.url, "--model", str(variant.folder)]
             common += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
-            common += ["--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+            common += ["--disable-tqdm", "--percentile-metrics", "ttft,tpot"]
             common += ["--metric-percentiles", "90,99"]
             common += [
                 "--seed",

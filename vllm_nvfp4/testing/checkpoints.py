@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
 ARCHIVE = FIXTURES / "checkpoints.tar.xz"
+# Written when one is asked for: (format, size of a Hadamard block).
+_FP_QUANT = {"fp_quant/nvfp4-llama": ("nvfp4", 16), "fp_quant/mxfp4-llama": ("mxfp4", 64)}
 
 
 @functools.cache
@@ -38,15 +40,20 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def fixture_names(*, experts: bool = False) -> list[str]:
-    """Every stored dense checkpoint, or every mixture of experts, as "tool/name", e.g.
+    """Every dense checkpoint, or every mixture of experts, as "tool/name", e.g.
     "modelopt/nvfp4-kv8-llama"."""
-    names = {name.rpartition("/")[0] for name in _stored_files()}
+    names = {name.rpartition("/")[0] for name in _stored_files()} | _FP_QUANT.keys()
     return sorted(name for name in names if name.startswith("moe_") == experts)
 
 
 def extract_fixture(name: str, target: Path) -> Path:
-    """Write the stored checkpoint "tool/name" below ``target``; returns its folder."""
+    """Write the checkpoint "tool/name" below ``target``; returns its folder."""
     folder = target / name.rpartition("/")[2]
+    if name in _FP_QUANT:
+        from vllm_nvfp4.testing.fp_quant import write_fp_quant
+
+        write_fp_quant(folder, *_FP_QUANT[name])
+        return folder
     files = {n: data for n, data in _stored_files().items() if n.rpartition("/")[0] == name}
     if not files:
         every = [*fixture_names(), *fixture_names(experts=True)]
