@@ -195,6 +195,8 @@ def serve(
     }
     with engine(folder, **(defaults | options)) as llm:
         answer = _ask(llm, adapter)
+        if answer.prefill.isnan().any() or answer.decode.isnan().any():
+            raise RuntimeError("log-probabilities that are not numbers")
         if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
             return answer, []
         executor = llm.llm_engine.engine_core.engine_core.model_executor
