@@ -372,7 +372,7 @@ def test_what_adds_to_the_residual_stream_is_found_by_adding_up(models, family, 
     quantized, _ = source.quantizable()
     calibrated = Calibrated(source, "gptq", Calibration(num_samples=1, length=16))
     calibrated.start(by_layer(source.tensors, quantized)[1], quantized, set(), lambda scale: scale)
-    assert bool(calibrated._adds_to) is found
+    assert bool(calibrated._exact.adds_to) is found
 
 
 # --- the same again, and going on -----------------------------------------------------------------

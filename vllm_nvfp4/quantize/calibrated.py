@@ -117,7 +117,7 @@ class Calibrated:
         self._is_layer = unit.prefix in self._model.prefixes
         if not self._is_layer:
             return
-        self._go_to(unit.prefix)
+        self._go_to(unit.prefix, quantized)
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
         # The forward passes of a layer are part of its time.
@@ -158,10 +158,11 @@ class Calibrated:
                 hooks[name] = lambda x, *rest, name=name: seen.update({name: x})  # type: ignore[misc]
         self._output = self._model.watch(layer, self._index, self._hidden, hooks)
 
-    def _go_to(self, prefix: str) -> None:
+    def _go_to(self, prefix: str, quantized: set[str]) -> None:
         """Run both streams through the layers before one, where nothing is quantised."""
         index = self._model.prefixes.index(prefix)
-        if index < self._index:
+        passed = tuple(self._model.prefixes[self._index : index])
+        if index < self._index or (passed and any(n.startswith(passed) for n in quantized)):
             raise CheckpointError(
                 prefix,
                 "decoder layer",
@@ -372,7 +373,7 @@ class Calibrated:
             if self._model.embedding_name in stored:
                 self._hidden = self._embedded(stored)[1]
             return
-        self._go_to(unit.prefix)
+        self._go_to(unit.prefix, set())
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.
         if self._index < self._model.num_layers:
