@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from families import write_family
 from made_once import made_once
+from quantizing import interrupted_at, noted_moments, write_with_tokenizer
 
-from vllm_nvfp4.checkpoints import write
 from vllm_nvfp4.checkpoints.source import Source, by_layer
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
@@ -20,7 +17,6 @@ from vllm_nvfp4.quantize.activations import rounded
 from vllm_nvfp4.quantize.calibrated import Calibrated
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.routed import Moments
-from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
 TEXT = ["--samples", "4", "--sample-length", "64"]
 
@@ -28,12 +24,7 @@ TEXT = ["--samples", "4", "--sample-length", "64"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model with a tokenizer, made once."""
-
-    def write_one(folder: Path, family: str) -> None:
-        write_family(folder, family)
-        build_tokenizer().save_pretrained(folder)
-
-    return made_once(tmp_path_factory.mktemp("models"), write_one)
+    return made_once(tmp_path_factory.mktemp("models"), write_with_tokenizer)
 
 
 @pytest.mark.parametrize("variant", ["exact", "int8"])
@@ -49,14 +40,7 @@ def test_rounding_is_that_of_the_products(variant):
 
 def moments_of(models, monkeypatch, family: str, variant: str) -> dict[str, torch.Tensor]:
     """Weight -> H, of the first layer that has linear layers."""
-    found: dict[str, torch.Tensor] = {}
-    plain = Calibrated._round
-
-    def record(self, names, target, hessian, *rest):
-        found.update(dict.fromkeys(names, hessian))
-        return plain(self, names, target, hessian, *rest)
-
-    monkeypatch.setattr(Calibrated, "_round", record)
+    found = noted_moments(monkeypatch)
     source = Source(models(family))
     quantized, _ = source.quantizable()
     quantizer = Calibrated(
@@ -104,16 +88,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monk
     arguments = ["quantize", str(models("qwen3_moe")), "--method", "gptq", *TEXT, "--no-check"]
     eight = [*arguments, "--activation", "8", "-o"]
     assert main([*eight, str(tmp_path / "whole")]) == 0
-    whole = write._Job._write_unit
-
-    def stopped(self, unit, writer):
-        if unit.prefix == "model.layers.1.":
-            raise KeyboardInterrupt
-        whole(self, unit, writer)
-
-    monkeypatch.setattr(write._Job, "_write_unit", stopped)
-    assert main([*eight, str(tmp_path / "parts")]) != 0
-    monkeypatch.setattr(write._Job, "_write_unit", whole)
+    with interrupted_at(monkeypatch, "model.layers.1."):
+        assert main([*eight, str(tmp_path / "parts")]) != 0
     assert main([*eight, str(tmp_path / "parts")]) == 0
     assert main([*arguments, "-o", str(tmp_path / "sixteen")]) == 0
     first, second, third = (

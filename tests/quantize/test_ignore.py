@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizing import noted_moments
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.source import Source
@@ -50,14 +51,7 @@ def test_the_shards_of_a_fused_layer_stay_together(llama, tmp_path):
 
 def test_the_text_goes_through_layers_that_stay(llama, tmp_path, monkeypatch):
     """The second layer's moments are of what the first, unquantised, gives."""
-    found: dict[str, torch.Tensor] = {}
-    plain = Calibrated._round
-
-    def record(self, names, target, hessian, *rest):
-        found.update(dict.fromkeys(names, hessian))
-        return plain(self, names, target, hessian, *rest)
-
-    monkeypatch.setattr(Calibrated, "_round", record)
+    found = noted_moments(monkeypatch)
     monkeypatch.setattr("vllm_nvfp4.quantize.calibrated.forward_dtype", lambda _: torch.float32)
     samples: list[torch.Tensor] = []
     make = Calibrated.__init__

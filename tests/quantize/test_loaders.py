@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import vision_classes
-from families import write_family
 from made_once import made_once
+from quantizing import write_with_tokenizer
 
 from vllm_nvfp4.checking.check import engine_arguments
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.testing.engine import plain_model, reference_model
-from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
 # Prefixes of a wrapper, a pair of latent attention, gated delta nets, Mamba-2, stacks.
 STOCK = ("qwen3", "qwen3_moe", "qwen3_vl_moe", "glm47_flash", "qwen3_next", "granite4")
@@ -26,12 +25,7 @@ STOCK = ("qwen3", "qwen3_moe", "qwen3_vl_moe", "glm47_flash", "qwen3_next", "gra
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model with a tokenizer, made once."""
-
-    def write(folder: Path, family: str) -> None:
-        write_family(folder, family)
-        build_tokenizer().save_pretrained(folder)
-
-    return made_once(tmp_path_factory.mktemp("models"), write)
+    return made_once(tmp_path_factory.mktemp("models"), write_with_tokenizer)
 
 
 def quantized(models, tmp_path: Path, family: str, dialect: str) -> Path:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from made_once import made_once
+from quantizing import interrupted_at
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints import write
@@ -416,16 +417,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(models, tmp_path, method, m
     source = models("llama")
     assert quantize(source, tmp_path / "whole", method) == 0
     target = tmp_path / "out"
-    job_write = write._Job._write_unit
-
-    def interrupt(self, unit, writer):
-        if unit.prefix == "model.layers.1.":
-            raise KeyboardInterrupt
-        job_write(self, unit, writer)
-
-    monkeypatch.setattr(write._Job, "_write_unit", interrupt)
-    assert quantize(source, target, method) == 130
-    monkeypatch.undo()
+    with interrupted_at(monkeypatch, "model.layers.1."):
+        assert quantize(source, target, method) == 130
     assert not target.exists()
     finished = sorted((work_folder(target) / "checkpoint").glob("*.safetensors"))
     assert [path.name[:11] for path in finished] == ["model-00001", "model-00002"]

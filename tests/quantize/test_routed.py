@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import write_family
 from made_once import made_once
+from quantizing import write_with_tokenizer
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.source import Source, by_layer
@@ -32,12 +33,7 @@ TEXT = ["--samples", "8", "--sample-length", "128"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """models(family) -> the folder of a tiny model with a tokenizer, made once."""
-
-    def write(folder: Path, family: str) -> None:
-        write_family(folder, family)
-        build_tokenizer().save_pretrained(folder)
-
-    return made_once(tmp_path_factory.mktemp("models"), write)
+    return made_once(tmp_path_factory.mktemp("models"), write_with_tokenizer)
 
 
 def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseModel]:

@@ -21,7 +21,7 @@ from typing import Any
 from vllm_nvfp4.checking.report import Finding, Report, from_json
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat.messages import message_of
-from vllm_nvfp4.compat.quiet import log_errors_alone
+from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
@@ -60,7 +60,7 @@ def examine(engine_args: Any) -> Report:
         with set_current_vllm_config(config):
             found = _examine_models(config)
     except Exception as error:
-        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+        if shows_everything():
             raise
         finding = Finding(str(engine_args.model), message_of(error))
         return Report(

@@ -68,11 +68,18 @@ def fetch(model: str, revision: str, target: Path) -> Path:
     for name in files:
         if "/" in name or name.startswith("."):
             raise CheckpointError(f"{model}/{_INDEX}", name, "a path", "a file name", "Report it.")
-        _write_hole(model, revision, name, target / name)
+        _fetch_header(model, revision, name, target / name)
     return target
 
 
-def _write_hole(model: str, revision: str, name: str, path: Path) -> None:
+def write_hole(path: Path, header: bytes, num_bytes: int) -> None:
+    """A safetensors file with this header and, in place of ``num_bytes`` of data, a hole."""
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)
+
+
+def _fetch_header(model: str, revision: str, name: str, path: Path) -> None:
     """The header of one file, and nothing for as many bytes as its tensors have."""
     start = _get(model, revision, name, (0, 7))
     size = int.from_bytes(start or b"", "little")
@@ -87,9 +94,7 @@ def _write_hole(model: str, revision: str, name: str, path: Path) -> None:
         for t in tensors.values()
         if isinstance(t, dict) and isinstance(t.get("data_offsets"), list)
     ]
-    with path.open("wb") as file:
-        file.write(start + header)
-        file.truncate(8 + size + max((e for e in ends if isinstance(e, int)), default=0))
+    write_hole(path, header, max((e for e in ends if isinstance(e, int)), default=0))
 
 
 def _get(model: str, revision: str, name: str, span: tuple[int, int] | None = None) -> bytes | None:

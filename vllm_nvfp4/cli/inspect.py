@@ -188,7 +188,7 @@ def path_of(layer: LayerRecord, options: Options, tied_embeddings: bool = False)
     if spec.kind is LayerKind.FP8:
         return f"FP8 kernel, {'W8A16' if layer.part in (HEAD, EMBEDDING) else 'W8A8'}"
     if spec.kind is LayerKind.MICROSCALED:
-        is_experts = is_expert(layer.name) or layer.name.endswith(".experts")
+        is_experts = _are_experts(layer)
         kernel = "grouped kernel" if is_experts else "kernel"
         bits = {"auto": "W4A16 or W4A8 by batch size", "16": "W4A16", "8": "W4A8"}
         extra = ", rotated activations" if spec.hadamard_size else ""
@@ -205,7 +205,7 @@ def four_bit_paths(inventory: Inventory, options: Options, gpu: Gpu) -> dict[str
     kernel runs them on the card, and why."""
     kinds = {"4-bit linear layers": False, "4-bit experts": True}
     are_experts = {
-        is_expert(layer.name) or layer.name.endswith(".experts")
+        _are_experts(layer)
         for layer in inventory.layers
         if layer.part == LINEAR and _is_four_bits(layer, options)
     }
@@ -214,6 +214,10 @@ def four_bit_paths(inventory: Inventory, options: Options, gpu: Gpu) -> dict[str
         for kind, experts in kinds.items()
         if experts in are_experts
     }
+
+
+def _are_experts(layer: LayerRecord) -> bool:
+    return is_expert(layer.name) or layer.name.endswith(".experts")
 
 
 def _is_four_bits(layer: LayerRecord, options: Options) -> bool:

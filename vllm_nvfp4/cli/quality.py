@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vllm_nvfp4.cli._arguments import number, whole
 from vllm_nvfp4.cli._files import check_text
+from vllm_nvfp4.compat.quiet import shows_everything
 
 if TYPE_CHECKING:
     from vllm_nvfp4.quality.statistics import Row
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             rows, about = _measure(args, log.out)
         except RuntimeError as error:  # the engine's: memory, kernels, workers
-            if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
+            if shows_everything():
                 raise
             raise ValueError(f"the engine ended: {error}{log.keep()}") from error
     from vllm_nvfp4.quality.report import as_json, table

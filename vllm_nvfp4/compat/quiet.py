@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM without its log, for what asks it something and prints the answer."""
+"""How much of vLLM's log is shown by what asks it something and prints the answer."""
 
 from __future__ import annotations
 
 import logging
 import os
+
+
+def shows_everything() -> bool:
+    """Whether the user asked for all that there is to read: VLLM_LOGGING_LEVEL=DEBUG."""
+    return os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG"
 
 
 def log_errors_alone() -> None:

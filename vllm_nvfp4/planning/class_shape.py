@@ -5,12 +5,14 @@ device, stand for those of the files."""
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints.skeleton import write_hole
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.shapes import EXPERTS, ROUTER, AskVllm, DecoderShape, Linear
 
@@ -64,15 +66,9 @@ def _write_headers(path: Path, sizes: Mapping[str, tuple[int, ...]]) -> None:
     end = 0
     for name, shape in sizes.items():
         start = end
-        num_bytes = 2
-        for size in shape:
-            num_bytes *= size
-        end += num_bytes
+        end += 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    write_hole(path, json.dumps(header).encode(), end)
 
 
 def _as_stored(linears: tuple[Linear, ...], stored: Stored) -> Iterator[Linear]:

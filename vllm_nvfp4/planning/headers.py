@@ -76,7 +76,7 @@ def shape_from_headers(
     windows, states = _kept_by_layer(text, assumed)
     state_bytes = _state_bytes(text, states, assumed)
     if not kept and not states:
-        kept = _kept_by_kind(text)
+        kept = _kept_by_kind(text, windows)
     if not kept:
         notes += assumed
     if outside := sum(x.num_bytes for x in inventory.layers) - sum(x.num_bytes for x in own):
@@ -218,11 +218,13 @@ def _kept_by_layer(text: Mapping[str, Any], notes: list[str]) -> tuple[tuple[int
     return tuple(windows), states
 
 
-def _kept_by_kind(text: Mapping[str, Any]) -> tuple[Kept, ...]:
+def _kept_by_kind(text: Mapping[str, Any], windows: Sequence[int]) -> tuple[Kept, ...]:
     """What each layer keeps where those that see everything have heads of their own size, as in
-    Gemma 4: 2 * heads * elements * 2 bytes of a token. Empty where all are alike."""
+    Gemma 4: 2 * heads * elements * 2 bytes of a token. Empty where all are alike.
+
+    windows: of each layer, 0 for all
+    """
     wide = _number(text, "global_head_dim")
-    windows, _ = _kept_by_layer(text, [])
     narrow, kv = _number(text, "head_dim"), _number(text, "num_key_value_heads")
     if not wide or not narrow or not kv or len(set(windows)) != 2:
         return ()

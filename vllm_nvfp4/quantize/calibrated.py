@@ -31,7 +31,7 @@ from vllm_nvfp4.quantize.hessian import (
     shifted_target,
 )
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
-from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack, pairs, quantize_routed
+from vllm_nvfp4.quantize.routed import Moments, Routing, Stack, few_tokens, pairs, quantize_routed
 
 METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
@@ -315,16 +315,7 @@ class Calibrated:
 
     def few_tokens(self) -> str:
         """One line on experts that got few tokens of the text, or "" where none did."""
-        counts = [n for of_layer in self.expert_tokens.values() for n in of_layer]
-        few = sum(n < FEW_TOKENS for n in counts)
-        if not few:
-            return ""
-        unreached = sum(n == 0 for n in counts)
-        return (
-            f"{few} of {len(counts)} experts got fewer than {FEW_TOKENS} tokens of the text, "
-            f"{unreached} of them none: theirs are the inputs of their layer's experts together, "
-            "the fewer tokens the more; --samples gives more"
-        )
+        return few_tokens([n for of_layer in self.expert_tokens.values() for n in of_layer])
 
     def _amax(self, x: torch.Tensor) -> float:
         """Of the inputs, rotated as the weight is."""

@@ -9,6 +9,7 @@ import torch
 
 from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
+from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.calibrated import METHODS
 from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
@@ -60,6 +61,19 @@ def _second_moments(
     return total
 
 
+def quantize_four(
+    weight: torch.Tensor, method: str, moment: torch.Tensor | None, shared: torch.Tensor
+) -> BlockScaledWeight:
+    """A weight [N, K] in NVFP4 by a method. moment: E[x x^T] of its inputs, None for a method that
+    looks at no text; shared: the global scale of its fused layer"""
+    if moment is None:
+        return quantize_nvfp4(weight, method, shared)
+    if method == "gptq":
+        # The descent lowers all layers' errors alike, and takes as long as all the rest.
+        return quantize_gptq(weight, moment, shared, descent_rounds=0)
+    return quantize_hessian(weight, moment, shared)
+
+
 def weight_changes(
     source: Source, group: Sequence[str], method: str, moment: torch.Tensor | None
 ) -> Changes:
@@ -68,13 +82,7 @@ def weight_changes(
     shared = torch.stack([nvfp4_global_scale(w) for w in weights.values()]).amax()
     found: Changes = {}
     for name, weight in weights.items():
-        if moment is None:
-            four = quantize_nvfp4(weight, method, shared)
-        elif method == "gptq":
-            # The descent lowers all layers' errors alike, and takes as long as all the rest.
-            four = quantize_gptq(weight, moment, shared, descent_rounds=0)
-        else:
-            four = quantize_hessian(weight, moment, shared)
+        four = quantize_four(weight, method, moment, shared)
         if method == "gptq" and moment is not None:
             codes, scale = quantize_fp8_gptq(weight, moment)
         else:

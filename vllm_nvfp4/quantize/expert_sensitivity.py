@@ -10,9 +10,9 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.source import Source
-from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_nvfp4
+from vllm_nvfp4.numerics.quantize import nvfp4_global_scale
+from vllm_nvfp4.quantize.changes import quantize_four
 from vllm_nvfp4.quantize.forward import LayerwiseModel
-from vllm_nvfp4.quantize.hessian import quantize_gptq, quantize_hessian
 from vllm_nvfp4.quantize.routed import Moments, Routing, Stack, pairs, quantize_routed
 
 
@@ -47,12 +47,8 @@ def expert_effects(
     def rounded(names: list[str], moments: Moments | None) -> dict[str, torch.Tensor]:
         weights = [source.load(n, "cpu").float() for n in names]
         shared = torch.stack([nvfp4_global_scale(w) for w in weights]).amax()
-        if moments is None:
-            made = [quantize_nvfp4(w, method, shared) for w in weights]
-        elif method == "gptq":
-            made = [quantize_gptq(w, moments.hessian, shared, descent_rounds=0) for w in weights]
-        else:
-            made = [quantize_hessian(w, moments.hessian, shared) for w in weights]
+        moment = None if moments is None else moments.hessian
+        made = [quantize_four(w, method, moment, shared) for w in weights]
         return {n: weight.dequantize() for n, weight in zip(names, made, strict=True)}
 
     if others:

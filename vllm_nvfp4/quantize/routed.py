@@ -195,3 +195,17 @@ def quantize_routed(
 
 def _share(count: int) -> float:
     return min(1.0, count / FEW_TOKENS)
+
+
+def few_tokens(counts: Sequence[int]) -> str:
+    """One line on experts that got few of the text's tokens, or "" where none did. counts: of each
+    expert of all layers"""
+    few = sum(n < FEW_TOKENS for n in counts)
+    if not few:
+        return ""
+    unreached = sum(n == 0 for n in counts)
+    return (
+        f"{few} of {len(counts)} experts got fewer than {FEW_TOKENS} tokens of the text, "
+        f"{unreached} of them none: theirs are the inputs of their layer's experts together, "
+        "the fewer tokens the more; --samples gives more"
+    )

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from vllm_nvfp4.compat.quiet import shows_everything
+
 # The plugin's own lines: which path is taken, and why.
 _OURS = re.compile(r"\bnvfp4: .*")
 
@@ -45,10 +47,9 @@ def engine_log(name: str) -> Iterator[EngineLog]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    is_shown = os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG"
     path = None
     stream = sys.stderr
-    if is_shown:
+    if shows_everything():
         os.dup2(2, 1)
     else:
         handle, text = tempfile.mkstemp(prefix=f"vllm-nvfp4-{name}-", suffix=".log")

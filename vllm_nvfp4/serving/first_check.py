@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_nvfp4.checking.check import examine
 from vllm_nvfp4.checking.report import Report, from_json
+from vllm_nvfp4.compat.quiet import shows_everything
 
 # Errors that only a model without data has.
 _NOT_THE_MODELS = ("NotImplementedError", "meta tensor", "meta device")
@@ -80,7 +81,7 @@ def in_a_copy(make: Callable[[], Report]) -> Report | str:
 
 def _be_silent() -> None:
     """What vLLM logs here, the server logs again."""
-    if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() != "DEBUG":
+    if not shows_everything():
         logging.getLogger("vllm").setLevel(logging.CRITICAL)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

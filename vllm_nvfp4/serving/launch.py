@@ -12,7 +12,6 @@ starts (first_check.py). ``--check`` in front stops after the flags were read:
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from vllm_nvfp4.compat.flags import FlagError, check_names, keep_flags, raise_flag_errors
 from vllm_nvfp4.compat.messages import message_of
+from vllm_nvfp4.compat.quiet import shows_everything
 from vllm_nvfp4.options import METHOD_NAMES
 from vllm_nvfp4.serving import arguments, first_check
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+        if shows_everything():
             raise
         print(f"{PREFIX}{message_of(error)}", file=sys.stderr)
         return USAGE_STATUS if isinstance(error, FlagError) else 1
