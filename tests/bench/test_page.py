@@ -43,14 +43,14 @@ window.addEventListener("load", () => {
 def test_the_first_sentence_says_the_result(tmp_path, capsys):
     run = load(RUN)
     text = first_sentence({"a": run})
-    assert text.startswith("nvfp4 gives 36.8 tokens/s at batch 1 and 146 tokens/s at batch 32 on ")
-    assert "Against bf16: 1.93 times the speed at batch 1 (1.77 to 5.06 by turn)" in text
+    assert text.startswith("nvfp4 gives 56.1 tokens/s at batch 1 and 342 tokens/s at batch 32 on ")
+    assert "Against bf16: 1.61 times the speed at batch 1 (1.37 to 1.78 by turn)" in text
     assert main(["report", str(RUN), "--out", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out.startswith(text)
     body = (tmp_path / "r.html").read_text().partition("</h1>")[2].strip()
     assert body.startswith(f'<p class="result">{text}</p>')
     both = first_sentence({"a": run, "b": run})
-    assert both.startswith("2 runs; the most: 36.8 tokens/s at batch 1 (nvfp4 of a), 146 tokens/s")
+    assert both.startswith("2 runs; the most: 56.1 tokens/s at batch 1 (nvfp4 of a), 342 tokens/s")
 
 
 def test_ratios_on_both_sides_of_one_are_no_result():
@@ -62,8 +62,10 @@ def test_ratios_on_both_sides_of_one_are_no_result():
 
 
 def test_the_reproduce_line_is_taken_by_the_command():
-    line = reproduce_line(load(RUN))
-    words = line.split()
+    run = load(RUN)
+    assert reproduce_line(run).startswith("vllm-nvfp4 bench ")
+    run.machine["environment"] = "OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind"
+    words = reproduce_line(run).split()
     assert words[:3] == ["OMP_NUM_THREADS=1", "VLLM_CPU_OMP_THREADS_BIND=nobind", "vllm-nvfp4"]
     assert "--out" not in words
     parser, _ = build_parser(["bench"])

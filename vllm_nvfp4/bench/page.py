@@ -377,11 +377,12 @@ def write(runs: Mapping[str, Results], path: Path) -> Path:
     return path
 
 
-def print_tables(tables: Sequence[Table]) -> None:
-    """To the terminal, numbers flush right."""
+def print_tables(tables: Sequence[Table], first: str) -> None:
+    """A first sentence, then the tables, numbers flush right. Only a terminal wraps the sentence."""
     from rich.table import Table as RichTable
 
     console = table_console()
+    console.print(first, markup=False, soft_wrap=not console.is_terminal)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", caption=table.note or None,
                           caption_justify="left")  # fmt: skip

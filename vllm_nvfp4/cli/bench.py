@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
     if done:
         # The page first: a reader of the tables (head, less) may be gone before their end.
         written = page.write({bench.out.name: bench.results}, bench.out / page.PAGE_NAME)
-        print(first_sentence({bench.out.name: bench.results}))
-        page.print_tables(page.run_tables(bench.results))
+        first = first_sentence({bench.out.name: bench.results})
+        page.print_tables(page.run_tables(bench.results), first)
         print(f"again: {reproduce_line(bench.results)}")
         print(f"page: {written}")
     if is_interrupted:

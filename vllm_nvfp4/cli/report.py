@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     only = next(iter(runs.values())) if len(runs) == 1 else None
     # The page first: a reader of the tables (head, less) may be gone before their end.
     written = page.write(runs, args.out)
-    print(first_sentence(runs))
-    page.print_tables(page.run_tables(only) if only else page.side_by_side(runs))
+    tables = page.run_tables(only) if only else page.side_by_side(runs)
+    page.print_tables(tables, first_sentence(runs))
     print(f"page: {written}")
     return 0
 
