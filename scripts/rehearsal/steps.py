@@ -179,7 +179,9 @@ def _attention_layers(model: Any, config: Any) -> str:
     for module in model.modules():
         if isinstance(module, versions.attention_classes()):
             layer: Any = module
-            spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(config))
+            spec = layer.get_kv_cache_spec(config)
+            if hasattr(layer.attn_backend, "customize_spec"):  # as of vLLM 0.32
+                spec = layer.attn_backend.customize_spec(spec)
             size = spec.page_size_bytes // spec.block_size
             impl = type(layer.impl).__name__.removesuffix("Impl")
             kinds.add(f"KV {layer.kv_cache_dtype} in {impl}, {size} bytes a token")
@@ -190,9 +192,12 @@ def kv_cache(dtype: str, folder: Path) -> str:
     """A model with heads of 128 elements: vLLM sets aside the bytes that plan says."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from vllm_nvfp4.compat import versions
     from vllm_nvfp4.planning.find import find_shape
     from vllm_nvfp4.planning.kv import token_bytes
 
+    if dtype == "nvfp4" and versions.vllm_version() < versions.Version("0.32"):
+        return "not in this release"
     path = folder / "heads-of-128"
     if not path.exists():
         sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "head_dim": 128}

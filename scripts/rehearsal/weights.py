@@ -72,7 +72,10 @@ def _weights_of(name: str, layer: Any, parts: dict[str, list[str]]) -> Any:
 
 def _experts(name: str, layer: Any) -> Any:
     fmt, inner = FORMATS[layer.nvfp4_format], layer.nvfp4_intermediate_size
-    if type(layer.quant_method.moe_kernel).__name__ != "FusedMoEKernel":
+    method = layer.quant_method
+    # Here weights lie on the CPU, where releases before 0.30 take the experts without the kernel.
+    kernel = method.moe_kernel or method.make_kernel(layer, method.experts)
+    if type(kernel).__name__ != "FusedMoEKernel":
         raise ValueError(f"{name}: vLLM's modular kernel was not made")
     gated = 2 if layer.quant_method.activation.is_gated else 1
     hidden = layer.moe_config.hidden_dim

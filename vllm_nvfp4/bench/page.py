@@ -378,7 +378,7 @@ def write(runs: Mapping[str, Results], path: Path) -> Path:
 
 
 def print_tables(tables: Sequence[Table], first: str) -> None:
-    """A first sentence, then the tables, numbers flush right. Only a terminal wraps the sentence."""
+    """A first sentence, which only a terminal wraps, then the tables, numbers flush right."""
     from rich.table import Table as RichTable
 
     console = table_console()
