@@ -4,12 +4,10 @@
 import pytest
 from safetensors.torch import load_file
 from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT
-from stored_forms import store
 from vllm import SamplingParams
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, DRAFTS, write_architecture
-from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors, extract_fixture
-from vllm_nvfp4.testing.drafts import hand_on_the_embedding, make_predictable, write_eagle3
+from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
+from vllm_nvfp4.testing.drafts import make_predictable, write_eagle3
 from vllm_nvfp4.testing.engine import ask_engine, engine
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -62,8 +60,6 @@ def test_a_draft_that_is_the_target_is_taken(form, folders):
         assert acceptance < 0.5
 
 
-MTP = {"method": "mtp", "num_speculative_tokens": 2}
-NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 PREDICTABLE = {
     "dtype": "float32",
     "additional_config": KEEP_KV,
@@ -87,44 +83,6 @@ def ask(folder, speculative=None):
         counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
     spec = "vllm:spec_decode_num"
     return tokens, *(int(counts.get(f"{spec}_{n}_tokens", 0)) for n in ("accepted", "draft"))
-
-
-def write_with_head(folder, form, is_right):
-    """GLM-4-MoE in NVFP4, with the draft layer after its last in ``form``."""
-    kept = ("embed", "head", "norm", "mlp.gate", "eh_proj")  # as vLLM builds them
-    draft = DRAFTS["glm4-moe"]
-
-    def edit(tensors):
-        draft.add(tensors)
-        make_predictable(tensors)
-        if is_right:
-            hand_on_the_embedding(tensors)
-
-    def form_of(layer):
-        if any(part in layer for part in kept):
-            return "bf16"
-        return form if ".layers.2." in layer else "nvfp4"
-
-    write_architecture(folder, ARCHITECTURES["glm4-moe"])
-    edit_json(folder / "config.json", draft.settings)
-    edit_tensors(folder, edit)
-    return store(folder, form_of, NVFP4)
-
-
-def test_a_head_in_the_target_s_file(tmp_path):
-    """Whatever form it is stored in, the right one is always taken and the wrong one never."""
-    right = {
-        form: write_with_head(tmp_path / form, form, True) for form in ("bf16", "fp8", "nvfp4")
-    }
-    alone, *_ = ask(right["bf16"])
-    assert len(set(alone)) == len(alone)
-    for form, folder in right.items():
-        tokens, taken, drafted = ask(folder, MTP)
-        assert tokens == alone, form
-        assert taken == drafted >= NUM_TOKENS // 2, form
-    tokens, taken, drafted = ask(write_with_head(tmp_path / "wrong", "nvfp4", False), MTP)
-    assert tokens == alone
-    assert taken <= drafted // 10
 
 
 @pytest.mark.parametrize("quantization", [None, "nvfp4"])

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Have each model built from now on load ``quant_config.prepare_weights(weights)``."""
+    """Have each model built from now on load ``quant_config.prepare_weights(weights, model)``."""
     from vllm.model_executor.model_loader import base_loader
 
     loader: Any = base_loader
@@ -26,7 +26,8 @@ def install() -> None:
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
         model = initialize(*args, **kwargs)
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        prepare = getattr(vllm_config.quant_config, "prepare_weights", None)
+        config = _config_of(model, vllm_config, kwargs.get("model_config"))
+        prepare = getattr(config, "prepare_weights", None)
         if prepare is not None:
             _wrap(model, prepare)
         return model
@@ -35,11 +36,22 @@ def install() -> None:
     loader.initialize_model = initialize_model
 
 
+def _config_of(model: Any, vllm_config: Any, model_config: Any) -> Any:
+    """The quantization config that knows a model's layers and files: the engine's; of a draft, the
+    one that it has made for itself, or the engine's where it is in the target's files."""
+    engine, target = vllm_config.quant_config, vllm_config.model_config
+    if model_config is None or model_config is target:
+        return engine
+    made = (getattr(part, "quant_config", None) for part in (model, *model.children()))
+    own = next((c for c in made if c is not None and c is not engine), None)
+    return own or (engine if model_config.model == target.model else None)
+
+
 def _wrap(model: Any, prepare: Any) -> None:
     load = model.load_weights
 
     @functools.wraps(load)
     def load_weights(weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        return load(prepare(weights), *args, **kwargs)
+        return load(prepare(weights, model), *args, **kwargs)
 
     model.load_weights = load_weights
