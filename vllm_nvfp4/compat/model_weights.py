@@ -12,6 +12,8 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_nvfp4.compat import draft_tables
+
 
 def install() -> None:
     """Have each model built from now on load ``quant_config.prepare_weights(weights, model)``."""
@@ -24,6 +26,7 @@ def install() -> None:
 
     @functools.wraps(initialize)
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
+        draft_tables.install()  # a draft is built, and shares, after its target
         model = initialize(*args, **kwargs)
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         config = _config_of(model, vllm_config, kwargs.get("model_config"))

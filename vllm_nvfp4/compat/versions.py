@@ -237,6 +237,14 @@ def _has_4_bit_activations(group: dict[str, Any]) -> bool:
     return (group.get("input_activations") or {}).get("num_bits") == 4
 
 
+def draft_lm_head_quantization() -> str | None:
+    """The form in which the drafts of the engine being built get a copy of lm_head (since 0.33)."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    speculative = getattr(get_current_vllm_config_or_none(), "speculative_config", None)
+    return getattr(speculative, "draft_lm_head_quantization", None)
+
+
 def device_capability() -> tuple[int, int] | None:
     """Compute capability of the GPU that vLLM will use, CUDA left alone; None on a CPU."""
     from vllm.platforms import current_platform
