@@ -496,6 +496,12 @@ def _has_layer_past_the_end(config: dict[str, Any]) -> None:
     config["num_nextn_predict_layers"] = 1
 
 
+def _has_nemotron_head(config: dict[str, Any]) -> None:
+    _has_layer_past_the_end(config)
+    # vLLM gives the head's first projection this type, whatever the engine's is.
+    config["dtype"] = "float32"
+
+
 _AFTER_LAYER_1 = Draft(_has_layer_past_the_end, partial(add_layer_past_the_end, last=1))
 DRAFTS = {
     "qwen3.5": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
@@ -504,7 +510,7 @@ DRAFTS = {
     "glm4-moe": _AFTER_LAYER_1,
     "deepseek-v3": _AFTER_LAYER_1,
     "nemotron-h-moe": Draft(
-        _has_layer_past_the_end,
+        _has_nemotron_head,
         partial(add_nemotron_mtp, attention="backbone.layers.2.", experts="backbone.layers.3."),
     ),
 }
