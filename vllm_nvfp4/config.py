@@ -45,6 +45,7 @@ from vllm_nvfp4.layers.experts_loading import ExpertLoading
 from vllm_nvfp4.layers.keep import Kept, keep_towers, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
+from vllm_nvfp4.layers.plain_places import widen_for
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
@@ -79,9 +80,15 @@ class NvFp4Config(QuantizationConfig):
         self.__dict__.update(state)
         model_weights.install()
 
-    def prepare_weights(self, weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+    def prepare_weights(
+        self, weights: Iterable[tuple[str, Any]], model: torch.nn.Module
+    ) -> Iterable[tuple[str, Any]]:
         """What the model's own loader is to load, of the files' tensors."""
-        return weights if self._expert_loading is None else self._expert_loading.rest(weights)
+        if self.census is not None:
+            weights = widen_for(model, self.census, self.packed_modules_mapping)(weights)
+        return (
+            weights if self._expert_loading is None else self._expert_loading.rest(weights, model)
+        )
 
     def get_name(self) -> Any:
         return METHOD_NAME

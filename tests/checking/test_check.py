@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from stored_forms import store
 
 from vllm_nvfp4.checking import check
 from vllm_nvfp4.checking.check import engine_arguments, examine
@@ -15,6 +16,7 @@ from vllm_nvfp4.checkpoints.census import StoredModule
 from vllm_nvfp4.cli import main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import first_check, launch
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture, fixture_names
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -59,6 +61,20 @@ def test_16_bit_models_will_load(family, tmp_path):
     report = report_on(write_model(tmp_path, family))
     assert report.errors == () or family == "gpt_oss", report.errors
     assert report.dropped == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("jamba", 1), ("jamba", 2), ("granite4", 2), ("falcon-h1", 2), ("mamba2", 2)],
+)
+def test_every_projection_of_a_mamba_mixer_may_be_quantised(name, ranks, tmp_path):
+    """vLLM builds Mamba-1's without quantisation, and Mamba-2 cuts its first one by itself."""
+    kept = ("embed", "head", "norm", "router", "conv1d", "A_log")
+    folder = write_architecture(tmp_path, ARCHITECTURES[name])
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    store(folder, lambda layer: "bf16" if any(k in layer for k in kept) else "nvfp4", config)
+    report = report_on(folder, "--tensor-parallel-size", str(ranks))
+    assert report.is_right, [str(f) for f in (*report.errors, *report.dropped)]
 
 
 @pytest.mark.parametrize("name", ["modelopt/w4a16-llama", EXPERTS])

@@ -112,6 +112,7 @@ def test_where_both_agree_it_is_the_configuration_s_own_word():
         ("model.layers.46.shared_head.head", "model.layers.46.head"),
         ("lm_head", "language_model.lm_head"),
         ("layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("model.layers.5.mamba.in_proj", "model.layers.5.mixer.in_proj"),
     ],
 )
 def test_a_layer_is_found_under_the_names_that_models_have_for_it(file, model):
@@ -136,6 +137,12 @@ def test_no_name_is_taken_for_another_layer_s():
     found = census(stored)
     for name in ("mtp.layers.0.mlp.up_proj", "visual.blocks.0.mlp.up_proj", "a.b.up_proj", "head"):
         assert found.find(name) is None, name
+
+
+def test_one_of_two_blocks_is_not_guessed():
+    layer = "model.layers.0"
+    found = census({f"{layer}.mlp.up_proj": "fp8", f"{layer}.shared_mlp.up_proj": "fp8"})
+    assert found.find(f"{layer}.feed_forward.up_proj") is None
 
 
 def test_the_model_s_mapper_names_modules():

@@ -3,13 +3,12 @@
 
 import pytest
 import torch
-from serving_cases import KEEP_KV, PROMPT, TWO_RANKS
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.config import NvFp4Config
 from vllm_nvfp4.layers.filling import check_filled, counted
 from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
-from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine
+from vllm_nvfp4.testing.engine import engine
 
 MODELOPT = "modelopt/nvfp4-kv8-llama"
 
@@ -80,59 +79,3 @@ def test_codes_that_no_file_holds(name, gone, named, tmp_path, monkeypatch):
     monkeypatch.setattr(NvFp4Config, "maybe_update_config", lambda *args, **kwargs: None)
     with pytest.raises(CheckpointError, match=named), engine(folder):
         pass
-
-
-@pytest.mark.vllm
-def test_a_model_that_replaces_a_loader(tmp_path, monkeypatch):
-    """Mamba-2 with one group, over two ranks: it cuts in_proj by a loader of its own."""
-    from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig
-
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    sizes = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_chunk_size": 32}
-    config = GraniteMoeHybridConfig(
-        vocab_size=288,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["mamba", "attention"],
-        mamba_n_groups=1,
-        mamba_expand=2,
-        mamba_d_conv=4,
-        **sizes,
-        num_local_experts=0,
-        num_experts_per_tok=0,
-        shared_intermediate_size=128,
-        position_embedding_type="nope",
-        attention_multiplier=0.18,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            if weight.dim() == 2:
-                size = 1 if "embed" in name else weight.shape[-1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * size)
-    model.config.architectures = [type(model).__name__]
-    model.save_pretrained(tmp_path)
-    expected = ask_reference(model.float(), PROMPT, 1).logprobs
-    errors = []
-    for options in ({}, TWO_RANKS):
-        with engine(
-            tmp_path,
-            dtype="float32",
-            additional_config=KEEP_KV,
-            skip_tokenizer_init=True,
-            **options,
-        ) as llm:
-            answer = ask_engine(llm, PROMPT, 1).logprobs
-        errors.append((answer - expected).square().mean().sqrt().item())
-    # One rank has a global scale for each part of in_proj, two have one for all of it: they round
-    # alike well, and memory of any content would not.
-    assert errors[1] < 1.5 * errors[0] < 1.0

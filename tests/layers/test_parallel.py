@@ -16,9 +16,12 @@ from serving_cases import (
     quantise_like_online,
     write_with_vocabulary,
 )
+from stored_forms import store
 
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, give_shards_their_own_scale
 from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, plain_model
+from vllm_nvfp4.testing.model_sweep import TOLERANCE, serve
 from vllm_nvfp4.testing.tiny_models import write_model
 
 pytestmark = pytest.mark.vllm
@@ -58,3 +61,17 @@ def test_lm_head_and_embedding_are_cut_over_the_vocabulary(tmp_path):
     source = write_model(tmp_path / "llama", "llama")
     write_with_vocabulary(source, tmp_path / "out", "nvfp4", "fp8")
     compare(tmp_path / "out", atol=1e-4, **TWO_RANKS)
+
+
+@pytest.mark.parametrize("form", ["ct", "16 bits"])
+def test_a_mixer_that_cuts_its_rows_by_itself(form, tmp_path):
+    """Mamba-2 with one group, stored and quantised while it loads; every form: test_cut.py."""
+    folder = write_architecture(tmp_path, ARCHITECTURES["granite4"])
+    if form != "16 bits":
+        config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        kept = ("embed", "head", "norm", "conv1d")
+        store(folder, lambda n: "bf16" if any(k in n for k in kept) else form, config)
+    one, matrices = serve(folder, "float32")
+    assert matrices
+    two, _ = serve(folder, "float32", **TWO_RANKS)
+    assert two.deviation(one) < TOLERANCE["float32"]

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: the same tokens, and a draft that is the target is nearly always right."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from safetensors.torch import load_file
-from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT
-from stored_forms import store
+from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of
 from vllm import SamplingParams
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, DRAFTS, write_architecture
-from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors, extract_fixture
-from vllm_nvfp4.testing.drafts import hand_on_the_embedding, make_predictable, write_eagle3
+from vllm_nvfp4.checkpoints.modelopt import ALGOS
+from vllm_nvfp4.checkpoints.spec import UNQUANTIZED, CheckpointError
+from vllm_nvfp4.layers.embedding import Vocabulary, lm_head_method
+from vllm_nvfp4.options import Options
+from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
+from vllm_nvfp4.testing.drafts import make_predictable, write_eagle3
 from vllm_nvfp4.testing.engine import ask_engine, engine
 from vllm_nvfp4.testing.tiny_models import write_model
 
@@ -62,8 +67,6 @@ def test_a_draft_that_is_the_target_is_taken(form, folders):
         assert acceptance < 0.5
 
 
-MTP = {"method": "mtp", "num_speculative_tokens": 2}
-NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 PREDICTABLE = {
     "dtype": "float32",
     "additional_config": KEEP_KV,
@@ -80,51 +83,13 @@ def greedy_tokens(llm):
     return list(llm.generate([request], parameters, use_tqdm=False)[0].outputs[0].token_ids)
 
 
-def ask(folder, speculative=None):
+def ask(folder, speculative=None, **options):
     """(greedy tokens, drafted tokens that were taken, drafted)."""
-    with engine(folder, **PREDICTABLE, speculative_config=speculative) as llm:
+    with engine(folder, **PREDICTABLE | options, speculative_config=speculative) as llm:
         tokens = greedy_tokens(llm)
         counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
     spec = "vllm:spec_decode_num"
     return tokens, *(int(counts.get(f"{spec}_{n}_tokens", 0)) for n in ("accepted", "draft"))
-
-
-def write_with_head(folder, form, is_right):
-    """GLM-4-MoE in NVFP4, with the draft layer after its last in ``form``."""
-    kept = ("embed", "head", "norm", "mlp.gate", "eh_proj")  # as vLLM builds them
-    draft = DRAFTS["glm4-moe"]
-
-    def edit(tensors):
-        draft.add(tensors)
-        make_predictable(tensors)
-        if is_right:
-            hand_on_the_embedding(tensors)
-
-    def form_of(layer):
-        if any(part in layer for part in kept):
-            return "bf16"
-        return form if ".layers.2." in layer else "nvfp4"
-
-    write_architecture(folder, ARCHITECTURES["glm4-moe"])
-    edit_json(folder / "config.json", draft.settings)
-    edit_tensors(folder, edit)
-    return store(folder, form_of, NVFP4)
-
-
-def test_a_head_in_the_target_s_file(tmp_path):
-    """Whatever form it is stored in, the right one is always taken and the wrong one never."""
-    right = {
-        form: write_with_head(tmp_path / form, form, True) for form in ("bf16", "fp8", "nvfp4")
-    }
-    alone, *_ = ask(right["bf16"])
-    assert len(set(alone)) == len(alone)
-    for form, folder in right.items():
-        tokens, taken, drafted = ask(folder, MTP)
-        assert tokens == alone, form
-        assert taken == drafted >= NUM_TOKENS // 2, form
-    tokens, taken, drafted = ask(write_with_head(tmp_path / "wrong", "nvfp4", False), MTP)
-    assert tokens == alone
-    assert taken <= drafted // 10
 
 
 @pytest.mark.parametrize("quantization", [None, "nvfp4"])
@@ -143,6 +108,54 @@ def test_an_eagle_3_draft_beside_a_quantised_target(quantization, tmp_path):
     tokens, taken, drafted = ask(target, speculative)
     assert tokens == alone
     assert taken <= drafted // 10
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_draft_beside_quantised_tables(has_own, tmp_path):
+    """vLLM asks the tables whether they are alike, or how wide they are."""
+    target = write_model(tmp_path / "target", "llama")
+    edit_tensors(target, make_predictable)
+    draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))
+    if not has_own:
+        edit_tensors(draft, lambda tensors: tensors.pop("embed_tokens.weight"))
+    speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 1}
+    tables = {"nvfp4": {"kv_cache": "keep", "embedding": "nvfp4", "lm_head": "fp8"}}
+    alone, *_ = ask(target, additional_config=tables)
+    tokens, taken, drafted = ask(target, speculative, additional_config=tables)
+    assert tokens == alone
+    assert taken == drafted >= NUM_TOKENS // 2
+
+
+def test_either_runner_of_vllm_finds_tables_that_are_alike(tmp_path):
+    """The second one, for GPUs, asks by a function of its own."""
+    draft = torch.nn.Module()
+    draft.has_own_lm_head = True
+    heads = []
+    for seed in (0, 0, 7):
+        target = write_model(tmp_path / str(len(heads)), "llama", seed=seed)
+        tables = {"nvfp4": {"kv_cache": "keep", "lm_head": "nvfp4"}}
+        with engine(target, **PREDICTABLE | {"additional_config": tables}) as llm:
+            heads.append(layer_of(llm, "lm_head"))
+    from vllm.v1.worker.gpu.spec_decode.eagle.utils import _should_share
+
+    one, same, other = heads
+    assert _should_share(draft, "has_own_lm_head", same, one)
+    assert not _should_share(draft, "has_own_lm_head", other, one)
+    assert not hasattr(one, "weight")
+
+
+def test_no_quantised_copy_of_a_quantised_head():
+    """vLLM 0.33 makes one for the draft, of 16 bits alone."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config = VllmConfig()
+    config.speculative_config = SimpleNamespace(draft_lm_head_quantization="fp8")
+    both = Vocabulary(Options(), lambda prefix: UNQUANTIZED, are_tied=False)
+    stored = ALGOS["NVFP4"]
+    with set_current_vllm_config(config):
+        assert lm_head_method(both, UNQUANTIZED, "lm_head") is None
+        with pytest.raises(CheckpointError, match=r"fp8, beside a lm_head in nvfp4.*Leave it out"):
+            lm_head_method(both, stored, "lm_head")
 
 
 def shuffle_first_projection(tensors):

@@ -33,6 +33,7 @@ def _in_8_bits(form, weight):
         return {"weight": codes, **scales}, codes.float() * scale
     if form == "fp8block":
         tiles = weight.unflatten(0, (-1, _TILE)).unflatten(2, (-1, _TILE)).abs().amax((1, 3)) / 448
+        tiles = tiles.clamp(min=2.0**-100)
         full = tiles.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
         codes = (weight / full).to(torch.float8_e4m3fn)
         return {"weight": codes, "weight_scale_inv": tiles}, codes.float() * full

@@ -41,6 +41,8 @@ PROJECTION_FIRST = re.compile(r"(^|\.)experts\.([A-Za-z_]\w*)\.(\d+)(\.|$)")
 
 # What a model calls the block that holds the experts of a layer may not be what the files do.
 _BLOCK_OF_EXPERTS = re.compile(r"(\.\d+)\.\w+\.experts(?=\.|$)")
+# So of any layer of a block, as Granite's mixers.
+_BLOCK = re.compile(r"(\.\d+)\.\w+\.(?=\w+$)")
 # Scales of a KV cache, beside a projection or the attention.
 KV_SCALES = frozenset(("k_scale", "v_scale", "q_scale", "prob_scale"))
 
@@ -144,8 +146,9 @@ class Census:
         Models nest the same layer differently than files do (language_model.model. against
         model.language_model., a wrapper of a draft layer, a bare lm_head). So where no name is
         equal, one is taken whose last part and numbers are equal and whose other parts are all in
-        the name asked for, or the other way round; the one with most parts in common. Experts are
-        found under any one name of the block that holds them (block_sparse_moe against mlp).
+        the name asked for, or the other way round; the one with most parts in common. Else one of
+        the same layer, in a block of another name (mixer against mamba), if there is one alone; and
+        experts under any one name of the block that holds them (block_sparse_moe against mlp).
         """
         if (module := self._by_name.get(name)) is not None:
             return module
@@ -157,17 +160,25 @@ class Census:
         parts = Counter(name.split("."))
         best: list[tuple[int, StoredModule]] = []
         for known, module in self._by_leaf.get(_key(name), ()):
-            others = Counter(known.split("."))
-            if others <= parts or parts <= others:
-                best.append(((others & parts).total(), module))
+            known_parts = Counter(known.split("."))
+            if known_parts <= parts or parts <= known_parts:
+                best.append(((known_parts & parts).total(), module))
+        if not best and ".experts." in name:
+            return self._by_experts.get(_without_block(name))
         if not best:
-            return self._by_experts.get(_without_block(name)) if ".experts." in name else None
+            others = {
+                module.name: module
+                for known, module in self._by_leaf.get(_key(name), ())
+                if _in_any_block(known) == _in_any_block(name)
+            }
+            return next(iter(others.values())) if len(others) == 1 else None
         most = max(common for common, _ in best)
         found = [module for common, module in best if common == most]
         alike = all(m.stored == found[0].stored for m in found)
         return found[0] if alike else None
 
-    def _ask(self, name: str) -> StoredModule | None:
+    def ask(self, name: str) -> StoredModule | None:
+        """As :meth:`find`, for a layer that is going to load it."""
         if (module := self.find(name)) is not None:
             self._asked.add(module.name)
         return module
@@ -189,10 +200,10 @@ class Census:
         different forms come out as WIDENED: they are one weight in memory.
         A layer that is not in the files by any name is as the configuration says.
         """
-        whole = self._ask(name)
+        whole = self.ask(name)
         if whole is not None and not whole.has_scales_alone:
             return whole.spec
-        shards = [m for n in shard_names(name, packed_modules) if (m := self._ask(n)) is not None]
+        shards = [m for n in shard_names(name, packed_modules) if (m := self.ask(n)) is not None]
         if not shards:
             return fused_layer_spec(self.dialect, name, packed_modules)
         return one_spec({module.name: module.spec for module in shards})
@@ -208,7 +219,7 @@ class Census:
         prefix: the model's name for all of them; names: for each linear layer of each expert
         Raises CheckpointError where they differ among each other.
         """
-        modules = {name: m for name in names if (m := self._ask(name)) is not None}
+        modules = {name: m for name in names if (m := self.ask(name)) is not None}
         if modules:
             specs = [module.spec for module in modules.values()]
             if spec := merged(specs):
@@ -224,7 +235,7 @@ class Census:
             )
         if stacks := self.stacks(prefix):
             return one_spec({module.name: module.spec for module in stacks})
-        if (stack := self._ask(prefix)) is not None and any(
+        if (stack := self.ask(prefix)) is not None and any(
             len(header.shape) > 2 for header in stack.tensors.values()
         ):
             return stack.spec
@@ -322,6 +333,10 @@ def expert_first(name: str) -> str:
 
 def _without_block(name: str) -> str:
     return _BLOCK_OF_EXPERTS.sub(r"\1.*.experts", name)
+
+
+def _in_any_block(name: str) -> str:
+    return _BLOCK.sub(r"\1.*.", name)
 
 
 def _key(name: str) -> tuple[str, tuple[str, ...]]:

@@ -163,6 +163,18 @@ def loads_through_parameters() -> bool:
     )
 
 
+def rows_of_parts(loader: Any) -> list[int] | None:
+    """This rank's rows of each part of Mamba-2's in_proj, which only the loader knows that its
+    mixer puts in place of the layer's; None of another loader."""
+    code, cells = getattr(loader, "__code__", None), getattr(loader, "__closure__", None)
+    if code is None or not cells:
+        return None
+    held = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+    if not {"shard_spec", "tp_size"} <= held.keys():
+        return None
+    return [rows // held["tp_size"] for rows, *_ in held["shard_spec"]]
+
+
 def initialize_online_processing(layer: Any) -> None:
     """Defer loading of the layer's meta weights until all are there, then process them at once."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -223,6 +235,14 @@ def native_config_class(quant_config: dict[str, Any]) -> Any:
 
 def _has_4_bit_activations(group: dict[str, Any]) -> bool:
     return (group.get("input_activations") or {}).get("num_bits") == 4
+
+
+def draft_lm_head_quantization() -> str | None:
+    """The form in which the drafts of the engine being built get a copy of lm_head (since 0.33)."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    speculative = getattr(get_current_vllm_config_or_none(), "speculative_config", None)
+    return getattr(speculative, "draft_lm_head_quantization", None)
 
 
 def device_capability() -> tuple[int, int] | None:

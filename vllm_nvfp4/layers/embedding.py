@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,13 @@ from vllm_nvfp4.checkpoints.convert import check_dense
 from vllm_nvfp4.checkpoints.online import online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
+    CheckpointError,
     LayerKind,
     LayerSpec,
     Role,
+    describe,
 )
+from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers.filling import check_filled
 from vllm_nvfp4.layers.linear import (
@@ -82,12 +86,27 @@ def lm_head_method(both: Vocabulary, spec: LayerSpec, prefix: str) -> QuantizeMe
     """The method for lm_head: the checkpoint's own format first, then the option."""
     if both.are_tied and both.tied_spec.kind in _STORED:
         spec = both.tied_spec
+    fmt = both.tied_format if both.are_tied else both.options.lm_head
+    if spec.kind not in _STORED and fmt == "keep":
+        return plain_embedding_method(spec)
+    if spec.kind is not LayerKind.WIDENED:
+        refuse_quantised_copy(prefix, describe(spec) if spec.kind in _STORED else fmt)
     if spec.kind in _STORED:
         return _stored_method(both.options, spec, prefix)
-    fmt = both.tied_format if both.are_tied else both.options.lm_head
-    if fmt == "keep":
-        return plain_embedding_method(spec)
     return OnlineEmbeddingMethod(both, fmt, prefix, spec)
+
+
+def refuse_quantised_copy(prefix: str, form: str) -> None:
+    """Raise CheckpointError where a draft is to get a quantised copy of an lm_head that is itself
+    quantised: vLLM makes one of 16 bits alone, and says so after all is loaded."""
+    if asked := versions.draft_lm_head_quantization():
+        raise CheckpointError(
+            "speculative_config",
+            "draft_lm_head_quantization",
+            f"{asked}, beside a {prefix} in {form}",
+            f"a {prefix} in 16 bits",
+            "Leave it out: the draft shares the quantised one as it is.",
+        )
 
 
 def embedding_method(both: Vocabulary, prefix: str) -> QuantizeMethodBase | None:
@@ -144,6 +163,19 @@ class _VocabularyMethod:
         # In a list, so that torch does not take the embedding for a child of lm_head.
         layer.nvfp4_tied_to = [embed_tokens]
         return layer
+
+    def stand_in(self, layer: Any) -> torch.Tensor:
+        """[1, hidden size]: equal for tables that are, and for no others; see
+        compat.draft_tables."""
+        digest = hashlib.sha256()
+        owner = weight_owner(layer)
+        for name, parameter in sorted(owner.named_parameters(recurse=False)):
+            data = parameter.detach().reshape(-1).view(torch.uint8).cpu()
+            digest.update(f"{name} {list(parameter.shape)}".encode())
+            digest.update(memoryview(data.numpy()))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "big") >> 1)
+        noise = torch.randn(1, layer.embedding_dim, generator=generator)
+        return noise.to(next(owner.parameters(recurse=False)).device)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         return look_up(layer, input_, layer.nvfp4_dtype)

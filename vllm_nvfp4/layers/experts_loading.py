@@ -19,7 +19,6 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_nvfp4.checkpoints.census import Census, StoredModule
-from vllm_nvfp4.checkpoints.convert import dequantize_layer
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
     LayerKind,
@@ -28,6 +27,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.checkpoints.stacks import Stack, StoredAs, parts_of
+from vllm_nvfp4.layers.plain import value_of
 from vllm_nvfp4.numerics.activation import INTERLEAVED
 
 logger = init_logger(f"vllm.{__name__}")
@@ -89,18 +89,8 @@ class _Module:
         self.collected.clear()
         for (expert, part), tensors in found.items():
             if self._slots(expert):
-                self._load("weight", expert, part, self._value(expert, part, tensors))
-
-    def _value(self, expert: int, part: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight [N, K] that stored tensors mean; of tensors without data, one of its shape
-        that is made of them all."""
-        main = max(tensors.values(), key=torch.Tensor.numel)
-        if not main.is_meta:
-            name = f"expert {expert}, {part} ({describe(self.spec)})"
-            return dequantize_layer(self.spec, tensors, name)
-        width = 2 if self.spec.kind is LayerKind.MICROSCALED else 1
-        value = main.float().repeat(1, width)
-        return value + sum(t.float().sum() for t in tensors.values())
+                name = f"expert {expert}, {part} ({describe(self.spec)})"
+                self._load("weight", expert, part, value_of(self.spec, tensors, name))
 
     def _slots(self, expert: int) -> list[int]:
         """The numbers under which this rank has the expert, copies to balance the load included."""
@@ -208,11 +198,19 @@ class ExpertLoading:
         entry = _Module(weakref.ref(layer), stack, *alone, module.spec, leaves, is_widened)
         self._modules |= dict.fromkeys(leaves, entry)
 
-    def rest(self, weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """Load what was planned; yields all other tensors, for the model."""
+    def rest(
+        self, weights: Iterable[tuple[str, Any]], model: torch.nn.Module
+    ) -> Iterator[tuple[str, Any]]:
+        """Load what was planned of this model; yields all other tensors, for the model's loader.
+
+        The files of a model with a draft layer are read twice, the second time for the draft alone:
+        the target's experts are in kernel order by then.
+        """
         elsewhere = self._census.quantised_stacks()  # if not planned, another rank's
+        layers = set(map(id, model.modules()))
         for name, tensor in weights:
             if (module := self._modules.get(name)) is not None:
-                module.take(name, tensor)
+                if id(module.find_layer()) in layers:
+                    module.take(name, tensor)
             elif name not in elsewhere:
                 yield name, tensor

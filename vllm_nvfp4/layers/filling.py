@@ -97,6 +97,9 @@ class OnlineWeightParameter(ModelWeightParameter):
         layer = self.nvfp4_layer() if self.nvfp4_layer is not None else None
         is_waiting = getattr(loader, "__name__", "") == versions.ONLINE_LOADER
         if layer is not None and self.is_meta and not is_waiting:
+            # Ranks have the parts of the weight, each with its scale, as one rank alone has them.
+            if (parts := versions.rows_of_parts(loader)) is not None:
+                layer.logical_widths = parts
             versions.initialize_online_processing(layer)
 
     def _delete_loader(self) -> None:

@@ -14,16 +14,16 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_nvfp4.checkpoints.convert import check_blocks, fp8_to_rows, to_weight
-from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role, TensorSpec
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops, paths
+from vllm_nvfp4.layers.cut import RowCut
 from vllm_nvfp4.layers.filling import (
     OnlineWeightParameter,
     check_filled,
-    counted,
     expect_all,
 )
-from vllm_nvfp4.layers.parameters import make_parameter
+from vllm_nvfp4.layers.parameters import LinearCut, make_parameter
 from vllm_nvfp4.layers.plain import WidenedLinearMethod
 from vllm_nvfp4.layers.weights import (
     LINEAR_NAMES,
@@ -42,6 +42,9 @@ from vllm_nvfp4.numerics.hadamard import rotate_blocks
 from vllm_nvfp4.options import ACTIVATION_BITS, Options
 
 logger = init_logger(f"vllm.{__name__}")
+
+# The parameters on which vLLM's models put loaders of their own.
+NAMES_OF_MODELS = ("weight", "weight_scale", "input_scale")
 
 
 def linear_method(options: Options, spec: LayerSpec, prefix: str) -> LinearMethodBase:
@@ -93,9 +96,14 @@ class CheckpointLinearMethod(PlacedMethod):
     def add_parameters(
         self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
-        num_shards, loader = len(layer.logical_widths), attrs.get("weight_loader")
-        for tensor in self.spec.tensors:
-            parameter: Any = make_parameter(tensor, self.spec, shape, num_shards, counted(loader))
+        num_shards = len(layer.logical_widths)
+        cut = LinearCut(shape, num_shards, attrs.get("weight_loader"), RowCut())
+        tensors = list(self.spec.tensors)
+        if not any(tensor.name in NAMES_OF_MODELS for tensor in tensors):
+            # Nothing loads it; a model that cuts the rows itself says so here.
+            tensors.append(TensorSpec(NAMES_OF_MODELS[0], Role.UNUSED, ("U8",), optional=True))
+        for tensor in tensors:
+            parameter: Any = make_parameter(tensor, self.spec, cut)
             parameter.nvfp4_role = tensor.role
             if not tensor.optional and tensor.role is not Role.UNUSED:
                 expect_all(parameter)

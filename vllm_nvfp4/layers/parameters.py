@@ -8,18 +8,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    ModelWeightParameter,
-    PerTensorScaleParameter,
-)
+from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role, TensorSpec
 from vllm_nvfp4.compat import versions
+from vllm_nvfp4.layers.cut import CutWeightParameter, FollowsCut, RowCut, WholeScaleParameter
 
 
-class ShardVectorParameter(BasevLLMParameter):
+class ShardVectorParameter(FollowsCut):
     """[num_shards, ...]: one vector or matrix for each shard of a fused layer.
 
     Loads the tensors of which vLLM's own parameter classes have no kind: a vector along K
@@ -49,7 +45,7 @@ class ShardVectorParameter(BasevLLMParameter):
         self._store(self._shard_id_as_int(kwargs["shard_id"]), loaded_weight)
 
 
-class UnusedParameter(BasevLLMParameter):
+class UnusedParameter(FollowsCut):
     """Takes a tensor that the tool stores and that has no use here, and keeps nothing of it."""
 
     def _drop(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +55,7 @@ class UnusedParameter(BasevLLMParameter):
     load_merged_column_weight = load_qkv_weight = _drop
 
 
-class RowScaleParameter(ChannelQuantScaleParameter):
+class RowScaleParameter(FollowsCut, ChannelQuantScaleParameter):
     """[N, 1]: one scale per output row. A file may hold [N] (ModelOpt) or [N, 1]."""
 
     def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
@@ -84,11 +80,34 @@ _TORCH_DTYPES = {
 }
 
 
-def make_parameter(
-    tensor: TensorSpec, spec: LayerSpec, shape: tuple[int, int], num_shards: int, loader: Any
-) -> BasevLLMParameter:
-    """The vLLM parameter that loads a tensor of this role. shape: [N, K] on this rank."""
-    n, k = shape
+_HAVE_ROWS = (Role.CODES, Role.BLOCK_SCALE, Role.WEIGHT, Role.ROW_SCALE)
+
+
+class LinearCut(NamedTuple):
+    """Which part of a linear layer a rank holds.
+
+    shape:      [N, K] of it
+    num_shards: of a fused layer
+    loader:     vLLM's
+    rows:       what a model puts in its place
+    """
+
+    shape: tuple[int, int]
+    num_shards: int
+    loader: Any
+    rows: RowCut
+
+
+def make_parameter(tensor: TensorSpec, spec: LayerSpec, cut: LinearCut) -> FollowsCut:
+    """The vLLM parameter that loads a tensor of this role."""
+    loader = cut.rows.loads(cut.loader, tensor.role in _HAVE_ROWS)
+    parameter = _parameter(tensor, spec, cut, loader)
+    parameter.nvfp4_cut = cut.rows
+    return parameter
+
+
+def _parameter(tensor: TensorSpec, spec: LayerSpec, cut: LinearCut, loader: Any) -> FollowsCut:
+    (n, k), num_shards = cut.shape, cut.num_shards
     dtype = _TORCH_DTYPES[tensor.dtypes[0]]
     if tensor.role in (Role.CODES, Role.BLOCK_SCALE, Role.WEIGHT):
         divisor = {
@@ -99,7 +118,7 @@ def make_parameter(
         data = torch.empty(n, k // divisor[tensor.role], dtype=dtype)
         if tensor.role is Role.BLOCK_SCALE:
             data.view(torch.uint8).fill_(255)  # NaN in E4M3 and E8M0: unloaded scales show
-        return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+        return CutWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
     if tensor.role is Role.ROW_SCALE:
         data = torch.full((n, 1), torch.nan, dtype=torch.float32)
         return RowScaleParameter(data=data, output_dim=0, weight_loader=loader)
@@ -113,7 +132,7 @@ def make_parameter(
         data = torch.full((num_shards, size, size), torch.nan, dtype=torch.float32)
         return ShardVectorParameter(data=data, weight_loader=loader)
     data = torch.full((num_shards,), torch.nan, dtype=torch.float32)
-    return PerTensorScaleParameter(data=data, weight_loader=loader)
+    return WholeScaleParameter(data=data, weight_loader=loader)
 
 
 class ExpertCut(NamedTuple):

@@ -20,7 +20,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm_nvfp4.checkpoints.convert import dequantize_layer
 from vllm_nvfp4.checkpoints.forms import form_of
 from vllm_nvfp4.checkpoints.source import DTYPES
-from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role, describe
+from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role, describe
+from vllm_nvfp4.layers.cut import CutWeightParameter, FollowsCut, RowCut
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -64,10 +65,15 @@ def add_places_for_strays(layer: Any, spec: LayerSpec, stem: str = "") -> None:
     """Register a parameter for each tensor of the spec that is of no use to the layer."""
     for tensor in spec.tensors:
         if tensor.role is Role.UNUSED and not hasattr(layer, stem + tensor.name):
-            place: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            place.nvfp4_stray = True
-            place.weight_loader = _take_nothing
-            layer.register_parameter(stem + tensor.name, place)
+            layer.register_parameter(stem + tensor.name, _place(_take_nothing, RowCut()))
+
+
+def _place(loader: Any, cut: RowCut) -> FollowsCut:
+    """A parameter without memory, for what its loader makes of a tensor."""
+    place = FollowsCut(data=torch.empty(0), weight_loader=loader)
+    place.nvfp4_cut = cut
+    place.nvfp4_stray = True  # type: ignore[attr-defined]
+    return place
 
 
 def remove_places_for_strays(layer: Any) -> None:
@@ -97,7 +103,7 @@ class _Widening:
 
     def __init__(self, spec: LayerSpec, prefix: str) -> None:
         super().__init__()
-        self.spec, self.prefix = spec, prefix
+        self.spec, self.prefix, self._cut = spec, prefix, RowCut()
         # The arguments that vLLM gives beside a tensor (a shard's name) -> its tensors by name.
         self._loaded: dict[tuple[Any, ...], dict[str, torch.Tensor]] = defaultdict(dict)
 
@@ -108,10 +114,7 @@ class _Widening:
         for tensor in self.spec.tensors:
             if tensor.name == "weight":
                 continue
-            place: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            place.nvfp4_stray = True
-            place.weight_loader = self._collector(tensor.name)
-            layer.register_parameter(tensor.name, place)
+            layer.register_parameter(tensor.name, _place(self._collector(tensor.name), self._cut))
 
     def collected(self) -> Iterator[torch.Tensor]:
         """What was loaded and waits for the rest of the layer."""
@@ -122,13 +125,18 @@ class _Widening:
         def collect(param: Any, loaded: torch.Tensor, *shard: Any) -> None:
             self._loaded[tuple(s for s in shard if s is not None)][name] = loaded.clone()
 
+        collect.nvfp4_is_own = True  # type: ignore[attr-defined]
         return collect
 
     def process_weights_after_loading(self, layer: Any) -> None:
         remove_places_for_strays(layer)
         for shard, tensors in self._loaded.items():
             value = widen(tensors, f"{self.prefix}{list(shard) if shard else ''}")
-            self._load_dense(layer.weight, value.to(layer.weight.dtype), *shard)
+            value = value.to(layer.weight.dtype)
+            if self._cut.loader is not None:
+                self._cut.loader(layer.weight, value)
+            else:
+                self._load_dense(layer.weight, value, *shard)
         self._loaded.clear()
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         logger.info_once(
@@ -140,9 +148,29 @@ class _Widening:
 class WidenedLinearMethod(_Widening, UnquantizedLinearMethod):
     """A linear layer in a form without a kernel, or a fused one of several forms."""
 
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        loader = layer.weight.weight_loader
+        weight = CutWeightParameter(
+            data=layer.weight.data, input_dim=1, output_dim=0, weight_loader=loader
+        )
+        weight.nvfp4_cut = self._cut
+        layer.register_parameter("weight", weight)
+
 
 class WidenedEmbeddingMethod(_Widening, UnquantizedEmbeddingMethod):
     """lm_head or the token embedding in a form without a kernel."""
+
+
+def value_of(spec: LayerSpec, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
+    """The weight [N, K] that stored tensors mean, float32; of tensors without data, one of its
+    shape that is made of them all."""
+    main = max(tensors.values(), key=torch.Tensor.numel)
+    if not main.is_meta:
+        return dequantize_layer(spec, tensors, layer)
+    width = 2 if spec.kind is LayerKind.MICROSCALED else 1
+    value = main.float().repeat(1, width)
+    return value + sum(t.float().sum() for t in tensors.values())
 
 
 def widen(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:

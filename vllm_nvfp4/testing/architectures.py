@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
-from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
+from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp, add_nemotron_mtp
 
 VOCAB_SIZE = 320
 _SIZES: dict[str, Any] = {
@@ -496,6 +496,12 @@ def _has_layer_past_the_end(config: dict[str, Any]) -> None:
     config["num_nextn_predict_layers"] = 1
 
 
+def _has_nemotron_head(config: dict[str, Any]) -> None:
+    _has_layer_past_the_end(config)
+    # vLLM gives the head's first projection this type, whatever the engine's is.
+    config["dtype"] = "float32"
+
+
 _AFTER_LAYER_1 = Draft(_has_layer_past_the_end, partial(add_layer_past_the_end, last=1))
 DRAFTS = {
     "qwen3.5": Draft(_has_mtp, partial(add_mtp, layer="model.language_model.layers.3.")),
@@ -503,13 +509,17 @@ DRAFTS = {
     "qwen3-next": Draft(_has_mtp, partial(add_mtp, layer="model.layers.3.")),
     "glm4-moe": _AFTER_LAYER_1,
     "deepseek-v3": _AFTER_LAYER_1,
+    "nemotron-h-moe": Draft(
+        _has_nemotron_head,
+        partial(add_nemotron_mtp, attention="backbone.layers.2.", experts="backbone.layers.3."),
+    ),
 }
 # One of each kind.
 FEATURED = {
     "qwen3": ("TP 2", "LoRA"),
     "qwen3-moe": ("TP 2", "LoRA"),
     "deepseek-v2": ("TP 2", "LoRA"),
-    "nemotron-h-moe": ("TP 2", "LoRA"),
+    "nemotron-h-moe": ("TP 2", "LoRA", "MTP"),
     "granite4-moe": ("TP 2", "LoRA"),
     "qwen3-next": ("TP 2", "LoRA", "MTP"),
     "qwen3.5": ("TP 2", "LoRA", "MTP"),

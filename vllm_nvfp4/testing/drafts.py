@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Of the residual stream, so that the embedding outweighs what the layers add to it.
 _EMBEDDING = 3.0
+_TABLES = ("embed_tokens.weight", "backbone.embeddings.weight")
 
 
 def make_predictable(tensors: Tensors, steps: int = 1) -> Mapping[int, int]:
@@ -32,7 +33,7 @@ def make_predictable(tensors: Tensors, steps: int = 1) -> Mapping[int, int]:
     """
     import torch
 
-    embedding = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+    embedding = next(n for n in tensors if n.endswith(_TABLES))
     generator = torch.Generator().manual_seed(5)
     vocab_size, hidden_size = tensors[embedding].shape
     directions = torch.randn(vocab_size, hidden_size, generator=generator)
@@ -43,7 +44,7 @@ def make_predictable(tensors: Tensors, steps: int = 1) -> Mapping[int, int]:
     head = torch.empty(vocab_size, hidden_size)
     head[later] = directions * hidden_size**-0.5
     for name in tensors:
-        if name.endswith("embed_tokens.weight"):
+        if name.endswith(_TABLES):
             tensors[name] = (_EMBEDDING * directions).bfloat16()
         elif name.endswith(("lm_head.weight", "shared_head.head.weight")):
             tensors[name] = head.bfloat16()
@@ -73,6 +74,20 @@ def add_layer_past_the_end(tensors: Tensors, last: int) -> None:
         tensors[f"{layer}{name}.weight"] = torch.ones(hidden_size).bfloat16()
     tensors[layer + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     tensors[layer + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def add_nemotron_mtp(tensors: Tensors, attention: str, experts: str) -> None:
+    """Nemotron-H's head, copies of two of the model's layers ("backbone.layers.3.") with other
+    weights."""
+    import torch
+
+    _copy_layer(tensors, attention, "mtp.layers.0.")
+    _copy_layer(tensors, experts, "mtp.layers.1.")
+    hidden_size = _hidden_size(tensors)
+    tensors["mtp.layers.0.eh_proj.weight"] = _draw(hidden_size, 2 * hidden_size, seed=99)
+    sizes = {"0.enorm": _EMBEDDING, "0.hnorm": 1, "1.final_layernorm": 1}
+    for name, size in sizes.items():
+        tensors[f"mtp.layers.{name}.weight"] = torch.full((hidden_size,), size).bfloat16()
 
 
 def hand_on_the_embedding(tensors: Tensors) -> None:
@@ -125,7 +140,7 @@ def write_eagle3(folder: Path, target: Path, tensors: Tensors) -> Path:
 
 
 def _hidden_size(tensors: Tensors) -> int:
-    return next(t.shape[1] for n, t in tensors.items() if n.endswith("embed_tokens.weight"))
+    return next(t.shape[1] for n, t in tensors.items() if n.endswith(_TABLES))
 
 
 def _copy_layer(tensors: Tensors, source: str, target: str, into: Tensors | None = None) -> None:

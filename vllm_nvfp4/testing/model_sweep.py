@@ -35,6 +35,13 @@ _SHARE_OF_NOISE = 2.5
 # Further than this it is no rounding: the two compute something else (of MLA on a CPU, vLLM and
 # transformers do), and what is left to compare with is vLLM's own answer.
 _MOST_NOISE = 0.3
+FORCED_ENGINE: dict[str, Any] = {
+    "logits_processors": ["vllm_nvfp4.testing.forced:ForceTokens"],
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
+    "additional_config": {"nvfp4": {"kv_cache": "keep"}},
+}
 _SAME_ROW = 0.97  # cosine; NVFP4 leaves about 0.995, unrelated rows of 32 are below 0.9
 _SAME_LENGTH = 0.15
 _REASON_CHARS = 240
@@ -185,16 +192,8 @@ def serve(
     options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks, and with an
              adapter, no matrices are returned.
     """
-    defaults: dict[str, Any] = {
-        "dtype": dtype,
-        "logits_processors": ["vllm_nvfp4.testing.forced:ForceTokens"],
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
-        "additional_config": {"nvfp4": {"kv_cache": "keep"}},
-    }
-    with engine(folder, **(defaults | options)) as llm:
-        answer = _ask(llm, adapter)
+    with engine(folder, **(FORCED_ENGINE | {"dtype": dtype} | options)) as llm:
+        answer = ask_forced(llm, adapter)
         if answer.prefill.isnan().any() or answer.decode.isnan().any():
             raise RuntimeError("log-probabilities that are not numbers")
         if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
@@ -204,7 +203,8 @@ def serve(
         return answer, list(quantised_matrices(model))
 
 
-def _ask(llm: Any, adapter: Path | None) -> Forced:
+def ask_forced(llm: Any, adapter: Path | None = None) -> Forced:
+    """What an engine with the options FORCED_ENGINE makes of PROMPT and FORCED."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
