@@ -40,10 +40,11 @@ def paragraph() -> str:
     exact, rounded = _worst(good, "float32"), _worst(good, "bfloat16")
     text = (
         f"`make models`, two CPU cores, vLLM 0.32: of {len(rows)} architectures as tiny models "
-        f"with random weights, {len(good)} give stock vLLM's log-probabilities on the same weights "
-        "dequantised, online and in both dialects that `quantize` writes, in prefill and in "
-        f"decode: to {exact:.0e} in float32, and to {rounded:.2f} in BF16 where vLLM's kernels "
-        f"want it. Stock vLLM refuses {len(refused)} on a CPU. "
+        f"with random weights, {len(good)} give stock vLLM's log-probabilities, or "
+        "embeddings, on the same weights dequantised, online and in both dialects that "
+        f"`quantize` writes, in prefill and in decode: to {exact:.0e} in float32, and to "
+        f"{rounded:.2f} in BF16 where vLLM's kernels want it. Stock vLLM "
+        f"refuses {len(refused)} on a CPU. "
     )
     if others:
         text += f"In part: {', '.join(others)}. "

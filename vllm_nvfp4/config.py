@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4.checkpoints.census import PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.model_census import take_census_of
-from vllm_nvfp4.checkpoints.online import OnlineDialect, online_spec
+from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -42,7 +42,7 @@ from vllm_nvfp4.layers import kv_cache
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.experts_loading import ExpertLoading
-from vllm_nvfp4.layers.keep import Kept, keep_towers, why_kept
+from vllm_nvfp4.layers.keep import Kept, keep_towers, plain_method, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
 from vllm_nvfp4.layers.plain_places import widen_for
@@ -50,8 +50,6 @@ from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import METHOD_NAME, Options
 
 logger = init_logger(f"vllm.{__name__}")
-
-_LEFT_OUT = "left out by their sizes or by online_ignore"
 
 
 class NvFp4Config(QuantizationConfig):
@@ -150,7 +148,12 @@ class NvFp4Config(QuantizationConfig):
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
-        """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute."""
+        """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute. An
+        encoder's keys are used once, as they are."""
+        vllm_config = get_current_vllm_config_or_none()
+        model_config = vllm_config.model_config if vllm_config else None
+        if getattr(model_config, "attn_type", None) == "encoder_only":
+            return None
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
@@ -187,21 +190,21 @@ class NvFp4Config(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         spec = self.layer_spec(prefix)
-        if spec.kind is LayerKind.ONLINE and self._is_kept(layer, prefix, spec):
-            return plain_linear_method(UNQUANTIZED)
+        if spec.kind is LayerKind.ONLINE and (why := self._why_kept(layer, prefix, spec)):
+            return plain_method(why)
         if spec.kind is LayerKind.UNQUANTIZED:
             return plain_linear_method(spec)
         return linear_method(self.options, spec, prefix)
 
-    def _is_kept(self, layer: Any, prefix: str, spec: LayerSpec) -> bool:
-        """Whether a 16-bit layer stays so; counted either way."""
+    def _why_kept(self, layer: Any, prefix: str, spec: LayerSpec) -> str | None:
+        """Why a 16-bit layer stays so, or None; counted either way."""
         num_weights = layer.input_size * layer.output_size
         config = get_current_vllm_config_or_none()
         why = why_kept(layer, prefix, config.model_config if config else None)
         if why is None and self._stays_in_16_bits(spec, prefix, layer.input_size):
-            why = _LEFT_OUT
+            why = LEFT_OUT
         self._count(num_weights, why)
-        return why is not None
+        return why
 
     def _count(self, num_weights: int, why: str | None) -> None:
         if why is None:
@@ -210,13 +213,13 @@ class NvFp4Config(QuantizationConfig):
             self._kept.note_kept(why, num_weights)
 
     @property
-    def _is_online(self) -> bool:
+    def is_online(self) -> bool:
         """Whether the checkpoint is in 16 bits, and quantised while it loads."""
         return self.dialect.name == OnlineDialect.name
 
     def towers_are_marked(self, model: Any) -> None:
         """vLLM has marked encoders and connectors of the model that is being built."""
-        if self._is_online:
+        if self.is_online:
             keep_towers(model, self._kept)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -226,7 +229,7 @@ class NvFp4Config(QuantizationConfig):
         stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)
         if spec.kind is LayerKind.ONLINE:
             num_weights = 3 * moe.num_logical_experts * moe.hidden_dim * moe.intermediate_size
-            self._count(num_weights, _LEFT_OUT if stays else None)
+            self._count(num_weights, LEFT_OUT if stays else None)
         if spec.kind is LayerKind.UNQUANTIZED or stays:
             cpu_experts.check(layer)
             return None  # vLLM's own experts
@@ -242,10 +245,10 @@ class NvFp4Config(QuantizationConfig):
         """As :meth:`layer_spec`, of a layer's experts. experts: names of their linear layers"""
         online = online_spec(FORMATS[self.options.online_format])
         if self.census is None:
-            return online if self._is_online else experts_spec(self.dialect, layer, prefix)
+            return online if self.is_online else experts_spec(self.dialect, layer, prefix)
         names = [name for expert in experts for name in expert]
         spec = self.census.experts_spec(prefix, names)
-        if self._is_online:
+        if self.is_online:
             return spec if spec.is_quantized else online
         self._tell(prefix, spec, [self.dialect.layer_spec(names[0])])
         return spec
@@ -254,10 +257,10 @@ class NvFp4Config(QuantizationConfig):
         """How the layer, fused or not, is stored: as the files show, or as the configuration says
         where there are none."""
         packed = self.packed_modules_mapping
-        if self.census is None and not self._is_online:
+        if self.census is None and not self.is_online:
             return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
         spec = self.census.layer_spec(prefix, packed) if self.census else UNQUANTIZED
-        if self.census is None or (self._is_online and not spec.is_quantized):
+        if self.census is None or (self.is_online and not spec.is_quantized):
             return online_spec(FORMATS[self.options.online_format])
         self._tell(prefix, spec, self.census.said(prefix, packed))
         return _readable(spec, prefix)
@@ -266,7 +269,7 @@ class NvFp4Config(QuantizationConfig):
         """As :meth:`layer_spec`, of lm_head, which no file holds that is tied to an embedding."""
         if self.census is not None and self.census.find(prefix) is None:
             return UNQUANTIZED
-        if self._is_online:
+        if self.is_online:
             stored = self.census.layer_spec(prefix, {}) if self.census else UNQUANTIZED
             return UNQUANTIZED if stored.kind is LayerKind.ONLINE else stored
         return self.layer_spec(prefix)

@@ -8,9 +8,11 @@ test_serving and test_experts, experts in stacks by test_stacked_experts.
 import pytest
 import vision_classes
 
+from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.model_sweep import (
     TOLERANCE,
+    Sweep,
     ask_transformers,
     quantised_share,
     serve,
@@ -32,6 +34,14 @@ SAMPLE = {
 AS_TRANSFORMERS = ("nemotron-h-moe", "qwen3-vl-moe", "gemma4")
 # Twice what two kernels in BF16 differ by here.
 BF16 = 0.2
+
+
+def test_embeddings_of_an_encoder_are_those_of_the_dequantised_weights(tmp_path):
+    """With every option as it is by default: an encoder has no KV cache to hold in FP8."""
+    found = Sweep(ARCHITECTURES["bert"], tmp_path, main).measure("online")
+    assert found.reference == "vLLM"
+    assert found.share > 0.7
+    assert found.deviation < 1e-5
 
 
 @pytest.mark.parametrize("name", SAMPLE)

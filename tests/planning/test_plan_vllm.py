@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from vllm_nvfp4.checkpoints import read_config
+from vllm_nvfp4.checkpoints.online import OnlineDialect
+from vllm_nvfp4.checkpoints.online_layers import without_vllm
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.cli.inspect import held_bytes_of
 from vllm_nvfp4.options import Options
@@ -114,8 +116,11 @@ def held_by(model) -> int:
 def held_by_inspect(folder) -> int:
     """What ``inspect`` says that the same weights take on a GPU."""
     inventory = validate(folder, *read_config(folder))
+    layers = inventory.layers
+    if inventory.dialect == OnlineDialect.name:
+        layers = without_vllm(folder, layers).settle(layers)
     options, tied = Options.resolve(), inventory.tied_embeddings
-    return sum(held_bytes_of(layer, options, tied) for layer in inventory.layers)
+    return sum(held_bytes_of(layer, options, tied) for layer in layers)
 
 
 def on_each_cpu(*values, if_any):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from case_layouts import add_kv_scales, as_modelopt_stacks, drop, spread, stack_rows, stray
 from published import compressed, legacy, modelopt, nvfp4_group
@@ -42,7 +43,7 @@ class Case:
     settings:  edits config.json before anything else
     prepare:   edits the model in 16 bits, for the case and for what it is compared with
     spread:    renames tensors of stacks to one of each expert, in 16 bits
-    finish:    edits the tensors as stored
+    finish:    edits the tensors as stored; returns what stacks are worth that it stores itself
     quantised: of vLLM's layers: part -> how many are held in fewer than 16 bits
     error:     what the check says, a regular expression; empty where the model will load
     hf_quant:  hf_quant_config.json
@@ -102,6 +103,7 @@ def matrices_of(case: Case, plain: Path) -> Iterator[torch.Tensor]:
         form = case.form_of(name.removesuffix(".weight"))
         if name.endswith(".weight") and tensor.dim() == 2 and form != "bf16":
             yield stored_as(form, tensor)[1]
+    yield from case.finish(tensors) or ()  # stacks that it stores
 
 
 def _has_mtp(config: dict[str, Any]) -> None:
@@ -360,3 +362,29 @@ CASES: dict[str, Case] = {
         kept="per_layer",
     ),
 }
+
+
+def check_served(name: str, work: Path) -> None:
+    """On a real engine a case ends in its error, or gives the log-probabilities that stock vLLM
+    gives on the same weights dequantised, within what their type rounds off."""
+    from vllm_nvfp4.testing.model_sweep import TOLERANCE, serve, write_twin
+
+    case = CASES[name]
+    dtype = ARCHITECTURES[case.model].dtype
+    # Without the rounding of an FP8 KV cache, which would hide a layer's.
+    options = {"kv_cache_dtype": "bfloat16"} if "kv_cache_scheme" in case.config else {}
+    folder = write_case(case, work / "case")
+    if case.error:
+        with pytest.raises(Exception, match=case.error):
+            serve(folder, dtype)
+        return
+    plain = write_plain(case, work / "plain")
+    assert write_twin(plain, matrices_of(case, plain), work / "twin") == 0
+    answer, _ = serve(folder, dtype, **options)
+    expected, _ = serve(work / "twin", dtype, quantization=None, **options)
+    # Of BF16 it is three times what two kernels differ by here.
+    assert answer.deviation(expected) < (TOLERANCE[dtype] if dtype == "float32" else 0.2)
+
+
+# Of MiniMax-M2 vLLM's CPU backend has no routing: make models, stock vLLM's column.
+SERVED = [name for name, case in CASES.items() if case.model != "minimax-m2"]

@@ -46,8 +46,10 @@ def spread(pattern: str, tensors: Tensors) -> None:
                 tensors[f"{root}.{place}.weight"] = weight.contiguous()
 
 
-def stack_rows(tensors: Tensors) -> None:
-    """compressed-tensors: the rows of all experts of a layer in one matrix, with one divisor."""
+def stack_rows(tensors: Tensors) -> list[torch.Tensor]:
+    """compressed-tensors: the rows of all experts of a layer in one matrix, with one divisor.
+    Returns what they are worth."""
+    values = []
     roots = {n.partition(".experts.")[0] + ".experts" for n in tensors if ".experts." in n}
     for root in roots:
         number = len({n.split(".experts.")[1].split(".")[0] for n in tensors if root in n})
@@ -57,16 +59,23 @@ def stack_rows(tensors: Tensors) -> None:
         }.items():
             names = [f"{root}.{e}.{p}" for e in range(number) for p in parts]
             rows = torch.cat([tensors.pop(f"{n}.weight") for n in names])
-            stored, _ = stored_as("ct", rows)
+            stored, value = stored_as("ct", rows)
+            values.append(value)
             tensors |= {f"{root}.{leaf}.{k}": v for k, v in stored.items()}
+    return values
 
 
-def as_modelopt_stacks(tensors: Tensors) -> None:
-    """Llama-4 as ModelOpt writes it: codes [E, K/2, N], scales beside them."""
+def as_modelopt_stacks(tensors: Tensors) -> list[torch.Tensor]:
+    """Llama-4 as ModelOpt writes it: codes [E, K/2, N], scales beside them. Returns what they are
+    worth."""
+    values = []
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts = [stored_as("nvfp4", e.T)[0] for e in tensors.pop(name)]
+        both = [stored_as("nvfp4", e.T) for e in tensors.pop(name)]
+        experts = [stored for stored, _ in both]
+        values += [value for _, value in both]
         tensors[name] = torch.stack([e["weight"].T for e in experts])
         scales = torch.stack([e["weight_scale"].view(torch.uint8).T for e in experts])
         tensors[f"{name}_weight_scale"] = scales.view(torch.float8_e4m3fn)
         for leaf in ("weight_scale_2", "input_scale"):
             tensors[f"{name}_{leaf}"] = torch.stack([e[leaf] for e in experts])
+    return values

@@ -58,7 +58,8 @@ def main(seed_name: str, number: str, *mutations: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         seed = make_seeds(Path(scratch))[seed_name]
     case = keep(seed_name, seed, list(mutations), int(number))
-    CORPUS.write_text(json.dumps([*read_corpus(), case], indent=1) + "\n")
+    lines = (json.dumps(c, separators=(",", ":")) for c in [*read_corpus(), case])
+    CORPUS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=0) + "\n")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), separators=(",", ":")) + "\n")
         os.replace(temporary, path)
         return path
 

@@ -77,6 +77,7 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
     from vllm_nvfp4.checking.groups import first_of_many
     from vllm_nvfp4.checking.layers import draft_groups, layer_groups
     from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.checking.online import online_layers
     from vllm_nvfp4.compat import versions
 
     model_config, parallel = config.model_config, config.parallel_config
@@ -112,6 +113,7 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
         left_out |= of_others
     devices = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     architecture = type(loaded.model).__name__
+    online = online_layers(loaded, census.headers()) if config.quant_config.is_online else None
     return lambda seconds: Report(
         str(model_config.model),
         architecture,
@@ -122,6 +124,8 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
         tuple(_folded(dropped)),
         left_out,
         seconds,
+        tuple(sorted(online.quantised)) if online else (),
+        online.kept if online else {},
     )
 
 

@@ -52,12 +52,14 @@ class Loaded:
     refused: stored tensor -> the error that ended the load at it; "" for one at no tensor
     unused:  stored tensors that were read and written nowhere
     empty:   parameters that were not filled whole -> (elements filled, elements)
+    places:  stored tensor -> the module that it is loaded into, and the name of its parameter
     """
 
     model: Any
     refused: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     empty: dict[str, tuple[int, int]] = field(default_factory=dict)
+    places: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
 
 def load_without_data(
@@ -100,7 +102,22 @@ def load_without_data(
     left = {name for name in fed if name not in trace.used and name not in refused}
     unused = [name for name in headers if represented.get(name, name) in left]
     empty = _empty_parameters(model, trace, names or (), bool(represented))
-    return Loaded(model, refused, unused, empty)
+    return Loaded(model, refused, unused, empty, _places(model, trace, represented))
+
+
+def _places(
+    model: Any, trace: LoadTrace, represented: Mapping[str, str]
+) -> dict[str, tuple[Any, str]]:
+    """See :class:`Loaded` and :func:`_represented`."""
+    found = {
+        name: (module, leaf)
+        for module in model.modules()
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+        for name in trace.origins(tensor)
+    }
+    others = {name: found[other] for name, other in represented.items() if other in found}
+    return found | others
 
 
 def _said(error: Exception, header: TensorHeader | None) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA = 1
@@ -53,6 +53,8 @@ class Report:
     left_out: layers in the files that this model does not ask for, numbers folded: how many
     devices:  that the model is cut over; the bytes are those of the first
     seconds:  that the check took, without the imports
+    while_loading, kept: of a checkpoint in 16 bits, the stored layers that are quantised while it
+              loads, and the others with the reason; one name for all experts of a block
     """
 
     model: str
@@ -64,6 +66,8 @@ class Report:
     dropped: tuple[Finding, ...]
     left_out: Mapping[str, int]
     seconds: float
+    while_loading: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def will_load(self) -> bool:
@@ -123,4 +127,6 @@ def from_json(value: Mapping[str, Any]) -> Report:
         dropped=tuple(Finding(**finding) for finding in value["dropped"]),
         left_out={entry["name"]: entry["count"] for entry in value["left_out"]},
         seconds=value["seconds"],
+        while_loading=tuple(value["while_loading"]),
+        kept=value["kept"],
     )

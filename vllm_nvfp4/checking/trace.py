@@ -67,7 +67,7 @@ class LoadTrace(TorchDispatchMode):
         origins = frozenset().union(*(self.origins(t) for t in tensors))
         if func is _ITEM:
             self.used |= origins
-            return _some_value(args[0]) if args[0].is_meta else func(*args, **kwargs)
+            return _run(func, args, kwargs)
         if func._schema.is_mutable:
             target = next((t for t in (kwargs.get("out"), *args) if _is_tensor(t)), None)
             if target is not None:
@@ -121,6 +121,8 @@ def _is_tensor(value: Any) -> bool:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """The operation, with all of its tensors on the meta device where one of them is."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if func is _ITEM and args[0].is_meta:
+        return _some_value(args[0])
     if not any(t.is_meta for t in tensors) or all(t.is_meta for t in tensors):
         if func is _TO and tensors[0].is_meta:
             kwargs = {**kwargs, "device": torch.device("meta")}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from vllm_nvfp4.checkpoints.spec import (
@@ -17,18 +16,35 @@ from vllm_nvfp4.checkpoints.spec import (
 )
 from vllm_nvfp4.numerics.formats import NVFP4, BlockFormat
 
-# What a reader of files alone takes for vision and audio encoders, their projectors, and routers.
-# An engine decides by what vLLM builds (layers/keep.py).
-SENSITIVE = (
-    "*vision_tower*",
-    "*vision_model*",
-    "*visual.*",
-    "*audio_tower*",
-    "*multi_modal_projector*",
-    "*mlp.gate",
-    "*block_sparse_moe.gate",
-    "*router*",
-)
+# Gates of shared experts, scores of classes, coefficients of a few streams.
+_FEW_OUTPUTS = 16
+ROUTERS = "routers"
+TOWERS = "in encoders and connectors"
+OUTSIDE = "outside of the stacks"
+LEFT_OUT = "left out by their sizes or by online_ignore"
+
+
+def why_in_16_bits(
+    n: int, k: int, per_layer: int = 0, *, is_router: bool, is_in_stack: bool
+) -> str | None:
+    """Why a linear layer [n, k] stays as it is while others are quantised, or None.
+
+    per_layer: width of the inputs that each decoder layer gets on its own; 0 for none
+
+    The one rule: an engine asks with what vLLM builds (layers/keep.py), whoever tells beforehand
+    with what transformers builds (online_layers.py). By what a layer is, where it stands and its
+    sizes, not by its name: routers, heads and projections are small against the rest and spoil more
+    than they save.
+    """
+    if is_router:
+        return ROUTERS
+    if n < _FEW_OUTPUTS:
+        return "gates and scores"
+    if not is_in_stack:
+        return OUTSIDE
+    if per_layer and per_layer in (n, k):
+        return "per-layer inputs"
+    return None
 
 
 def online_spec(fmt: BlockFormat) -> LayerSpec:
@@ -40,28 +56,24 @@ def online_spec(fmt: BlockFormat) -> LayerSpec:
 class OnlineDialect:
     """A checkpoint without quantisation.
 
-    fmt:    the format that linear layers get
-    ignore: layers that stay as they are: names, or patterns as in a shell. ``lm_head`` and the
-            embedding are decided by options of their own.
+    fmt: the format that linear layers get; lm_head and the embedding are decided by options of
+         their own. Which of the others stay as they are is for :func:`why_in_16_bits` to say.
     """
 
     name = "online"
     kv_cache = KvCacheSpec()
 
-    def __init__(self, fmt: BlockFormat = NVFP4, ignore: Sequence[str] = SENSITIVE) -> None:
-        self._ignore = list(ignore)
+    def __init__(self, fmt: BlockFormat = NVFP4) -> None:
         self._spec = online_spec(fmt)
 
     def has_microscaled_layers(self) -> bool:
         return False
 
     def layer_spec(self, name: str) -> LayerSpec:
-        if name.rpartition(".")[2] == "lm_head" or self.excludes(name):
-            return UNQUANTIZED
-        return self._spec
+        return UNQUANTIZED if name.rpartition(".")[2] == "lm_head" else self._spec
 
     def excludes(self, name: str) -> bool:
-        return any(fnmatchcase(name, entry) for entry in self._ignore)
+        return False
 
     def named_layers(self) -> tuple[str, ...]:
         return ()
@@ -70,4 +82,4 @@ class OnlineDialect:
         """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
-        self._ignore = mapper.apply_list(self._ignore)
+        """No name is asked for."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-nvfp4 inspect MODEL``: what a checkpoint holds and what will run it, layer by layer.
 
-Reads configuration and headers only: no weights, no GPU, neither torch nor vLLM.
+Reads configuration and headers only: no weights, no GPU, and of a quantised checkpoint neither
+torch nor vLLM. Of one in 16 bits it asks vLLM what it will quantise.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import argparse
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.experts import is_expert
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inventory, LayerRecord
+from vllm_nvfp4.checkpoints.online import OnlineDialect
 from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.cli._inspect_text import print_tables
+from vllm_nvfp4.cli._online import ask_online, remark
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.kernels import paths
 from vllm_nvfp4.options import Options
@@ -32,8 +34,6 @@ from vllm_nvfp4.planning.model import VOCAB_PADDING, held_bytes
 
 # Of the object that --json prints: docs/json.md.
 SCHEMA = 1
-# Columns that the table needs; a narrower terminal gets a paragraph for each layer.
-_TABLE_WIDTH = 130
 _PART_TITLES = {
     LINEAR: "linear layers",
     HEAD: "lm_head",
@@ -101,19 +101,28 @@ def run(args: argparse.Namespace) -> int:
     with folder_or_skeleton(args.model) as folder:
         config, quant_config = read_config(folder)
         inventory = validate(folder, config, quant_config)
+        online = None
+        if inventory.dialect == OnlineDialect.name:
+            online = ask_online(folder, inventory.layers)
+            inventory = replace(inventory, layers=online.settle(inventory.layers))
     options = Options.resolve()
     rows = [_row([layer], options, inventory) for layer in inventory.layers]
     if not args.all:
         rows = fold(rows)
     four_bits = four_bit_paths(inventory, options, gpu)
     if args.json:
-        added = {"gpu": gpu.name, "four_bit_paths": four_bits}
+        added = {
+            "gpu": gpu.name,
+            "four_bit_paths": four_bits,
+            "online_by": online and online.source,
+        }
         json.dump(_as_json(inventory, rows) | added, sys.stdout, indent=2)
         print()
     else:
         remarks = ["lm_head is the embedding's weight (tied)."] * inventory.tied_embeddings
         remarks += [f"{kind} on {gpu.name}: {path}." for kind, path in four_bits.items()]
-        _print_tables(inventory, rows, config, remarks)
+        remarks += [remark(online)] if online else []
+        print_tables(_title(inventory, config), rows, totals(rows), remarks)
     return 0
 
 
@@ -207,7 +216,7 @@ def four_bit_paths(inventory: Inventory, options: Options, gpu: Gpu) -> dict[str
     are_experts = {
         _are_experts(layer)
         for layer in inventory.layers
-        if layer.part == LINEAR and _is_four_bits(layer, options)
+        if layer.part == LINEAR and _is_four_bits(layer)
     }
     return {
         kind: paths.describe_on(gpu, options, experts)
@@ -220,16 +229,13 @@ def _are_experts(layer: LayerRecord) -> bool:
     return is_expert(layer.name) or layer.name.endswith(".experts")
 
 
-def _is_four_bits(layer: LayerRecord, options: Options) -> bool:
-    if layer.spec.kind is LayerKind.ONLINE:
-        return _choice_while_loading(layer, options, False) != "keep"
-    return layer.spec.kind is LayerKind.MICROSCALED
+def _is_four_bits(layer: LayerRecord) -> bool:
+    return layer.spec.kind in (LayerKind.ONLINE, LayerKind.MICROSCALED)
 
 
 def _choice_while_loading(layer: LayerRecord, options: Options, tied_embeddings: bool) -> str:
     """The format that a 16-bit layer is quantised to as it loads, or keep."""
-    is_ignored = any(fnmatch(layer.name, pattern) for pattern in options.online_ignore)
-    if layer.spec.kind is LayerKind.ONLINE and not is_ignored:
+    if layer.spec.kind is LayerKind.ONLINE:
         return options.online_format
     choice = {HEAD: options.lm_head, EMBEDDING: options.embedding}.get(layer.part, "keep")
     if layer.part == EMBEDDING and tied_embeddings and choice == "keep":
@@ -302,102 +308,3 @@ def _title(inventory: Inventory, config: dict[str, Any]) -> str:
     asked = inventory.kv_cache
     kv_cache = f"asks for an {asked} KV cache" if asked else "no KV cache scheme"
     return f"{inventory.folder}: {architecture}, dialect {inventory.dialect}, {kv_cache}"
-
-
-def _print_narrow(
-    inventory: Inventory,
-    rows: Sequence[Row],
-    config: dict[str, Any],
-    remarks: Sequence[str],
-    width: int,
-) -> None:
-    """A paragraph for each layer, and the totals, in ``width`` columns."""
-
-    def say(text: str, indent: str = "") -> None:
-        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent,
-                            break_on_hyphens=False))  # fmt: skip
-
-    say(_title(inventory, config))
-    for row in rows:
-        print()
-        say(row.name)
-        shape = " x ".join(map(str, row.shape))
-        say(
-            f"{row.count} of {shape} in {row.format}, {row.bits_per_weight:.2f} bits per weight, "
-            f"{_size(row.num_bytes)} stored, {_size(row.held_bytes)} on a GPU: {row.path}",
-            "    ",
-        )
-    print(f"\n{'in all':18} {'format':7} {'layers':>6} {'weights':>15} {'bits':>5} "
-          f"{'stored':>10} {'on a GPU':>10}")  # fmt: skip
-    for row in totals(rows):
-        print(
-            f"{row.name:18} {row.format:7} {row.count:6} {row.num_weights:15,} "
-            f"{row.bits_per_weight:5.2f} {_size(row.num_bytes):>10} {_size(row.held_bytes):>10}"
-        )
-    for remark in remarks:
-        say(remark)
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes with a unit, powers of ten."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} B"
-
-
-def _print_tables(
-    inventory: Inventory, rows: Sequence[Row], config: dict[str, Any], remarks: Sequence[str]
-) -> None:
-    from rich.table import Table
-
-    from vllm_nvfp4.serving.console import table_console
-
-    # Piped output is for grep and files: never cut a line to the width of a terminal.
-    console = table_console() if sys.stdout.isatty() else table_console(width=200)
-    if console.width < _TABLE_WIDTH:
-        _print_narrow(inventory, rows, config, remarks, console.width)
-        return
-    console.print(_title(inventory, config), highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("layer", "left"),
-        ("count", "right"),
-        ("format", "left"),
-        ("algorithm", "left"),
-        ("shape", "right"),
-        ("bits/weight", "right"),
-        ("bytes", "right"),
-        ("on a GPU", "right"),
-        ("path", "left"),
-    ):
-        table.add_column(title, justify="right" if justify == "right" else "left")
-    for row in rows:
-        shape = " x ".join(map(str, row.shape))
-        table.add_row(
-            row.name,
-            str(row.count),
-            row.format,
-            row.algo,
-            shape,
-            f"{row.bits_per_weight:.2f}",
-            f"{row.num_bytes:,}",
-            f"{row.held_bytes:,}",
-            row.path,
-        )
-    table.add_section()
-    for row in totals(rows):
-        table.add_row(
-            row.name,
-            str(row.count),
-            row.format,
-            "",
-            f"{row.num_weights:,}",
-            f"{row.bits_per_weight:.2f}",
-            f"{row.num_bytes:,}",
-            f"{row.held_bytes:,}",
-            "",
-        )
-    console.print(table)
-    for remark in remarks:
-        console.print(remark, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_nvfp4.cli import _plan_text
 from vllm_nvfp4.cli._arguments import number, tokens, whole
 from vllm_nvfp4.cli._files import check_can_write
+from vllm_nvfp4.cli._online import ask_online
 from vllm_nvfp4.gpus import Gpu
 from vllm_nvfp4.planning import choose as choosing
 from vllm_nvfp4.planning import rows as planning
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_can_write("--plot", args.plot, is_folder=True)
     gpu = find_card(args.gpu)
-    shape = find_shape(args.model, _ask_vllm)
+    shape = find_shape(args.model, _ask_vllm, ask_online)
     asked = _asked(args, shape)
     kv_bits = args.kv_bits or choosing.kv_bits_of(gpu)
     if kv_bits == 4 and (obstacle := nvfp4_obstacle(shape)):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers of a 16-bit model stay as they are, when it is quantised while it loads.
 
-Decided by what vLLM builds a layer as, by where it stands and by its sizes, not by its name:
-routers, heads and projections are small against the rest and spoil more than they save.
+The rule is checkpoints/online.py's; what it asks is answered here by what vLLM builds.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ from math import prod
 from operator import attrgetter
 from typing import Any
 
-from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    ReplicatedLinear,
+    UnquantizedLinearMethod,
+)
 
+from vllm_nvfp4.checkpoints.online import TOWERS, why_in_16_bits
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.layers.linear import NvFp4OnlineLinearMethod
-
-# Gates of shared experts, scores of classes, coefficients of a few streams.
-_FEW_OUTPUTS = 16
 
 
 @dataclass
@@ -62,18 +63,23 @@ def why_kept(layer: Any, prefix: str, model_config: Any) -> str | None:
 
     Towers are not known yet when their layers are built: see :func:`keep_towers`.
     """
-    if versions.is_router(layer):
-        return "routers"
-    if isinstance(layer, ReplicatedLinear) and layer.output_size in _num_experts(model_config):
-        return "routers"
-    if layer.output_size < _FEW_OUTPUTS:
-        return "gates and scores"
-    if not any(part.isdecimal() for part in prefix.split(".")):
-        return "outside of the stacks"
-    per_layer = getattr(_text_config(model_config), "hidden_size_per_layer_input", None)
-    if per_layer and per_layer in (layer.input_size, layer.output_size):
-        return "per-layer inputs"
-    return None
+    is_router = versions.is_router(layer) or (
+        isinstance(layer, ReplicatedLinear) and layer.output_size in _num_experts(model_config)
+    )
+    return why_in_16_bits(
+        layer.output_size,
+        layer.input_size,
+        getattr(_text_config(model_config), "hidden_size_per_layer_input", None) or 0,
+        is_router=is_router,
+        is_in_stack=any(part.isdecimal() for part in prefix.split(".")),
+    )
+
+
+def plain_method(why: str) -> LinearMethodBase:
+    """vLLM's own method for a layer that stays in 16 bits, with the reason for whoever asks."""
+    method: Any = UnquantizedLinearMethod()
+    method.nvfp4_why_kept = why
+    return method
 
 
 def _text_config(model_config: Any) -> Any:
@@ -95,6 +101,6 @@ def keep_towers(model: Any, kept: Kept) -> None:
             method = getattr(layer, "quant_method", None)
             if isinstance(method, NvFp4OnlineLinearMethod):
                 num_weights = prod(layer.weight.shape)
-                method.give_back(layer, UnquantizedLinearMethod())
+                method.give_back(layer, plain_method(TOWERS))
                 kept.note_quantized(-num_weights, -1)
-                kept.note_kept("in encoders and connectors", num_weights)
+                kept.note_kept(TOWERS, num_weights)

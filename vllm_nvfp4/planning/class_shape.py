@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints.online_layers import of_class
 from vllm_nvfp4.checkpoints.skeleton import write_hole
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.shapes import EXPERTS, ROUTER, AskVllm, DecoderShape, Linear
@@ -53,7 +54,9 @@ def shape_from_config(
                 **found.config.get_text_config().to_dict(),
                 **plain["text_config"],
             }
-        shape = shape_from_headers(folder, filled, None, name, ask)
+        shape = shape_from_headers(
+            folder, filled, None, name, ask, lambda _, records: of_class(found, records)
+        )
     if stored is None:
         return shape
     head = "" if shape.tie_word_embeddings else str(stored.get("lm_head", ""))
@@ -75,7 +78,7 @@ def _as_stored(linears: tuple[Linear, ...], stored: Stored) -> Iterator[Linear]:
     for layer in linears:
         key = "experts" if layer.kind == EXPERTS else layer.name
         form = stored.get(key, stored.get("", "bf16"))
-        if layer.kind == ROUTER:
+        if layer.kind == ROUTER or layer.is_kept:
             form = "bf16"
         counts = {form: layer.count} if isinstance(form, str) else form
         if sum(counts.values()) != layer.count:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import detect, read_config
+from vllm_nvfp4.checkpoints.online_layers import AskOnline, without_vllm
 from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
 from vllm_nvfp4.planning.families import FAMILIES, as_stored, shape_of
 from vllm_nvfp4.planning.shapes import AskVllm, DecoderShape
@@ -34,11 +35,14 @@ def built_in() -> dict[str, dict[str, Any]]:
     }
 
 
-def find_shape(model: str, ask: AskVllm | None = None) -> DecoderShape:
+def find_shape(
+    model: str, ask: AskVllm | None = None, ask_online: AskOnline = without_vllm
+) -> DecoderShape:
     """The shape of a folder, of a model in the hub cache, or of a built-in name.
 
     ask: tells what each layer keeps, by config.json, of a family that is not known here; it is
          empty where nothing is known
+    ask_online: tells which layers of such a model in 16 bits are quantised while it loads
 
     Raises ValueError, or CheckpointError, for what is none of these, and for a config.json that
     lacks a key or describes another kind of model.
@@ -65,7 +69,7 @@ def find_shape(model: str, ask: AskVllm | None = None) -> DecoderShape:
                 shape = shape_from_config(config, model, ask)
                 note = "No *.safetensors file: sizes are those of transformers' class, in 16 bits."
                 return replace(shape, notes=(*shape.notes, note))
-            return shape_from_headers(folder, config, quantization, model, ask)
+            return shape_from_headers(folder, config, quantization, model, ask, ask_online)
     shape = shape_of(config, model)
     if quantization is None:
         return shape

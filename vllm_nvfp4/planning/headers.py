@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from vllm_nvfp4.checkpoints.inventory import (
     LINEAR,
     LayerRecord,
 )
+from vllm_nvfp4.checkpoints.online import OnlineDialect
+from vllm_nvfp4.checkpoints.online_layers import BY_NAMES, AskOnline, without_vllm
+from vllm_nvfp4.checkpoints.spec import LayerKind
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.planning.shapes import (
     ATTENTION,
@@ -54,8 +58,9 @@ def shape_from_headers(
     quant_config: Mapping[str, Any] | None,
     name: str,
     ask: AskVllm | None = None,
+    ask_online: AskOnline = without_vllm,
 ) -> DecoderShape:
-    """The shape of the language model of a checkpoint. ask: see :func:`find_shape`.
+    """The shape of the language model of a checkpoint. ask, ask_online: see :func:`find_shape`.
 
     Raises CheckpointError for files that validate refuses, ValueError for a model without a token
     embedding.
@@ -63,11 +68,16 @@ def shape_from_headers(
     text: Mapping[str, Any] = config.get("text_config") or config
     inventory = validate(folder, config, quant_config)
     notes: list[str] = []
+    if is_online := inventory.dialect == OnlineDialect.name:
+        online = ask_online(folder, inventory.layers)
+        inventory = replace(inventory, layers=online.settle(inventory.layers))
+        if online.source.startswith(BY_NAMES):
+            notes.append(f"Which layers stay in 16 bits is told by {online.source}.")
     table = _table_of(inventory.layers, text)
     if table is None:
         raise ValueError(f"{name}: no token embedding in its headers; plan needs a language model.")
     own = [x for x in inventory.layers if _is_of_decoder(x, table)]
-    linears = _linears([x for x in own if x is not table], text)
+    linears = _linears([x for x in own if x is not table], text, is_online)
     heads = _number(text, "num_attention_heads") or 1
     kept = ask(config) if ask else ()
     # What has to be assumed of the cache matters only where vLLM does not tell.
@@ -157,12 +167,17 @@ def _is_of_decoder(layer: LayerRecord, table: LayerRecord) -> bool:
     return layer.part == HEAD or not parent or layer.name.startswith(f"{parent}.")
 
 
-def _linears(layers: Sequence[LayerRecord], text: Mapping[str, Any]) -> list[Linear]:
-    """Layers of one kind, shape and format once, with their number."""
+def _linears(
+    layers: Sequence[LayerRecord], text: Mapping[str, Any], is_online: bool
+) -> list[Linear]:
+    """Layers of one kind, shape and format once, with their number; further tables too.
+
+    is_online: in 16 bits, and settled: those that are not to be quantised while loading stay
+    """
     hidden, experts = _number(text, "hidden_size"), _first(text, _EXPERT_KEYS)
-    found: Counter[tuple[str, int, int, str, str, str]] = Counter()
+    found: Counter[tuple[str, int, int, str, str, str, bool]] = Counter()
     for layer in layers:
-        if layer.part != LINEAR or len(layer.shape) < 2:
+        if layer.part not in (LINEAR, EMBEDDING) or len(layer.shape) < 2:
             continue
         *leading, n, k = layer.shape
         copies = 1
@@ -171,15 +186,16 @@ def _linears(layers: Sequence[LayerRecord], text: Mapping[str, Any]) -> list[Lin
         kind, cut = MLP, COLUMNS if n == hidden != k else ROWS
         if is_expert(layer.name) or (leading and leading[0] == experts):
             kind = EXPERTS
-        elif experts and n == experts:
+        elif experts and n == experts and layer.spec.kind is not LayerKind.ONLINE:
             kind, cut = ROUTER, WHOLE
         elif fnmatch(f"x.{layer.name}", ATTENTION_PATTERN):
             kind = ATTENTION
         stored = layer.format if layer.format in _QUANTISED else "bf16"
-        found[(layer.name.rpartition(".")[2], n, k, kind, cut, stored)] += copies
+        is_kept = is_online and layer.spec.kind is not LayerKind.ONLINE
+        found[(layer.name.rpartition(".")[2], n, k, kind, cut, stored, is_kept)] += copies
     return [
-        Linear(name, (n,), k, count, kind, cut, stored)
-        for (name, n, k, kind, cut, stored), count in found.items()
+        Linear(name, (n,), k, count, kind, cut, stored, is_kept=is_kept)
+        for (name, n, k, kind, cut, stored, is_kept), count in found.items()
     ]
 
 

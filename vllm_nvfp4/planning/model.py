@@ -128,7 +128,7 @@ def weights_of(
 
 
 def _format(layer: Linear, fmt: str, attention: str) -> str:
-    if layer.kind == ROUTER or fmt == AS_STORED:
+    if layer.kind == ROUTER or layer.is_kept or fmt == AS_STORED:
         return layer.stored or "bf16"
     return attention or fmt if layer.kind == ATTENTION else fmt
 

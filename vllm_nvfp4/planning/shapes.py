@@ -23,6 +23,7 @@ class Linear:
     count:  layers of this kind, times experts for an expert's
     stored: the format that a quantised checkpoint has it in; empty where it is to be chosen
     extra:  bytes of what a quantised checkpoint applies to the layer's activations
+    is_kept: stays in 16 bits while others are quantised; so does every router
     """
 
     name: str
@@ -33,6 +34,7 @@ class Linear:
     cut: str
     stored: str = ""
     extra: int = 0
+    is_kept: bool = False
 
     @property
     def num_weights(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp, add_nemotron_mtp
+from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
 VOCAB_SIZE = 320
 _SIZES: dict[str, Any] = {
@@ -43,7 +44,8 @@ class Architecture:
     name:    of the row, and of its folder
     config:  class of transformers' configuration
     keys:    its keyword arguments
-    kind:    what is in it: "dense", "moe", "mla", "mamba2", "gdn" or "vision", several joined by +
+    kind:    what is in it: "dense", "moe", "mla", "mamba2", "gdn" or "vision", several joined by +;
+             "encoder" alone: it gives embeddings, and has a tokenizer, which vLLM asks for then
     models:  names on the hub that people run
     auto:    transformers' class that makes the model
     dtype:   for both engines; vLLM's kernels of gated delta nets and of MLA on CPUs want
@@ -214,6 +216,8 @@ _GEMMA4: dict[str, Any] = {
     "global_head_dim": 64,
 }
 
+_ENCODER: dict[str, Any] = _sizes(**_NO_HEAD_DIM, num_key_value_heads=_DROP, pad_token_id=1)
+
 # In the order of how much users talk of them, then by name.
 RANKED = (
     Architecture(
@@ -354,6 +358,11 @@ RANKED = (
 )  # fmt: skip
 
 OTHERS = (
+    Architecture("bert", "BertConfig", _ENCODER, "encoder", "bge, e5", "AutoModel"),
+    Architecture("roberta", "RobertaConfig", _ENCODER, "encoder", "", "AutoModel"),
+    Architecture("modernbert", "ModernBertConfig",
+                 {**_ENCODER, "cls_token_id": 0, "sep_token_id": 0, "local_attention": 16,
+                  "global_attn_every_n_layers": 2}, "encoder", "gte-modernbert", "AutoModel"),
     Architecture("apertus", "ApertusConfig", _sizes(), "dense"),
     Architecture("arcee", "ArceeConfig", _sizes(), "dense"),
     Architecture("cohere", "CohereConfig",
@@ -541,6 +550,8 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model = model.to(torch.bfloat16)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if architecture.kind == "encoder":
+        build_tokenizer().save_pretrained(folder)
     if architecture.written:
         written = [architecture.written]
         edit_json(folder / "config.json", lambda config: config.update(architectures=written))

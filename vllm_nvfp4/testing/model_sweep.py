@@ -95,6 +95,7 @@ class Sweep:
         if not (self.plain / "config.json").exists():
             shutil.rmtree(self.plain, ignore_errors=True)
             write_architecture(self.plain, architecture)
+        self._serve = embed if architecture.kind == "encoder" else serve
         self._references: list[tuple[list[torch.Tensor], _Reference]] = []
 
     def class_name(self) -> str:
@@ -125,7 +126,7 @@ class Sweep:
         options: keywords of :func:`serve`
         """
         try:
-            serve(self.plain, self.architecture.dtype, **(options | {"quantization": None}))
+            self._serve(self.plain, self.architecture.dtype, **(options | {"quantization": None}))
         except Exception as error:  # whatever stock vLLM cannot do on a CPU
             return one_line(error)
         return ""
@@ -133,7 +134,7 @@ class Sweep:
     def measure(self, road: str, **options: Any) -> Measured:
         """road: "online", or a dialect that ``quantise`` has written; options: of :func:`serve`."""
         folder = self.plain if road == "online" else self.work / road
-        answer, held = serve(folder, self.architecture.dtype, **options)
+        answer, held = self._serve(folder, self.architecture.dtype, **options)
         matrices = held if road == "online" else stored_matrices(folder, self.plain)
         expected = self._reference(matrices)
         share = quantised_share(matrices, self.plain)
@@ -151,7 +152,7 @@ class Sweep:
         dtype, auto = self.architecture.dtype, self.architecture.auto
         tolerance = TOLERANCE[dtype]
         try:
-            answer, name = serve(twin, dtype, quantization=None)[0], "vLLM"
+            answer, name = self._serve(twin, dtype, quantization=None)[0], "vLLM"
             if dtype != "float32":
                 noise = answer.deviation(ask_transformers(twin, auto))
                 is_rounding = noise <= _MOST_NOISE
@@ -198,9 +199,26 @@ def serve(
             raise RuntimeError("log-probabilities that are not numbers")
         if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
             return answer, []
-        executor = llm.llm_engine.engine_core.engine_core.model_executor
-        model = executor.driver_worker.worker.model_runner.model
-        return answer, list(quantised_matrices(model))
+        return answer, _held_by(llm)
+
+
+def _held_by(llm: Any) -> list[torch.Tensor]:
+    """The matrices of :func:`quantised_matrices` in an engine of this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return list(quantised_matrices(executor.driver_worker.worker.model_runner.model))
+
+
+def embed(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.Tensor]]:
+    """As :func:`serve`, of a model that gives embeddings: [1, H] of PROMPT and of FORCED, in place
+    of log-probabilities."""
+    defaults: dict[str, Any] = {"dtype": dtype, "runner": "pooling", "max_logprobs": 20}
+    with engine(folder, **(defaults | options)) as llm:
+        requests = [{"prompt_token_ids": tokens} for tokens in (PROMPT, FORCED)]
+        outputs = llm.embed(requests, use_tqdm=False)
+        found = [torch.tensor([output.outputs.embedding]) for output in outputs]
+        if any(vector.isnan().any() for vector in found):
+            raise RuntimeError("embeddings that are not numbers")
+        return Forced(*found), _held_by(llm)
 
 
 def ask_forced(llm: Any, adapter: Path | None = None) -> Forced:
