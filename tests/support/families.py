@@ -205,6 +205,16 @@ FAMILIES = {
         },
         (*_TABLES, "model.layers.#.feed_forward.router"),
     ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        _EXPERTS
+        | {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (*_TABLES, "model.layers.#.mlp.router"),
+    ),
     "whisper": Family(
         "WhisperConfig",
         {
