@@ -144,6 +144,8 @@ class NvFp4Config(QuantizationConfig):
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute."""
+        if versions.keeps_no_cache():
+            return None
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
