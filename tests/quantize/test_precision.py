@@ -234,10 +234,6 @@ def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method, dialect):
         assert algos == {"W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"}
     else:
         assert config["format"] == "mixed-precision"
-        assert {g["format"] for g in config["config_groups"].values()} == {
-            "nvfp4-pack-quantized",
-            "float-quantized",
-        }
     assert dequantized_state_dict(target).keys() == Source(llama).tensors.keys()
     prompt = [5, 17, 40, 3, 99]
     reference = ask_reference(reference_model(target, torch.float32), prompt, 4)
@@ -247,12 +243,9 @@ def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method, dialect):
     assert answer.tokens == reference.tokens
     assert torch.allclose(answer.logprobs, reference.logprobs, atol=0.05)
     if dialect == "compressed-tensors":
-
-        def without_rounded_inputs(config):  # transformers rounds them as the group says
-            groups = config["quantization_config"]["config_groups"]
-            groups["group_1"]["input_activations"] = None
-
-        edit_json(target / "config.json", without_rounded_inputs)
+        # transformers rounds them too
+        group = lambda c: c["quantization_config"]["config_groups"]["group_1"]  # noqa: E731
+        edit_json(target / "config.json", lambda c: group(c).pop("input_activations"))
         assert transformers_reading(target, llama) == (set(), True)
 
 

@@ -207,12 +207,7 @@ FAMILIES = {
     ),
     "gpt_oss": Family(
         "GptOssConfig",
-        _EXPERTS
-        | {
-            "head_dim": 32,
-            "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        _EXPERTS | {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
         (*_TABLES, "model.layers.#.mlp.router"),
     ),
     "whisper": Family(

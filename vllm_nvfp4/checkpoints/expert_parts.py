@@ -106,8 +106,9 @@ def _prefix(stored: str) -> str:
 def biases_of(stacks: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The stored biases beside stacks: the stack's leaf -> name."""
     names = set(names)
-    found = {}
+    found: dict[str, str] = {}
     for leaf, stored in stacks.items():
-        stem = stored.removesuffix(".weight")
-        found |= {leaf: f"{stem}{end}" for end in ("_bias", ".bias") if f"{stem}{end}" in names}
+        for end in ("_bias", ".bias"):
+            if (name := stored.removesuffix(".weight") + end) in names:
+                found[leaf] = name
     return found

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 # A repeated block: the first number in a name, with what stands before it.
 BLOCK = re.compile(r"^((?:[^.]+\.)*?[^.]+\.(\d+)\.)")
-_NUMBERED = re.compile(r"^(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.(?P<kind>weight|bias)$")
+_NUMBERED = re.compile(
+    r"^(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.(?P<kind>weight|bias)$"
+)
 _EXPERT = re.compile(r"\.\d+\.")
 # transformers' modules that vLLM builds without quantisation, or the linear layers of them that it
 # does: a Mamba-1 mixer's projections, what an indexer of sparse attention fuses.

@@ -9,7 +9,7 @@ compressed-tensors:
     P.weight_packed       uint8 [N, K/2], the low nibble holds even k
     P.weight_scale        float8_e4m3fn [N, K/16]; multiplies
     P.weight_global_scale float32 [1]; divides, one value for all the shards of a fused layer
-FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN) and in compressed-tensors'
+FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN) or compressed-tensors'
 mixed-precision (float-quantized):
     P.weight              float8_e4m3fn [N, K]
     P.weight_scale        float32 [N, 1]; multiplies

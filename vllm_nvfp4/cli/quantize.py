@@ -231,8 +231,8 @@ def _check_precision(args: argparse.Namespace) -> None:
     choose_formats([], target_bits=args.target_bits, max_kl=args.max_kl)
     if args.format == "fp-quant":
         raise ValueError(
-            "--target-bits or --max-kl with --method mr-gptq; FP-Quant's dialect has one format for "
-            "all layers: use --method gptq"
+            "--target-bits or --max-kl with --method mr-gptq; FP-Quant's dialect has one format "
+            "for all layers: use --method gptq"
         )
     if args.report:
         check_plot(Path(args.report).expanduser())

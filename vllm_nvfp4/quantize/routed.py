@@ -60,7 +60,7 @@ class Routing:
                 name,
                 "inputs of the routed experts",
                 found,
-                "hidden states, indices of experts and their weights, or hidden states once for each "
+                "hidden states, indices of experts and their weights, or hidden states for each "
                 "expert",
                 "Use --method mse, which needs no forward pass.",
             )
@@ -141,9 +141,7 @@ class Stack:
             blocks[expert] = x
             return self._module.forward(blocks.flatten(0, 1)).view(blocks.shape)[expert]
         one = torch.ones(len(x), 1, dtype=routing.weights.dtype, device=x.device)
-        return self._module.forward(
-            x, torch.full_like(one, expert, dtype=routing.index.dtype), one
-        )
+        return self._module.forward(x, torch.full_like(one, expert, dtype=routing.index.dtype), one)
 
     def check(self, routing: Routing) -> None:
         """Raise CheckpointError where no token is sent to any expert, and where the module computes
