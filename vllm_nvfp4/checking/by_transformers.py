@@ -26,7 +26,7 @@ def misreading(folder: Path) -> str:
 
     Asked are its own class of the model, quantizer and conversions, on the meta device: of each
     kind of stack that it makes of experts, how large the weights of the first two come out (names
-    tell nothing: 5.24 has a place for global scales, and leaves them out). What they raise is raised.
+    tell nothing: 5.24 has a place for global scales, and leaves them out). Raises what they raise.
     """
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
