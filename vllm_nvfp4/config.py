@@ -150,9 +150,7 @@ class NvFp4Config(QuantizationConfig):
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute. An
         encoder's keys are used once, as they are."""
-        vllm_config = get_current_vllm_config_or_none()
-        model_config = vllm_config.model_config if vllm_config else None
-        if getattr(model_config, "attn_type", None) == "encoder_only":
+        if versions.keeps_no_cache():
             return None
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)

@@ -61,31 +61,9 @@ def stacked_nvfp4(name, experts, bias, out):
     out[f"{name}_bias"] = bias
 
 
-def single_nvfp4(name, experts, bias, out):
-    """Experts one by one, gate and up apart, as tools write that make them linear layers first."""
-    root, _, leaf = name.rpartition(".")
-    parts = {"down_proj": slice(None)}
-    if leaf == "gate_up_proj":
-        parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-    for e, expert in enumerate(experts):
-        for part, rows in parts.items():
-            layer = f"{root}.{e}.{part}"
-            out[f"{layer}.weight"] = expert.codes[rows]
-            out[f"{layer}.weight_scale"] = expert.block_scale[rows]
-            out[f"{layer}.weight_scale_2"] = expert.global_scale[0].clone()
-            out[f"{layer}.bias"] = bias[e][rows]
-
-
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    ("store", "options"),
-    [
-        (stacked_nvfp4, {}),
-        (single_nvfp4, {}),
-        pytest.param(single_nvfp4, TWO_RANKS, marks=pytest.mark.trust),
-    ],
-)
-def test_experts_in_nvfp4_with_biases(store, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, pytest.param(TWO_RANKS, marks=pytest.mark.trust)])
+def test_experts_in_nvfp4_with_biases(options, tmp_path, monkeypatch):
     """On two ranks each expert is cut, and one of them adds the bias of the down projection."""
     plain = write_model(tmp_path / "plain", "gpt_oss")
     folder = write_model(tmp_path / "nvfp4", "gpt_oss")
@@ -96,7 +74,7 @@ def test_experts_in_nvfp4_with_biases(store, options, tmp_path, monkeypatch):
             weights = tensors.pop(name)  # [E, K, N]
             experts = [quantize_nvfp4(w.T.float().contiguous(), "rtn") for w in weights]
             matrices.extend(e.dequantize() for e in experts)
-            store(name, experts, tensors.pop(f"{name}_bias"), tensors)
+            stacked_nvfp4(name, experts, tensors.pop(f"{name}_bias"), tensors)
 
     edit_tensors(folder, edit)
     config = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["*self_attn*"]}

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from quantizing import transformers_reading
 from serving_cases import compare, write_with_vocabulary
 
 from vllm_nvfp4.checkpoints.detect import read_config
@@ -23,7 +24,7 @@ from vllm_nvfp4.quantize.changes import weight_changes
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq
 from vllm_nvfp4.quantize.precision import BITS, Sensitivity, average_bits, choose_formats
 from vllm_nvfp4.quantize.report import label
-from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
+from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json
 from vllm_nvfp4.testing.engine import (
     ask_engine,
     ask_reference,
@@ -210,10 +211,14 @@ def quantize(source, target, *options: str) -> int:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method):
+@pytest.mark.parametrize(
+    ("method", "dialect"),
+    [("rtn", "modelopt"), ("gptq", "modelopt"), ("rtn", "compressed-tensors")],
+)
+def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method, dialect):
     target, plot = tmp_path / "out", tmp_path / "plot.svg"
     options = ["--method", method, "--target-bits", "7", "--report", str(plot)]
+    options += ["--format", dialect]
     if method == "gptq":
         options += ["--samples", "4", "--sample-length", "48"]
     assert quantize(llama, target, *options) == 0
@@ -221,10 +226,14 @@ def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method):
     assert "model.layers.1.mlp.gate_proj+up_proj" in text
     assert "<svg" in plot.read_text()
     config = json.loads((target / "config.json").read_text())["quantization_config"]
-    assert config["quant_algo"] == "MIXED_PRECISION"
-    algos = {entry["quant_algo"] for entry in config["quantized_layers"].values()}
-    assert algos == {"W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"}
-    validate(target, *read_config(target))
+    inventory = validate(target, *read_config(target))
+    assert {layer.format for layer in inventory.layers} == {"nvfp4", "fp8", "BF16"}
+    if dialect == "modelopt":
+        assert config["quant_algo"] == "MIXED_PRECISION"
+        algos = {entry["quant_algo"] for entry in config["quantized_layers"].values()}
+        assert algos == {"W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"}
+    else:
+        assert config["format"] == "mixed-precision"
     assert dequantized_state_dict(target).keys() == Source(llama).tensors.keys()
     prompt = [5, 17, 40, 3, 99]
     reference = ask_reference(reference_model(target, torch.float32), prompt, 4)
@@ -233,6 +242,11 @@ def test_a_mixed_checkpoint_is_served(llama, tmp_path, capsys, method):
         answer = ask_engine(llm, prompt, 4)
     assert answer.tokens == reference.tokens
     assert torch.allclose(answer.logprobs, reference.logprobs, atol=0.05)
+    if dialect == "compressed-tensors":
+        # transformers rounds them too
+        group = lambda c: c["quantization_config"]["config_groups"]["group_1"]  # noqa: E731
+        edit_json(target / "config.json", lambda c: group(c).pop("input_activations"))
+        assert transformers_reading(target, llama) == (set(), True)
 
 
 @pytest.mark.vllm
@@ -315,7 +329,7 @@ def test_a_run_that_goes_on_does_not_measure_again(llama, tmp_path, monkeypatch)
         (["--embedding"], "--target-bits or --max-kl"),
         (["--target-bits", "5", "--report", "x.pdf"], "ends in .png or .svg"),
         (["--target-bits", "5", "--report", "/nonesuch/x.png"], "no folder /nonesuch"),
-        (["--target-bits", "5", "--format", "compressed-tensors"], "use --format modelopt"),
+        (["--target-bits", "5", "--method", "mr-gptq"], "use --method gptq"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(llama, tmp_path, capsys, options, message):

@@ -53,6 +53,8 @@ def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseMod
         ("qwen3_next", 3),
         ("gemma4_moe", 1),
         ("mamba2", 1),
+        ("gpt_oss", 1),
+        ("llama4", 1),
     ],
 )
 def test_layer_by_layer_is_the_whole_model(models, family, layer):
@@ -62,7 +64,8 @@ def test_layer_by_layer_is_the_whole_model(models, family, layer):
     _, mine = layerwise(models(family), samples)
     whole = plain_model(models(family), torch.float32) if "vl" not in family else _vision(models)
     seen: list[torch.Tensor] = []
-    watched = whole.get_decoder().layers[layer]
+    decoder = whole.get_decoder()
+    watched = getattr(decoder, "model", decoder).layers[layer]
     watched.register_forward_pre_hook(
         lambda _, args, options: seen.append((*args, *options.values())[0]), with_kwargs=True
     )
@@ -118,8 +121,9 @@ def test_each_expert_sees_its_tokens(models, tmp_path):
     assert output_error(weight, other, hessian) > best * 1.1
 
 
-def test_gptq_of_experts_keeps_the_hidden_states_nearer_than_mse(models, tmp_path):
-    folder = models("qwen3_moe")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_gptq_of_experts_keeps_the_hidden_states_nearer_than_mse(models, tmp_path, family):
+    folder = models(family)
     samples = Calibration(num_samples=8, length=128).samples(folder)
     _, plain = layerwise(folder, samples)
     errors = {}
@@ -179,7 +183,7 @@ def test_experts_of_another_kind_are_refused(models):
     names = [n for n in source.quantizable()[0] if n.startswith(EXPERTS)]
     places = {n: mine.expert(0, n) for n in names}
     routing = Routing.of(
-        "x", (torch.randn(16, 64), torch.randint(0, 4, (16, 2)), torch.rand(16, 2))
+        "x", (torch.randn(16, 64), torch.randint(0, 4, (16, 2)), torch.rand(16, 2)), 4
     )
     stack = Stack("x", module, places)
     stack.check(routing)
@@ -190,7 +194,7 @@ def test_experts_of_another_kind_are_refused(models):
     with pytest.raises(CheckpointError, match="outputs that are not"):
         stack.check(routing)
     with pytest.raises(CheckpointError, match="indices of experts"):
-        Routing.of("x", (torch.randn(16, 64),))
+        Routing.of("x", (torch.randn(15, 64),), 4)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch):

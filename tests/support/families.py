@@ -205,6 +205,11 @@ FAMILIES = {
         },
         (*_TABLES, "model.layers.#.feed_forward.router"),
     ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        _EXPERTS | {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
+        (*_TABLES, "model.layers.#.mlp.router"),
+    ),
     "whisper": Family(
         "WhisperConfig",
         {

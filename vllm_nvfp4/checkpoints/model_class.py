@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 # A repeated block: the first number in a name, with what stands before it.
 BLOCK = re.compile(r"^((?:[^.]+\.)*?[^.]+\.(\d+)\.)")
-_NUMBERED = re.compile(r"^(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.weight$")
+_NUMBERED = re.compile(
+    r"^(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)\.(?P<kind>weight|bias)$"
+)
 _EXPERT = re.compile(r"\.\d+\.")
 # transformers' modules that vLLM builds without quantisation, or the linear layers of them that it
 # does: a Mamba-1 mixer's projections, what an indexer of sparse attention fuses.
@@ -63,7 +65,7 @@ class Place:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Where the matrix of one expert stands in a stack of the class.
+    """Where the matrix, or the bias, of one expert stands in a stack of the class.
 
     module, leaf: of the stacked parameter; expert: which; index: of the matrix among the ``count``
     that the stack keeps for an expert (gate and up); is_transposed: it is kept as [K, N];
@@ -79,7 +81,8 @@ class ExpertPlace:
     is_interleaved: bool = False
 
     def view(self, stack: torch.Tensor, rows: int) -> torch.Tensor:
-        """The matrix in the stack, [N, K], N = rows: what is written to it is in the stack."""
+        """The matrix in the stack, [N, K], or the bias, [N]; N = rows. What is written to it is in
+        the stack."""
         one = stack[self.expert].mT if self.is_transposed else stack[self.expert]
         if self.is_interleaved:
             return one[self.index :: self.count]
@@ -122,6 +125,13 @@ class ModelClass:
         decoder = self._called("get_decoder")
         return next((n for n, m in self._modules.items() if n and m is decoder), "")
 
+    @property
+    def decoder(self) -> Any:
+        """The module whose ``layers`` make up the language model. Raises AttributeError where there
+        is none."""
+        found = self.model.get_decoder()
+        return found if hasattr(found, "layers") else found.model  # Llama-4 answers with lm_head's
+
     def place(self, name: str, info: TensorInfo) -> Place:
         """What a stored tensor of two or more dimensions is."""
         parameter = self.parameter(name)
@@ -136,7 +146,8 @@ class ModelClass:
         return None if found is None else tuple(found.shape)
 
     def expert(self, name: str) -> ExpertPlace | None:
-        """Where a stored matrix of one expert stands in the class; None for what is no such."""
+        """Where a stored matrix or bias of one expert stands in the class; None for what is no
+        such."""
         if name not in self._expert_places:
             self._expert_places[name] = self._find_expert(name)
         return self._expert_places[name]
@@ -147,22 +158,24 @@ class ModelClass:
             return None
         parameter, pattern = self._renamed(name)
         index, count = 0, 1
+        is_bias = match["kind"] == "bias"
+        end = "_bias" if is_bias else ""
         if pattern is not None:
             converters = self._conversions[1]
             sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
             index, count = sources.index(pattern), len(sources)
         elif match["leaf"] in ("gate_proj", "up_proj") and parameter not in self._parameters:
             # One of a stack that is stored whole, by the name that it is written under.
-            stack = f"{self.stacked_in(match['experts'])}.gate_up_proj"
+            stack = f"{self.stacked_in(match['experts'])}.gate_up_proj{end}"
             parameter, index, count = stack, int(match["leaf"] == "up_proj"), 2
             if stack not in self._parameters:
                 parameter, index, count = stack.replace("gate_up", match["leaf"][:-5]), 0, 1
         elif parameter not in self._parameters:
-            parameter = f"{self.stacked_in(match['experts'])}.{match['leaf']}"
+            parameter = f"{self.stacked_in(match['experts'])}.{match['leaf']}{end}"
         module, _, leaf = parameter.rpartition(".")
         if module not in self.experts or parameter not in self._parameters:
             return None
-        if self._parameters[parameter].dim() != 3:
+        if self._parameters[parameter].dim() != (2 if is_bias else 3):
             return None
         return ExpertPlace(
             module,
@@ -170,7 +183,7 @@ class ModelClass:
             int(match["expert"]),
             index,
             count,
-            self._is_transposed(module),
+            not is_bias and self._is_transposed(module),
             count > 1 and not self.is_concatenated(module),
         )
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_nvfp4.checkpoints.detect import read_config
-from vllm_nvfp4.checkpoints.expert_parts import Part, has_bias, split
+from vllm_nvfp4.checkpoints.expert_parts import Part, biases_of, split
 from vllm_nvfp4.checkpoints.files import file_in_folder
 from vllm_nvfp4.checkpoints.headers import read_file_header
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, part_of
@@ -92,6 +92,7 @@ class Source:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._part_of: dict[str, Part] = {}
+        self._stacks: dict[str, TensorInfo] = {}  # those that were taken apart
         self._chosen: tuple[object, set[str], list[Kept]] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for path in files:
@@ -240,26 +241,40 @@ class Source:
         shapes = {name: info.shape for name, info in self.tensors.items()}
         for module, stacks in layers.items():
             linear -= set(stacks.values())
+            biases = biases_of(stacks, shapes)
+            in_turns = not self.model_class.is_concatenated(module)
             try:
-                if has_bias(stacks.values(), self.tensors):
-                    raise ValueError("they have biases")
-                if not self.model_class.is_concatenated(module):
-                    raise ValueError("gate and up projection are interleaved")
-                parts = split(stacks, shapes)
+                parts = split(stacks, shapes, biases, in_turns)
             except ValueError as error:
                 kept += [
                     Kept(n, Kind.STACK.value, str(error), self.tensors[n].num_bytes)
                     for n in stacks.values()
                 ]
                 continue
-            dtypes = {stored: self.tensors.pop(stored).dtype for stored in stacks.values()}
+            taken = {*stacks.values(), *biases.values()}
+            self._stacks |= {stored: self.tensors.pop(stored) for stored in taken}
+            kept[:] = [k for k in kept if k.name not in taken]
             for name, part in parts.items():
                 self._part_of[name] = part
-                self.tensors[name] = TensorInfo(dtypes[part.stored], part.shape)
+                self.tensors[name] = TensorInfo(self._stacks[part.stored].dtype, part.shape)
                 self._file_of[name] = self._file_of[part.stored]
-                places[name] = Place(Kind.LINEAR, module)
-            linear |= parts.keys()
+            weights = {name for name, part in parts.items() if len(part.shape) == 2}
+            places |= dict.fromkeys(weights, Place(Kind.LINEAR, module))
+            linear |= weights
         return linear
+
+    def restack(self, quantized: set[str]) -> None:
+        """Have stacks of which nothing is quantised as they are stored: not every model of an
+        engine takes experts in 16 bits one by one."""
+        layers: dict[str, list[str]] = defaultdict(list)
+        for name in self._part_of:
+            layers[name.rsplit(".", 3)[0]].append(name)
+        for names in layers.values():
+            if quantized.isdisjoint(names):
+                for name in names:
+                    del self.tensors[name]
+                    stored = self._part_of.pop(name).stored
+                    self.tensors[stored] = self._stacks[stored]
 
     def _of_good_shape(
         self, linear: set[str], places: dict[str, Place], kept: list[Kept]

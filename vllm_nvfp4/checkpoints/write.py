@@ -36,7 +36,6 @@ from vllm_nvfp4.checkpoints.written import (
     Fp8Format,
     FpQuantFormat,
     StoredFormat,
-    mixed_config,
 )
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -73,7 +72,7 @@ class WriteOptions:
     progress:  called with the name of each layer before it is quantised
     skipped:   the same of each layer that an earlier run has quantised
     precision: called with the work folder and the weights to quantise; gives "nvfp4", "fp8" or
-               "bf16" for each. Only in ModelOpt's dialect, and only for a resumable run
+               "bf16" for each. Not in FP-Quant's dialect, and only for a resumable run
     vocabulary: weights that ``precision`` is asked for beside the linear layers: lm_head's, the
                embedding's
     finish:    called with the finished folder before it appears, for :func:`write_resumable`
@@ -156,6 +155,7 @@ def write_resumable(
         formats = options.precision(work, asked) if options.precision else {}
         quantized = {n for n in asked if formats.get(n) != "bf16"}
         fp8 = {n for n in asked if formats.get(n) == "fp8"}
+        checkpoint.restack(quantized)
         job = _Job(checkpoint, folder, quantizer, options, quantized, fp8)
         report = job.write(by_layer(checkpoint.tensors, quantized, linear))
         report.reasons = reasons
@@ -307,11 +307,13 @@ class _Job:
         # A tied lm_head is not stored, but engines build it and ask whether it is quantised.
         ignored = dict.fromkeys([*report.kept, *({"lm_head"} - {*report.quantized})])
         eight = sorted(name.removesuffix(".weight") for name in self.fp8)
-        config["quantization_config"] = (
-            mixed_config(sorted({*report.quantized} - {*eight}), eight, list(ignored))
-            if self.options.precision
-            else self.options.stored.config(list(ignored))
-        )
+        stored = self.options.stored
+        if self.options.precision and isinstance(stored, StoredFormat):
+            four = sorted({*report.quantized} - {*eight})
+            found = stored.mixed_config(four, eight, list(ignored))
+        else:
+            found = stored.config(list(ignored))
+        config["quantization_config"] = found
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in self.source.folder.iterdir():
             if path.is_file() and not matches(path.name, _NOT_COPIED):

@@ -9,7 +9,8 @@ compressed-tensors:
     P.weight_packed       uint8 [N, K/2], the low nibble holds even k
     P.weight_scale        float8_e4m3fn [N, K/16]; multiplies
     P.weight_global_scale float32 [1]; divides, one value for all the shards of a fused layer
-FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN):
+FP8 beside NVFP4, in ModelOpt's MIXED_PRECISION (FP8_PER_CHANNEL_PER_TOKEN) or compressed-tensors'
+mixed-precision (float-quantized):
     P.weight              float8_e4m3fn [N, K]
     P.weight_scale        float32 [N, 1]; multiplies
 FP-Quant, whose weights are rotated along K by a Hadamard matrix of size g, in blocks:
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from vllm_nvfp4.checkpoints.model_class import BLOCK
 from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
@@ -40,13 +42,15 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 @dataclass(frozen=True)
 class StoredFormat:
     """name: of the dialect; codes, global_scale: tensor names after the layer's; is_divisor: the
-    global scale divides and has shape [1], else it multiplies and is a scalar."""
+    global scale divides and has shape [1], else it multiplies and is a scalar; config: of the names
+    of what is left out; mixed_config: of the names of layers in NVFP4, in FP8 and left out"""
 
     name: str
     codes: str
     global_scale: str
     is_divisor: bool
     config: Callable[[Sequence[str]], dict[str, Any]]
+    mixed_config: Callable[[Sequence[str], Sequence[str], Sequence[str]], dict[str, Any]]
 
     def entries(self, layer: str, shape: Sequence[int]) -> dict[str, TensorInfo]:
         """What is stored for a layer of shape [N, K], in order."""
@@ -166,8 +170,9 @@ class Fp8Format:
 FP8 = Fp8Format()
 
 
-def mixed_config(nvfp4: Sequence[str], fp8: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
-    """ModelOpt's configuration of a checkpoint with layers in both formats, and some in none."""
+def _modelopt_mixed_config(
+    nvfp4: Sequence[str], fp8: Sequence[str], ignore: Sequence[str]
+) -> dict[str, Any]:
     four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4.block_size}
     eight = {"dynamic": False, "num_bits": 8, "type": "float"}
     inputs = {"dynamic": True, "num_bits": 8, "type": "float"}
@@ -200,7 +205,31 @@ def _modelopt_config(ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def _compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
-    weights = {
+    return _compressed_tensors({"group_0": _FOUR}, _FOUR["format"], ignore)
+
+
+def _compressed_tensors_mixed_config(
+    nvfp4: Sequence[str], fp8: Sequence[str], ignore: Sequence[str]
+) -> dict[str, Any]:
+    """A name goes before a class: what FP8's group does not name is NVFP4, an embedding and lm_head
+    where NVFP4's does."""
+    four = _FOUR | {"targets": ["Linear", *(n for n in nvfp4 if BLOCK.match(n) is None)]}
+    eight = {
+        "format": "float-quantized",
+        "targets": list(fp8),
+        "weights": _EIGHT | {"strategy": "channel", "dynamic": False},
+        "input_activations": _EIGHT | {"strategy": "token", "dynamic": True},
+    }
+    groups = {"group_0": four} if nvfp4 or not fp8 else {}
+    groups |= {"group_1": eight} if fp8 else {}
+    return _compressed_tensors(groups, "mixed-precision", ignore)
+
+
+_EIGHT = {"num_bits": 8, "type": "float", "symmetric": True}
+_FOUR: dict[str, Any] = {
+    "format": "nvfp4-pack-quantized",
+    "targets": ["Linear"],
+    "weights": {
         "dynamic": False,
         "group_size": NVFP4.block_size,
         "num_bits": 4,
@@ -208,11 +237,16 @@ def _compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
         "strategy": "tensor_group",
         "symmetric": True,
         "type": "float",
-    }
-    layout = "nvfp4-pack-quantized"
-    group = {"format": layout, "targets": ["Linear"], "weights": weights, "input_activations": None}
+    },
+    "input_activations": None,
+}
+
+
+def _compressed_tensors(
+    groups: dict[str, Any], layout: str, ignore: Sequence[str]
+) -> dict[str, Any]:
     return {
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "format": layout,
         "ignore": list(ignore),
         "quant_method": "compressed-tensors",
@@ -223,13 +257,16 @@ def _compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
 FORMATS = {
     f.name: f
     for f in (
-        StoredFormat("modelopt", "weight", "weight_scale_2", False, _modelopt_config),
+        StoredFormat(
+            "modelopt", "weight", "weight_scale_2", False, _modelopt_config, _modelopt_mixed_config
+        ),
         StoredFormat(
             "compressed-tensors",
             "weight_packed",
             "weight_global_scale",
             True,
             _compressed_tensors_config,
+            _compressed_tensors_mixed_config,
         ),
     )
 }

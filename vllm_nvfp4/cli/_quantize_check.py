@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether vLLM has a place for every tensor of a checkpoint that was just written."""
+"""Whether vLLM, and transformers, have a place for every tensor of a folder just written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.compat.messages import message_of
 
 
 def check_written(folder: Path, say: Callable[[str], None]) -> None:
@@ -40,3 +41,19 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
         "The checkpoint is written and has not got its name; the same command with --no-check "
         "gives it that. Please report the model.",
     )
+
+
+def transformers_line(folder: Path) -> str:
+    """One line on what transformers makes of a compressed-tensors folder."""
+    import transformers
+
+    from vllm_nvfp4.checking.by_transformers import misreading
+
+    version = f"transformers {transformers.__version__}"
+    try:
+        found = misreading(folder)
+    except Exception as error:  # of any model's code
+        return f"not checked against {version}: {message_of(error)}"
+    if not found:
+        return f"checked: {version} reads it"
+    return f"warning: {version} reads it wrongly: {found}; vLLM reads it right"

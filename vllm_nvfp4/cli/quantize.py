@@ -229,10 +229,10 @@ def _check_precision(args: argparse.Namespace) -> None:
             )
         return
     choose_formats([], target_bits=args.target_bits, max_kl=args.max_kl)
-    if args.format != "modelopt":
+    if args.format == "fp-quant":
         raise ValueError(
-            f"--format {args.format} with --target-bits or --max-kl; formats are mixed in "
-            "ModelOpt's dialect alone: use --format modelopt"
+            "--target-bits or --max-kl with --method mr-gptq; FP-Quant's dialect has one format "
+            "for all layers: use --method gptq"
         )
     if args.report:
         check_plot(Path(args.report).expanduser())
@@ -340,7 +340,7 @@ def _finish(
     args: argparse.Namespace, calibration: Calibration | None, current: Step
 ) -> Callable[[Path], None]:
     """What is done with the written folder before it gets its name."""
-    from vllm_nvfp4.cli._quantize_check import check_written
+    from vllm_nvfp4.cli import _quantize_check
     from vllm_nvfp4.quantize.kv_scales import add_kv_scales
 
     def finish(folder: Path) -> None:
@@ -348,7 +348,9 @@ def _finish(
             add_kv_scales(folder, args.format, calibration, args.device)
         if not args.no_check:
             current.begin("Checking that vLLM can load it")
-            check_written(folder, current.say)
+            _quantize_check.check_written(folder, current.say)
+            if args.format == "compressed-tensors":
+                current.say(_quantize_check.transformers_line(folder))
 
     return finish
 

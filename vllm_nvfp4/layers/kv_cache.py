@@ -99,6 +99,8 @@ def settle_dtype(asked: str, resolved: str, option: str, model_config: Any) -> s
     """
     if model_config.is_attention_free:
         return resolved
+    if model_config.attn_type == "encoder_only" and asked == "auto":
+        return "auto"  # attention of all to all keeps nothing, and vLLM's knows no FP8 for it
     if asked == "auto" and option == "fp8" and not resolved.startswith("fp8"):
         resolved = "auto"  # the attention layers make FP8 of it, see default_scheme
     is_declared = resolved not in ("auto", asked) or declares_fp8(model_config.hf_config)

@@ -197,8 +197,8 @@ class Calibrated:
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         full = f"{self._model.prefix(self._index)}{module}"
-        routing = Routing.of(full, inputs)
         stack = Stack(full, layer.get_submodule(module), places)
+        routing = Routing.of(full, inputs, stack.num_experts)
         stack.check(routing)
 
         def quantize(
@@ -212,7 +212,7 @@ class Calibrated:
 
         exact = None
         if self._follows_exact:
-            exact = self._exact.inputs[module].flatten(0, -2)
+            exact = routing.counterpart(self._exact.inputs[module])
         counts = quantize_routed(stack, routing, exact, pairs(places), quantize, self._rounded)
         self.expert_tokens[full] = [counts[e] for e in sorted(counts)]
 

@@ -52,10 +52,9 @@ def expert_effects(
         return {n: weight.dequantize() for n, weight in zip(names, made, strict=True)}
 
     if others:
-        given = [inputs(chunk) for chunk in others]
-        joined = [torch.cat([g[i].flatten(0, -2) for g in given]) for i in range(len(given[0]))]
-        routing = Routing.of(full, joined)
-        stack.check(routing)
+        calls = [Routing.of(full, inputs(chunk), stack.num_experts) for chunk in others]
+        stack.check(calls[0])
+        routing = Routing.joined(calls)
         quantize_routed(
             stack, routing, None, pairs(places), lambda names, moments, x: rounded(names, moments)
         )

@@ -99,7 +99,7 @@ class LayerwiseModel:
         self._folder = folder
         self._class = model_class or ModelClass(folder)
         try:
-            decoder = self._class.model.get_decoder()
+            decoder = self._class.decoder
             self._layers = decoder.layers
             modules = self._class.model.named_modules()
             self._stem = next(n for n, m in modules if m is decoder.layers)
@@ -162,7 +162,7 @@ class LayerwiseModel:
 
     def _first_layer_only(self) -> torch.nn.Module:
         """The decoder with its first layer alone: its embedding and rotary tables are real."""
-        decoder = self._class.model.get_decoder()
+        decoder = self._class.decoder
         short = copy.deepcopy(decoder.config)
         short.num_hidden_layers = 1
         return _from_config(type(decoder), short)
@@ -348,7 +348,7 @@ class LayerwiseModel:
     @property
     def embedding_name(self) -> str:
         """The stored name of the token embedding."""
-        decoder = self._class.model.get_decoder()
+        decoder = self._class.decoder
         table = decoder.get_input_embeddings()
         leaf = next(n for n, m in decoder.named_modules() if m is table)
         parameter = f"{self._stem.removesuffix('layers')}{leaf}.weight"
@@ -356,7 +356,7 @@ class LayerwiseModel:
 
     def head(self) -> Head:
         """What makes logits of what comes out of the last layer."""
-        decoder = self._class.model.get_decoder()
+        decoder = self._class.decoder
         norm, lm_head = decoder.norm, self._class.model.get_output_embeddings()
         norm, lm_head = (copy.deepcopy(m).to_empty(device="cpu") for m in (norm, lm_head))
         stem = self._stem.removesuffix("layers")

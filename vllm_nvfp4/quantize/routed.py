@@ -5,8 +5,12 @@ transformers keeps a layer's experts in stacked parameters and computes
 
     y[t] = sum_j w[t, j] D_e h_e(x[t]),   e = index[t, j],   h_e(x) = act(G_e x) * U_e x
 
-(h_e(x) = act(U_e x) in a model without a gate). An error d of D_e h_e counts in y[t] as w[t, j] d,
+(h_e(x) = act(U_e x) in a model without a gate), with a bias added to each product where the experts
+have some. An error d of D_e h_e counts in y[t] as w[t, j] d,
 so that an expert's tokens weigh as the squares of their router weights.
+
+Llama-4 multiplies the inputs by these weights instead, y[t] = sum_j D_e h_e(w[t, j] x[t]), and its
+module is given every token once for each expert, E blocks of rows, zeros where it does not go.
 """
 
 from __future__ import annotations
@@ -35,27 +39,55 @@ class Routing:
     x:       [tokens, hidden size]
     index:   [tokens, k] int64; which experts a token goes to
     weights: [tokens, k]; what each one's output is multiplied by
+    rows:    [tokens] int64; where the tokens stand among blocks of rows, one for each expert; None
+             for a module that is given each token once
     """
 
     x: torch.Tensor
     index: torch.Tensor
     weights: torch.Tensor
+    rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, inputs: Sequence[Any]) -> Routing:
+    def of(cls, name: str, inputs: Sequence[Any], num_experts: int) -> Routing:
         """Of a module's inputs. Raises CheckpointError where they are others."""
         tensors = [i for i in inputs if isinstance(i, torch.Tensor)]
+        if len(tensors) == 1 and tensors[0].numel() // tensors[0].shape[-1] % num_experts == 0:
+            return cls._of_blocks(tensors[0].flatten(0, -2), num_experts)
         if len(tensors) != 3 or tensors[1].is_floating_point():
             found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors)
             raise CheckpointError(
                 name,
                 "inputs of the routed experts",
                 found,
-                "hidden states, indices of experts and their weights",
+                "hidden states, indices of experts and their weights, or hidden states for each "
+                "expert",
                 "Use --method mse, which needs no forward pass.",
             )
         x, index, weights = (t.flatten(0, -2) for t in tensors)
         return cls(x, index, weights)
+
+    @classmethod
+    def _of_blocks(cls, blocks: torch.Tensor, num_experts: int) -> Routing:
+        """blocks: [E tokens, hidden size]; a row of zeros has no token."""
+        rows = blocks.any(-1).nonzero()[:, 0]
+        index = rows // (len(blocks) // num_experts)
+        return cls(blocks[rows], index[:, None], blocks.new_ones(len(rows), 1), rows)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Routing]) -> Routing:
+        """Of several calls; ``rows`` are those of none."""
+        fields = ([getattr(p, name) for p in parts] for name in ("x", "index", "weights"))
+        return cls(*map(torch.cat, fields))
+
+    def counterpart(self, exact: torch.Tensor) -> torch.Tensor:
+        """What another model's module of the same place gets of each token, like ``x``; where it
+        sends the token to other experts, ``x``."""
+        exact = exact.flatten(0, -2)
+        if self.rows is None:
+            return exact
+        theirs = exact[self.rows.to(exact.device)]
+        return torch.where(theirs.any(-1, keepdim=True), theirs, self.x.to(theirs))
 
     def tokens(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(Which tokens go to an expert, [n] int64; the weights of its outputs, [n].)"""
@@ -82,7 +114,9 @@ class Stack:
     def _product(self, x: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
         weight = self._module.get_parameter(leaf)[expert]
         is_transposed = next(p.is_transposed for p in self._places.values() if p.leaf == leaf)
-        return x @ (weight if is_transposed else weight.T)
+        product = x @ (weight if is_transposed else weight.T)
+        bias = getattr(self._module, f"{leaf}_bias", None)
+        return product if bias is None else product + bias[expert]
 
     def inner(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """h_e(x), [n, inner size]."""
@@ -95,17 +129,36 @@ class Stack:
         gate, up = both.chunk(2, -1)
         return self._module.act_fn(gate) * up
 
+    @property
+    def num_experts(self) -> int:
+        return len(self._module.get_parameter(next(iter(self._places.values())).leaf))
+
+    def _theirs(self, routing: Routing, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """What the module itself makes of tokens that all go to one expert."""
+        # By forward: the module's hook is what calls this.
+        if routing.rows is not None:
+            blocks = x.new_zeros(self.num_experts, *x.shape)
+            blocks[expert] = x
+            return self._module.forward(blocks.flatten(0, 1)).view(blocks.shape)[expert]
+        one = torch.ones(len(x), 1, dtype=routing.weights.dtype, device=x.device)
+        return self._module.forward(x, torch.full_like(one, expert, dtype=routing.index.dtype), one)
+
     def check(self, routing: Routing) -> None:
-        """Raise CheckpointError where the module computes something else than is said above."""
-        counts = torch.bincount(routing.index.flatten().clamp(min=0))
-        expert = int(counts.argmax())
+        """Raise CheckpointError where no token is sent to any expert, and where the module computes
+        something else than is said above."""
+        index = routing.index[(routing.index >= 0) & (routing.index < self.num_experts)]
+        if not len(index):
+            raise CheckpointError(
+                self._name,
+                "routed experts",
+                f"none of the text's {len(routing.x)} tokens sent to any of {self.num_experts}",
+                "tokens to choose their weights for",
+                "Give another text (--calibration), or use --method mse, which needs none.",
+            )
+        expert = int(torch.bincount(index).argmax())
         token, _ = routing.tokens(expert)
         x = routing.x[token[:_COMPARED]]
-        one = torch.ones(len(x), 1, dtype=routing.weights.dtype, device=x.device)
-        # Not the module itself, whose hook is what calls this.
-        theirs = self._module.forward(
-            x, torch.full_like(one, expert, dtype=routing.index.dtype), one
-        )
+        theirs = self._theirs(routing, x, expert)
         ours = self._product(self.inner(x, expert), "down_proj", expert)
         tolerance = 2.0**-5 if x.dtype is torch.bfloat16 else 1e-3
         if (ours - theirs).norm() > tolerance * theirs.norm():

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `quantize` writes of experts of their own kind, and of encoders, served by a real engine
+against stock vLLM on the same weights dequantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import vision_classes
+from families import SIZES
+
+from vllm_nvfp4.checkpoints.headers import read_headers
+from vllm_nvfp4.checkpoints.quantizer import DataFree
+from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
+from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.testing.architectures import ARCHITECTURES
+from vllm_nvfp4.testing.engine import engine
+from vllm_nvfp4.testing.model_sweep import Sweep, stored_matrices, write_twin
+from vllm_nvfp4.testing.tiny_models import build_tokenizer
+
+pytestmark = pytest.mark.vllm
+TEXT = ["--samples", "4", "--sample-length", "64"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt-oss", ["--method", "mse"]),  # biases, rows of gate and up in turns
+        ("gpt-oss", ["--method", "rtn", "--format", "compressed-tensors"]),
+        ("gpt-oss", ["--method", "gptq", *TEXT]),
+        ("llama4", ["--method", "gptq", *TEXT]),  # its router multiplies the inputs
+    ],
+)
+def test_experts_as_written(family, options, tmp_path):
+    vision_classes.install()
+    sweep = Sweep(ARCHITECTURES[family], tmp_path, main)
+    build_tokenizer().save_pretrained(sweep.plain)
+    assert main(["quantize", str(sweep.plain), "-o", str(tmp_path / "out"), *options]) == 0
+    measured = sweep.measure("out")
+    assert measured.deviation < measured.tolerance
+    assert measured.share > 0.5
+
+
+def test_a_stack_of_which_nothing_is_quantised_stays_one(tmp_path):
+    """vLLM's gpt-oss takes no expert alone in 16 bits."""
+    sweep = Sweep(ARCHITECTURES["gpt-oss"], tmp_path, main)
+    kept = "model.layers.1.mlp.experts"
+
+    def formats(work, asked):
+        return {n: "bf16" if n.startswith(kept) else "nvfp4" for n in asked}
+
+    write_resumable(sweep.plain, tmp_path / "out", DataFree("rtn"), WriteOptions(precision=formats))
+    names = {n for n in read_headers(tmp_path / "out") if n.startswith(kept)}
+    assert names == {f"{kept}.{p}_proj{b}" for p in ("down", "gate_up") for b in ("", "_bias")}
+    measured = sweep.measure("out")
+    assert measured.deviation < measured.tolerance
+
+
+ENCODERS = {
+    "BertModel": "BertConfig",
+    "RobertaModel": "RobertaConfig",
+    "ModernBertModel": "ModernBertConfig",
+}
+PROMPTS = [[1, 5, 17, 40, 3, 99, 2], [1, 200, 31, 2]]
+
+
+def write_encoder(folder: Path, name: str) -> Path:
+    import transformers
+
+    sizes = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 2}  # heads of 32
+    config = getattr(transformers, ENCODERS[name])(**sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def embeddings(folder: Path, **options) -> torch.Tensor:
+    with engine(folder, runner="pooling", dtype="float32", **options) as llm:
+        prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+        return torch.tensor([o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_embeddings_are_those_of_the_dequantised_weights(name, dialect, tmp_path):
+    plain = write_encoder(tmp_path / "plain", name)
+    target = tmp_path / "out"
+    arguments = ["quantize", str(plain), "-o", str(target), "--method", "rtn"]
+    assert main([*arguments, "--format", dialect]) == 0
+    matrices = stored_matrices(target, plain)
+    assert matrices
+    assert write_twin(plain, matrices, tmp_path / "twin") == 0
+    found = embeddings(target)
+    expected = embeddings(tmp_path / "twin", quantization=None)
+    before = embeddings(plain, quantization=None)
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - before).abs().max() > 0.01
