@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvfp4.checkpoints.source import Source, Unit
+from vllm_nvfp4.quantize.routed import moment_bytes
 from vllm_nvfp4.quantize.sensitivity import LENGTH
 
 # Of a weight's size: the codes and scales that it becomes, 4.5 bits of at least 16.
@@ -69,6 +70,21 @@ def calibrated_bytes(
     return max(most, data_free_bytes(source, units))
 
 
+def kept_bytes(
+    source: Source, units: Sequence[Unit], quantized: set[str], follows_exact: bool
+) -> int:
+    """What the moments of all experts of a layer take beside that, of the layer with the most.
+    follows_exact: the method looks at the unquantised model's inputs too"""
+    most = 0
+    for unit in units:
+        groups = [group for group in unit.groups if group[0] in quantized]
+        places = [(g, source.model_class.expert(g[0])) for g in groups]
+        downs = [g[0] for g, place in places if place is not None and place.leaf == "down_proj"]
+        sizes = (moment_bytes(source.tensors[n].shape[1], follows_exact) for n in downs)
+        most = max(most, sum(sizes))
+    return most
+
+
 def sensitivity_bytes(
     source: Source, units: Sequence[Unit], chosen: set[str], num_tokens: int, itemsize: int
 ) -> int:
@@ -103,6 +119,11 @@ def expected_peak(extra: int) -> int:
     return max(_status("VmRSS") + extra, peak_bytes())
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def available_bytes() -> int:
+    """What the process has now and what the machine has left for it."""
+    return _status("VmRSS") + _status("MemAvailable", "/proc/meminfo")
+
+
+def _status(name: str, path: str = "/proc/self/status") -> int:
+    lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
