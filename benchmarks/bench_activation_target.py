@@ -4,9 +4,9 @@
     python benchmarks/bench_activation_target.py MODEL --wheel gensim-4.4.0-*.whl --work DIR \\
         --csv benchmarks/results/activation_target_cpu.csv
 
-Model, text and calibration as in bench_quantize.py, the arithmetic simulated as in bench_quality.py.
-chosen_for: the activations that gptq chose the weights for; served: those that the products are
-computed of; 8 is FP8 with one scale per token, int8 INT8 with one per token and 64 columns.
+Model, text and calibration as in bench_quantize.py, the arithmetic simulated as in
+bench_quality.py. chosen_for: the activations that gptq chose the weights for; served: those that
+the products are computed of; 8 is FP8 with one scale per token, int8 INT8 with one per token and 64 columns.
 over_16: perplexity over that of the weights chosen for 16 bits, served the same way, less 1, paired
 by token; kl_change: the same of the KL from MODEL, as a difference. *_se are standard errors by a
 bootstrap over blocks of tokens. DIR keeps the checkpoints: a run that was stopped goes on.

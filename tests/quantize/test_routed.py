@@ -228,9 +228,7 @@ def test_gate_and_up_share_a_global_scale(models, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "hessian"])
-def test_less_memory_is_more_passes_to_the_same_bytes(
-    models, tmp_path, monkeypatch, capfd, method
-):
+def test_less_memory_is_more_passes_to_the_same_bytes(models, tmp_path, monkeypatch, capfd, method):
     """Room for the moments of none, of two and of all four experts of a layer."""
     folder = models("qwen3_moe")
     passes: list[int] = []

@@ -212,9 +212,7 @@ class Calibrated:
         stack = Stack(full, layer.get_submodule(module), places)
         stack.check(routing)
 
-        def quantize(
-            names: list[str], moments: Moments, largest: float
-        ) -> dict[str, torch.Tensor]:
+        def quantize(names: list[str], moments: Moments, largest: float) -> dict[str, torch.Tensor]:
             target = self._weights(names, moments.hessian)
             if moments.shift is not None:
                 target = shifted_target(target, moments.hessian, moments.shift)

@@ -57,7 +57,9 @@ def expert_effects(
         routing = Routing.of(full, joined)
         stack.check(routing)
         quantize_routed(
-            ExpertInputs(stack, routing), pairs(places), lambda names, moments, _: rounded(names, moments)
+            ExpertInputs(stack, routing),
+            pairs(places),
+            lambda names, moments, _: rounded(names, moments),
         )
     else:
         for groups in pairs(places).values():

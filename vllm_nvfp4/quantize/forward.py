@@ -206,7 +206,9 @@ class LayerwiseModel:
             return {name: self._cast(v) for name, v in value.items()}
         return value
 
-    def _fill(self, made: torch.Tensor, parameter: str, weights: Mapping[str, torch.Tensor]) -> None:
+    def _fill(
+        self, made: torch.Tensor, parameter: str, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         """Write a parameter of the class, of the stored tensors; ``weights`` (by their names) in
         place of some. One of them at a time is in memory beside it."""
         stored = self._stored_as.get(parameter)

@@ -262,7 +262,9 @@ def quantize_routed(
     quantize: of a fused layer's names, the moments of its inputs and the largest of these; gives
               what each weight has become, [N, K] float32
     """
-    pooled, counts, kept = inputs.pooled(), {}, {}
+    pooled = inputs.pooled()
+    counts: dict[int, int] = {}
+    kept: dict[int, Inputs] = {}
     pooled_inner: Moments | None = None
     for expert, (names, _) in groups.items():
         seen = inputs.of_gate_up(expert)
@@ -283,7 +285,7 @@ def quantize_routed(
         raise inputs.stack.error("none that a token of the text goes to", "a token for one of them")
     pooled_inner.scale(1 / sum(counts.values()))
     for expert, (names, down) in groups.items():
-        seen = kept.pop(expert, None) or inputs.of_down(expert, names)
+        seen = kept.pop(expert) if expert in kept else inputs.of_down(expert, names)
         moments = pooled_inner.shrunk(seen.moments, _share(seen.count))
         for name, value in quantize(down, moments, seen.largest).items():
             inputs.stack.set(name, value)
