@@ -318,7 +318,8 @@ def _quantize(
         for line in kept_lines(source, kept, set(vocabulary)):
             current.say(line)
         prefixes = quantizer.prefixes if isinstance(quantizer, Calibrated) else None
-        progress = Progress(current, source, chosen, method, prefixes)
+        num_tokens = calibration.num_samples * calibration.length if calibration else 0
+        progress = Progress(current, source, chosen, method, prefixes, num_tokens)
         limit = None if args.memory is None else args.memory * 2**30
         line, moment_bytes = plan_memory(
             source, chosen, used, args.device, is_measured, method != "hessian", limit

@@ -2,13 +2,14 @@
 """How much memory a run of `quantize` needs: estimated from shapes, before it begins.
 
 By the weights alone: the largest tensor, or shards of one fused layer, and its codes. With a text:
-one decoder layer in float32 as it is read, the hidden states and inputs of all samples, and what
-GPTQ computes in for the largest layer. Neither grows with the number of layers. Where formats are
+one decoder layer, the hidden states and inputs of all samples, and what GPTQ computes in for the
+largest layer. Neither grows with the number of layers. Where formats are
 chosen, what goes into every layer is kept beside that, for a few short samples.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -20,12 +21,15 @@ from vllm_nvfp4.quantize.sensitivity import LENGTH
 
 # Of a weight's size: the codes and scales that it becomes, 4.5 bits of at least 16.
 _CODES = 0.3
-# float32 copies: a layer while it is read and converted; a weight while GPTQ rounds it (target,
-# columns, values, residual and what updates them); its second moment with factors and inverse.
-_LAYER_COPIES, _WEIGHT_COPIES, _MOMENT_COPIES = 2, 8, 6
+# float32 copies: a weight while GPTQ rounds it (target, columns, values, residual and what updates
+# them); its second moment with factors and inverse.
+_WEIGHT_COPIES, _MOMENT_COPIES = 8, 6
 # Tensors as wide as the widest module's output, and as the hidden state (two of them float32), that
 # a layer's forward pass holds at a time.
 _WIDE, _HIDDEN = 3, 8
+# The busiest expert's share of a layer's tokens, over the mean's; bytes of the mask by which
+# transformers' experts find their tokens, for each token, choice and expert.
+_BUSY, _MASK = 3, 8
 # Where formats are chosen: transformers with a model's code; float32 copies of lm_head or the
 # embedding while it is read, and while it is rounded; copies of a fused layer with its changes;
 # of one sample's logits.
@@ -50,23 +54,24 @@ def calibrated_bytes(
         groups = [group for group in unit.groups if group[0] in quantized]
         routed = [group for group in groups if source.model_class.expert(group[0]) is not None]
         shapes = [[source.tensors[n].shape for n in g] for g in groups if g not in routed]
-        # Experts are quantised one after another; each token's inputs of those that it goes to, as
-        # the quantised and as the source's layers have them, are there at once.
-        one = [[source.tensors[n].shape for n in g] for g in routed[:2]]
-        inner = min((group[0][1] for group in one), default=0)
-        chosen = source.model_class.experts_per_token
-        shapes += one
-        if not shapes:
+        # Experts are run and quantised one after another.
+        one = [[source.tensors[n].shape for n in g] for g in routed[:1] + routed[-1:]]
+        if not shapes + one:
             continue
         size = sum(math.prod(source.tensors[n].shape) for n in unit.names)
         # [N, K] of each fused layer
-        fused = [(sum(shape[0] for shape in group), group[0][1]) for group in shapes]
+        fused = [(sum(shape[0] for shape in group), group[0][1]) for group in shapes + one]
         hidden = min(cols for _, cols in fused)
         wide = max(max(rows, cols) for rows, cols in fused)
-        inputs = sum(cols for _, cols in fused) + 2 * chosen * inner
+        inputs = sum(cols for _, cols in fused[: len(shapes)])
         states = itemsize * (inputs + _WIDE * wide + _HIDDEN * hidden)
+        if routed:
+            experts, chosen = len(routed) // 2, source.model_class.experts_per_token
+            share = min(1.0, _BUSY * chosen / max(experts, 1))
+            expert = share * sum(rows + cols for rows, cols in fused[len(shapes) :])
+            states += itemsize * int(2 * expert) + _MASK * chosen * (experts + 1)
         rounding = max(_WEIGHT_COPIES * n * k + _MOMENT_COPIES * k * k for n, k in fused)
-        most = max(most, 4 * (_LAYER_COPIES * size + rounding) + num_tokens * states)
+        most = max(most, itemsize * size + 4 * rounding + num_tokens * states)
     return max(most, data_free_bytes(source, units))
 
 
@@ -103,7 +108,7 @@ def sensitivity_bytes(
     for unit in layers:
         size = sum(math.prod(source.tensors[n].shape) for n in unit.names)
         groups = [sum(math.prod(source.tensors[n].shape) for n in g) for g in unit.groups]
-        most = max(most, 4 * (_LAYER_COPIES * size + _CHANGED_COPIES * max(groups)))
+        most = max(most, 4 * (size + _CHANGED_COPIES * max(groups)))
     library = 0 if "transformers.modeling_utils" in sys.modules else _LIBRARY_BYTES
     return library + states + max(tables, most)
 
@@ -117,6 +122,14 @@ def peak_bytes() -> int:
 def expected_peak(extra: int) -> int:
     """The process's largest resident set with ``extra`` bytes more than it has now."""
     return max(_status("VmRSS") + extra, peak_bytes())
+
+
+def return_freed() -> None:
+    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, between
+    others of another size: without this a run grows with the number of layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes() -> int:
