@@ -30,7 +30,6 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
-from vllm_nvfp4.quantize.memory import return_freed
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 from vllm_nvfp4.quantize.routed import (
     ExpertInputs,
@@ -129,7 +128,6 @@ class Calibrated:
         if not self._is_layer:
             return
         self._go_to(unit.prefix, quantized)
-        return_freed()
         layer = self._model.layer(self._index, {})
         groups = [list(group) for group in unit.groups if group[0] in quantized]
         # The forward passes of a layer are part of its time.

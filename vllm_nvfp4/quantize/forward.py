@@ -8,6 +8,7 @@ there until the first layer's inputs are known.
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -249,6 +250,7 @@ class LayerwiseModel:
 
     def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """The layer with its stored weights, and ``weights`` (by full name) in place of some."""
+        _return_freed()
         layer = copy.deepcopy(self._layers[index]).to(self._dtype).to_empty(device=self._device)
         return self._filled(layer, f"{self._stem}.{index}.", weights)
 
@@ -382,3 +384,11 @@ def forward_dtype(device: str) -> torch.dtype:
 def _from_config(decoder: Any, config: Any) -> Any:
     kind = "sdpa" if decoder._supports_sdpa else "eager"
     return decoder._from_config(config, attn_implementation=kind, dtype=torch.float32)
+
+
+def _return_freed() -> None:
+    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, between
+    others of another size: without this a run grows with the number of layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

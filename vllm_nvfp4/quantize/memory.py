@@ -9,7 +9,6 @@ chosen, what goes into every layer is kept beside that, for a few short samples.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -122,14 +121,6 @@ def peak_bytes() -> int:
 def expected_peak(extra: int) -> int:
     """The process's largest resident set with ``extra`` bytes more than it has now."""
     return max(_status("VmRSS") + extra, peak_bytes())
-
-
-def return_freed() -> None:
-    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, between
-    others of another size: without this a run grows with the number of layers."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def available_bytes() -> int:
