@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -156,6 +157,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
+    # oneDNN keeps a compiled product for each shape, 1024 of them; each expert has a number of tokens
+    # that comes once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
 
     from vllm_nvfp4.checkpoints.work import work_folder
