@@ -6,9 +6,9 @@
 
 Model, text and calibration as in bench_quantize.py, the arithmetic simulated as in
 bench_quality.py. chosen_for: the activations that gptq chose the weights for; served: those that
-the products are computed of; 8 is FP8 with one scale per token, int8 INT8 with one per token and 64 columns.
-over_16: perplexity over that of the weights chosen for 16 bits, served the same way, less 1, paired
-by token; kl_change: the same of the KL from MODEL, as a difference. *_se are standard errors by a
+the products are computed of; 8 is FP8 with one scale per token, int8 INT8 with one per token and 64
+columns. over_16: perplexity over that of the weights chosen for 16 bits, served the same way, less
+1, paired by token; kl_change: the same of the KL from MODEL, as a difference. *_se are standard errors by a
 bootstrap over blocks of tokens. DIR keeps the checkpoints: a run that was stopped goes on.
 """
 

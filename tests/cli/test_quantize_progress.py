@@ -94,7 +94,7 @@ def test_from_a_tenth_on_the_time_left_is_right(tmp_path, monkeypatch, first_moe
     seen = []
     for name, seconds in phases:
         moved.begun(name)
-        if 0.1 <= (current.fraction or 0.0) and now[0] < 0.95 * total:
+        if (current.fraction or 0.0) >= 0.1 and now[0] < 0.95 * total:
             left = current.left()
             assert left is not None
             seen.append(left / (total - now[0]))

@@ -157,8 +157,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
-    # oneDNN keeps a compiled product for each shape, 1024 of them; each expert has a number of tokens
-    # that comes once.
+    # oneDNN keeps a compiled product for each shape, 1024 of them; the number of tokens of an expert
+    # comes once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
 

@@ -387,8 +387,8 @@ def _from_config(decoder: Any, config: Any) -> Any:
 
 
 def _return_freed() -> None:
-    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, between
-    others of another size: without this a run grows with the number of layers."""
+    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, and
+    without this a run grows with the number of layers."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
