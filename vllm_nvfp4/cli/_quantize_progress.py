@@ -11,9 +11,9 @@ from vllm_nvfp4.checkpoints.source import Source, by_layer
 from vllm_nvfp4.serving.progress import Step
 
 TITLE = "Quantising"
-# What a phase costs, in microseconds of a CPU, fitted to those of SmolLM2-135M and of a mixture made
-# of it: the rounding of a weight; a product of a moment, of a factorisation or of a layer's forward
-# pass.
+# What a phase costs, in microseconds of a CPU, fitted to those of SmolLM2-135M and of a mixture
+# made of it: the rounding of a weight; a product of a moment, of a factorisation or of a layer's
+# forward pass.
 _ROUNDING = {"rtn": 0.05, "mse": 0.15, "hessian": 0.25, "gptq": 0.45, "mr-gptq": 0.7}
 _MOMENT, _FACTOR, _FORWARD = 1e-5, 4e-5, 1.3e-5
 # A method with a text rounds what is in no layer of the decoder by the weights alone, so.

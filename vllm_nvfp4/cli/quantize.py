@@ -157,7 +157,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
-    # oneDNN keeps a compiled product for each shape, 1024 of them; the number of tokens of an expert
+    # oneDNN keeps a compiled product for each shape, 1024 of them; an expert's number of tokens
     # comes once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
