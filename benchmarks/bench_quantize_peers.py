@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ import common
 import torch
 
 HELPER = Path(__file__).with_name("quantize_with_peer.py")
+# llm-compressor has transformers import all its classes, some of which ask for torchvision.
+STUBS = common.ROOT / "tests" / "support" / "stubs"
 # (kind, maker, its method): a kind's rows can be compared.
 RUNS = (
     ("rtn", "vllm-nvfp4", "rtn"),
@@ -66,7 +69,8 @@ def make(
         python = {"llmcompressor": args.llmcompressor, "modelopt": args.modelopt}[maker]
         command = [str(python), str(HELPER), maker, method, str(args.model), str(target)]
         command += ["--samples", str(args.work / "calibration.safetensors"), *extra]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(STUBS)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{maker} {method}: {done.stderr[-2000:]}")
         found = float(done.stdout.rpartition("cpu_seconds ")[2])

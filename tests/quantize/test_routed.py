@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from vllm_nvfp4.checkpoints.source import Source, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.quantize import routed
+from vllm_nvfp4.quantize import memory, routed
 from vllm_nvfp4.quantize.calibrated import Calibrated
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import output_error, quantize_hessian
-from vllm_nvfp4.quantize.routed import FEW_TOKENS, Moments, Routing, Stack
+from vllm_nvfp4.quantize.routed import FEW_TOKENS, ExpertInputs, Moments, Routing, Stack
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_tensors
 from vllm_nvfp4.testing.engine import plain_model
 from vllm_nvfp4.testing.tiny_models import build_tokenizer
@@ -229,3 +229,46 @@ def test_gate_and_up_share_a_global_scale(models, tmp_path):
     for expert in range(4):
         gate, up = (stored[f"{EXPERTS}.{expert}.{n}_proj.weight_scale_2"] for n in ("gate", "up"))
         assert gate == up
+
+
+@pytest.mark.parametrize("method", ["gptq", "hessian"])
+def test_less_memory_is_more_passes_to_the_same_bytes(models, tmp_path, monkeypatch, capfd, method):
+    """Room for the moments of none, of two and of all four experts of a layer."""
+    folder = models("qwen3_moe")
+    passes: list[int] = []
+    whole = ExpertInputs.of_down
+    monkeypatch.setattr(
+        ExpertInputs,
+        "of_down",
+        lambda self, expert, names: passes.append(expert) or whole(self, expert, names),
+    )
+    monkeypatch.setattr(memory, "expected_peak", lambda extra: 0)
+    source = Source(folder)
+    quantized, _ = source.quantizable()
+    all_of_them = memory.kept_bytes(
+        source, by_layer(source.tensors, quantized), quantized, method == "gptq"
+    )
+    files, counts = [], []
+    for part in (1, 0.5, 1e-9):
+        passes.clear()
+        target = tmp_path / f"{part}"
+        arguments = ["quantize", str(folder), "-o", str(target), "--method", method, *TEXT]
+        capfd.readouterr()
+        assert main([*arguments, "--memory", str(part * all_of_them / 2**30)]) == 0
+        said = "".join(capfd.readouterr())
+        assert ("the others computed twice" in said) is (part < 1)
+        files.append({p.name: p.read_bytes() for p in target.iterdir()})
+        counts.append(len(passes))
+    assert files[1] == files[0]
+    assert files[2] == files[0]
+    layers = 2
+    assert counts == [4 * layers, 6 * layers, 8 * layers]
+
+
+def test_a_budget_that_is_too_small_is_refused(models, tmp_path, capfd):
+    arguments = ["quantize", str(models("qwen3_moe")), "-o", str(tmp_path / "out"), *TEXT]
+    assert main([*arguments, "--method", "gptq", "--memory", "0.01"]) != 0
+    said = "".join(capfd.readouterr())
+    assert "--memory 0.01: this run needs about" in said
+    assert "fewer --samples" in said
+    assert not (tmp_path / "out").exists()

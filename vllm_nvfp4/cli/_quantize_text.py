@@ -41,33 +41,55 @@ def kept_lines(source: Source, kept: Sequence[Kept], chosen: set[str]) -> list[s
     return lines
 
 
-def memory_line(
+def plan_memory(
     source: Source,
     quantized: set[str],
     calibration: Calibration | None,
     device: str,
     is_measured: bool,
-) -> str:
-    """One line on the memory that the run takes."""
+    follows_exact: bool = False,
+    limit: float | None = None,
+) -> tuple[str, float]:
+    """(One line on the memory that the run takes; how much of it the moments of experts may take.)
+
+    limit: bytes that the process may take; None for what the machine has. Raises ValueError where
+    that is too little.
+    """
     from vllm_nvfp4.checkpoints.source import by_layer
     from vllm_nvfp4.quantize import memory, sensitivity
-    from vllm_nvfp4.quantize.calibrated import forward_dtype
+    from vllm_nvfp4.quantize.forward import forward_dtype
 
     units = by_layer(source.tensors, quantized)
+    wanted = 0
     if calibration is None:
         extra = memory.data_free_bytes(source, units)
     else:
         num_tokens = calibration.num_samples * calibration.length
         itemsize = forward_dtype(device).itemsize
         extra = memory.calibrated_bytes(source, units, quantized, num_tokens, itemsize)
+        wanted = memory.kept_bytes(source, units, quantized, follows_exact)
     if is_measured:
         num_tokens = sensitivity.num_samples(calibration is not None) * sensitivity.LENGTH
         itemsize = forward_dtype("cpu").itemsize
         measured = memory.sensitivity_bytes(source, units, quantized, num_tokens, itemsize)
         extra = max(extra, measured)
+    least = memory.expected_peak(extra)
+    most = memory.available_bytes() if limit is None else limit
+    if limit is not None and most < least:
+        raise ValueError(
+            f"--memory {limit / 2**30:g}: this run needs about {least / 2**30:.2f} GiB; give more"
+            + (", or fewer --samples" if calibration is not None else "")
+        )
+    kept = min(wanted, max(0.0, most - least))
     where = "" if device == "cpu" else f", part of it on {device}"
-    peak = memory.expected_peak(extra) / 2**20
-    return f"memory: about {peak:.0f} MiB at the most{where}"
+    line = f"memory: about {(least + kept) / 2**20:.0f} MiB at the most{where}"
+    if kept < wanted:
+        line += (
+            f"; {kept / wanted:.0%} of the moments of a layer's experts are kept, the others "
+            "computed twice: all of them would take "
+            f"{(wanted - kept) / 2**20:.0f} MiB more"
+        )
+    return line, kept
 
 
 def print_summary(report: WriteReport, target: Path, method: str, seconds: float) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
-from vllm_nvfp4.cli._quantize_text import kept_lines, memory_line, print_summary
+from vllm_nvfp4.cli._quantize_text import kept_lines, plan_memory, print_summary
 
 if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.write import WriteReport
@@ -139,6 +140,13 @@ def add_parser(subparsers: Any) -> None:
         help="with either: print each layer's KL and format, and plot them to FILE (.png or .svg)",
     )
     parser.add_argument(
+        "--memory",
+        type=number(above=True, what="GiB"),
+        metavar="GIB",
+        help="how much the run may take; where the moments of a layer's experts do not fit, some "
+        "are computed twice, to the same bits (default: what the machine has available)",
+    )
+    parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
@@ -149,6 +157,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
+    # oneDNN keeps a compiled product for each shape, 1024 of them; an expert's number of tokens
+    # comes once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     import torch
 
     from vllm_nvfp4.checkpoints.work import work_folder
@@ -311,10 +322,15 @@ def _quantize(
         for line in kept_lines(source, kept, set(vocabulary)):
             current.say(line)
         prefixes = quantizer.prefixes if isinstance(quantizer, Calibrated) else None
-        progress = Progress(current, source, chosen, method, prefixes)
+        num_tokens = calibration.num_samples * calibration.length if calibration else 0
+        progress = Progress(current, source, chosen, method, prefixes, num_tokens)
+        limit = None if args.memory is None else args.memory * 2**30
+        line, moment_bytes = plan_memory(
+            source, chosen, used, args.device, is_measured, method != "hessian", limit
+        )
+        current.say(line)
         if isinstance(quantizer, Calibrated):
-            quantizer.progress = progress.begun
-        current.say(memory_line(source, chosen, used, args.device, is_measured))
+            quantizer.progress, quantizer.moment_bytes = progress.begun, moment_bytes
         options = WriteOptions(
             stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
             ignore=args.ignore,

@@ -23,7 +23,7 @@ from vllm_nvfp4.numerics.weight import BlockScaledWeight
 from vllm_nvfp4.quantize.activations import rounded
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.exact import ExactLayer, run_exact
-from vllm_nvfp4.quantize.forward import LayerwiseModel
+from vllm_nvfp4.quantize.forward import LayerwiseModel, forward_dtype
 from vllm_nvfp4.quantize.hessian import (
     quantize_fp8_gptq,
     quantize_gptq,
@@ -31,7 +31,15 @@ from vllm_nvfp4.quantize.hessian import (
     shifted_target,
 )
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
-from vllm_nvfp4.quantize.routed import Moments, Routing, Stack, few_tokens, pairs, quantize_routed
+from vllm_nvfp4.quantize.routed import (
+    ExpertInputs,
+    Moments,
+    Routing,
+    Stack,
+    few_tokens,
+    pairs,
+    quantize_routed,
+)
 
 METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
@@ -77,6 +85,8 @@ class Calibrated:
         self._exact = ExactLayer()
         # Called with the name of each layer before it is quantised.
         self.progress: Callable[[str], None] | None = None
+        # For the moments of experts: max_bytes of quantize_routed.
+        self.moment_bytes = math.inf
         # Tokens of the text that each routed expert of a layer got.
         self.expert_tokens: dict[str, list[int]] = {}
 
@@ -89,13 +99,10 @@ class Calibrated:
         """(The model, what goes into its first layer: all samples in one tensor, so that each layer
         computes them at once.) weights: in place of the source's, by name"""
 
-        def load(name: str) -> torch.Tensor:
-            return weights[name] if name in weights else self._source.load(name, "cpu")
-
         model = LayerwiseModel(
             self._source.folder,
             self._source.tensors,
-            load,
+            lambda name: weights[name] if name in weights else self._load(name),
             self._samples,
             self._device,
             forward_dtype(self._device),
@@ -103,6 +110,9 @@ class Calibrated:
         )
         hidden, model.hidden = torch.cat(model.hidden), []
         return model, hidden
+
+    def _load(self, name: str) -> torch.Tensor:
+        return self._source.load(name, "cpu")
 
     def start(
         self,
@@ -136,7 +146,8 @@ class Calibrated:
                 if names[0] in {**self._found, **self._fp8}:  # by the hook on another shard
                     return x, *rest
                 target, hessian = self._target(names, x, seen)
-                weights = self._round(names, target, hessian, x, names[0] in fp8, representable)
+                is_fp8, amax = names[0] in fp8, self._amax(x)
+                weights = self._round(names, target, hessian, amax, is_fp8, representable)
                 for name, weight in weights.items():
                     layer.get_parameter(f"{self._module(name)}.weight").copy_(weight)
                 return x, *rest
@@ -201,19 +212,19 @@ class Calibrated:
         routing = Routing.of(full, inputs, stack.num_experts)
         stack.check(routing)
 
-        def quantize(
-            names: list[str], moments: Moments, x: torch.Tensor
-        ) -> dict[str, torch.Tensor]:
+        def quantize(names: list[str], moments: Moments, largest: float) -> dict[str, torch.Tensor]:
             target = self._weights(names, moments.hessian)
             if moments.shift is not None:
                 target = shifted_target(target, moments.hessian, moments.shift)
-            is_fp8 = names[0] in fp8
-            return self._round(names, target, moments.hessian, x, is_fp8, representable)
+            return self._round(
+                names, target, moments.hessian, largest, names[0] in fp8, representable
+            )
 
         exact = None
         if self._follows_exact:
             exact = routing.counterpart(self._exact.inputs[module])
-        counts = quantize_routed(stack, routing, exact, pairs(places), quantize, self._rounded)
+        seen = ExpertInputs(stack, routing, exact, self._load, self._rounded, self._amax)
+        counts = quantize_routed(seen, pairs(places), quantize, self.moment_bytes)
         self.expert_tokens[full] = [counts[e] for e in sorted(counts)]
 
     def _round(
@@ -221,16 +232,16 @@ class Calibrated:
         names: list[str],
         target: torch.Tensor,
         hessian: torch.Tensor,
-        x: torch.Tensor,
+        amax: float,
         is_fp8: bool,
         representable: Callable[[torch.Tensor], torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Shards as they are stored, as numbers, [N, K] float32."""
+        """Shards as they are stored, as numbers, [N, K] float32. amax: of their inputs"""
         if self.progress is not None:
             self.progress(names[0].removesuffix(".weight"))
         if is_fp8:
             return self._quantize_fp8(names, target, hessian)
-        self._input_amax |= dict.fromkeys(names, self._amax(x))
+        self._input_amax |= dict.fromkeys(names, amax)
         return self._quantize(names, target, hessian, representable)
 
     def _module(self, name: str) -> str:
@@ -368,12 +379,12 @@ class Calibrated:
         index, self._index = self._index, self._index + 1
         # Nothing is asked of what the last layer gives.
         if self._index < self._model.num_layers:
-            stored = weights()
             exact, output = self._exact.output, self._output
             if self._follows_exact and exact is None:  # an earlier run quantised this layer
-                source = self._model.layer(index, {})
-                exact = self._model.run(source, index, self._exact_hidden)
-            if output is None or stored.keys() != {**self._found, **self._fp8}.keys():
+                layer = self._model.layer(index, {})
+                exact = self._model.run(layer, index, self._exact_hidden)
+            if output is None:
+                stored = weights()
                 layer = self._model.layer(index, stored)
                 output = self._run_stored(layer, index, stored)
             self._hidden = output
@@ -386,10 +397,3 @@ class Calibrated:
 def rotation_size(source: Source, quantized: set[str]) -> int:
     """How large a Hadamard matrix mr-gptq takes for a model."""
     return math.gcd(_LARGEST_ROTATION, *(source.tensors[n].shape[1] for n in quantized))
-
-
-def forward_dtype(device: str) -> torch.dtype:
-    """BF16, as models are served, where the device multiplies it faster than float32."""
-    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    return torch.bfloat16

@@ -13,7 +13,7 @@ from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale
 from vllm_nvfp4.quantize.changes import quantize_four
 from vllm_nvfp4.quantize.forward import LayerwiseModel
-from vllm_nvfp4.quantize.routed import Moments, Routing, Stack, pairs, quantize_routed
+from vllm_nvfp4.quantize.routed import ExpertInputs, Moments, Routing, Stack, pairs, quantize_routed
 
 
 def expert_effects(
@@ -56,7 +56,9 @@ def expert_effects(
         stack.check(calls[0])
         routing = Routing.joined(calls)
         quantize_routed(
-            stack, routing, None, pairs(places), lambda names, moments, x: rounded(names, moments)
+            ExpertInputs(stack, routing),
+            pairs(places),
+            lambda names, moments, _: rounded(names, moments),
         )
     else:
         for groups in pairs(places).values():

@@ -8,11 +8,12 @@ there until the first layer's inputs are known.
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import BLOCK, ExpertPlace, ModelClass
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.quantize.head import Head
 
 _NEEDED = "a decoder that transformers builds with one module for each stored layer"
 _REMEDY = "Use --method mse, which needs no forward pass."
@@ -98,6 +100,8 @@ class LayerwiseModel:
         self._names = set(names)
         self._folder = folder
         self._class = model_class or ModelClass(folder)
+        # One expert after another: the other ways gather what all of them compute of all tokens.
+        self._class.model.set_experts_implementation("eager")
         try:
             decoder = self._class.decoder
             self._layers = decoder.layers
@@ -172,10 +176,8 @@ class LayerwiseModel:
         decoder.layers = torch.nn.ModuleList(recorders)
         decoder.config = config
         stem = self._stem.removesuffix("layers")
-        state = {
-            name: self._value(stem + name, {}) for name, _ in decoder.named_parameters(recurse=True)
-        }
-        decoder.load_state_dict(state, strict=False)
+        for name, parameter in decoder.named_parameters():
+            self._fill(parameter.data, stem + name, {})
         decoder.float().eval().to(self._device)
         hidden = []
         # Not inference_mode: a backward pass may go through the rotary tables later.
@@ -205,26 +207,25 @@ class LayerwiseModel:
             return {name: self._cast(v) for name, v in value.items()}
         return value
 
-    def _value(self, parameter: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A parameter of the class, float32, of the stored tensors; ``weights`` (by their names)
-        in place of some."""
+    def _fill(
+        self, made: torch.Tensor, parameter: str, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write a parameter of the class, of the stored tensors; ``weights`` (by their names) in
+        place of some. One of them at a time is in memory beside it."""
         stored = self._stored_as.get(parameter)
         if stored is None:
             raise self._unknown(f"no tensor {parameter}")
 
         def load(name: str) -> torch.Tensor:
-            return weights[name] if name in weights else self._load(name).float()
+            return weights[name] if name in weights else self._load(name)
 
         places = {name: self._class.expert(name) for name in stored}
-        shape = self._class.shape(parameter)
         if len(stored) == 1 and places[stored[0]] is None:
             value = load(stored[0])
-            if shape is not None and tuple(value.shape) != shape:
-                raise self._unknown(f"{stored[0]} {list(value.shape)} for {list(shape)}")
-            return value
-        if shape is None:
-            raise self._unknown(f"{parameter} is made of {len(stored)} tensors")
-        made = torch.empty(shape, dtype=torch.float32)
+            if value.shape != made.shape:
+                raise self._unknown(f"{stored[0]} {list(value.shape)} for {list(made.shape)}")
+            made.copy_(value)
+            return
         filled = 0
         for name, place in places.items():
             if place is None:
@@ -234,18 +235,24 @@ class LayerwiseModel:
             filled += weight.numel()
         if filled != made.numel():
             raise self._unknown(f"{parameter} of {made.numel()} numbers, {filled} stored")
-        return made
+
+    def _filled(
+        self, module: torch.nn.Module, prefix: str, weights: Mapping[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        """A module of the class with the stored tensors, of those that begin with ``prefix``."""
+        state = module.state_dict()
+        buffers = {name for name, _ in module.named_buffers()} - set(state)
+        if buffers:
+            raise self._unknown(f"{prefix}{min(buffers)}, which no checkpoint holds")
+        for name, tensor in state.items():
+            self._fill(tensor, prefix + name, weights)
+        return module.requires_grad_(False).eval()
 
     def layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """The layer with its stored weights, and ``weights`` (by full name) in place of some."""
-        layer = copy.deepcopy(self._layers[index]).to_empty(device=self._device)
-        prefix = f"{self._stem}.{index}."
-        state = {name: self._value(prefix + name, weights) for name in layer.state_dict()}
-        buffers = {name for name, _ in layer.named_buffers()} - set(state)
-        if buffers:
-            raise self._unknown(f"{self.prefix(index)}{min(buffers)}, which no checkpoint holds")
-        layer.load_state_dict(state)
-        return layer.to(self._dtype).requires_grad_(False).eval()
+        _return_freed()
+        layer = copy.deepcopy(self._layers[index]).to(self._dtype).to_empty(device=self._device)
+        return self._filled(layer, f"{self._stem}.{index}.", weights)
 
     def run(
         self, layer: torch.nn.Module, index: int, hidden: torch.Tensor, cache: Any = None
@@ -358,43 +365,30 @@ class LayerwiseModel:
         """What makes logits of what comes out of the last layer."""
         decoder = self._class.decoder
         norm, lm_head = decoder.norm, self._class.model.get_output_embeddings()
-        norm, lm_head = (copy.deepcopy(m).to_empty(device="cpu") for m in (norm, lm_head))
-        stem = self._stem.removesuffix("layers")
-        norm.load_state_dict({n: self._value(f"{stem}norm.{n}", {}) for n in norm.state_dict()})
+        norm, lm_head = (copy.deepcopy(m).float().to_empty(device="cpu") for m in (norm, lm_head))
+        self._filled(norm, f"{self._stem.removesuffix('layers')}norm.", {})
         name = HEAD_NAME if HEAD_NAME in self._names else self.embedding_name
-        lm_head.load_state_dict({"weight": self._load(name).float()})
-        norm, lm_head = norm.float(), lm_head.float()
-        for parameter in (*norm.parameters(), *lm_head.parameters()):
-            parameter.requires_grad_(False)
+        lm_head.load_state_dict({"weight": self._load(name)})
+        lm_head.requires_grad_(False)
         cap = getattr(decoder.config, "final_logit_softcapping", None)
         return Head(norm, lm_head, cap, name)
 
 
-@dataclass(frozen=True)
-class Head:
-    """The final norm and lm_head, in float32. name: of lm_head's stored weight, which is the
-    embedding's where the two are tied; cap: of the logits' magnitude, if they are capped."""
-
-    norm: torch.nn.Module
-    lm_head: torch.nn.Module
-    cap: float | None
-    name: str
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., hidden size] to logits [..., vocabulary], float32."""
-        found = self.lm_head(self.norm(hidden.float()))
-        return torch.tanh(found / self.cap) * self.cap if self.cap else found
-
-    def effect(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """What a change of the weight, [vocabulary, hidden size], adds to the logits, to first
-        order; float32, like them."""
-        x = self.norm(hidden.float())
-        found = (x.to(change.dtype) @ change.T).float()
-        if self.cap:
-            found *= 1 - torch.tanh(self.lm_head(x) / self.cap).square()
-        return found
+def forward_dtype(device: str) -> torch.dtype:
+    """BF16, as models are served, where the device multiplies it faster than float32."""
+    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
 
 
 def _from_config(decoder: Any, config: Any) -> Any:
     kind = "sdpa" if decoder._supports_sdpa else "eager"
     return decoder._from_config(config, attn_implementation=kind, dtype=torch.float32)
+
+
+def _return_freed() -> None:
+    """Give what was freed back to the machine. glibc keeps tensors of up to 32 MB for later, and
+    without this a run grows with the number of layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -15,8 +15,9 @@ module is given every token once for each expert, E blocks of rows, zeros where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,19 +112,29 @@ class Stack:
         with torch.no_grad():
             place.view(stack, len(weight)).copy_(weight)
 
-    def _product(self, x: torch.Tensor, leaf: str, expert: int) -> torch.Tensor:
-        weight = self._module.get_parameter(leaf)[expert]
+    def _product(
+        self, x: torch.Tensor, leaf: str, weight: torch.Tensor, expert: int
+    ) -> torch.Tensor:
         is_transposed = next(p.is_transposed for p in self._places.values() if p.leaf == leaf)
         product = x @ (weight if is_transposed else weight.T)
         bias = getattr(self._module, f"{leaf}_bias", None)
         return product if bias is None else product + bias[expert]
 
-    def inner(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """h_e(x), [n, inner size]."""
+    def inner(
+        self, x: torch.Tensor, expert: int, others: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """h_e(x), [n, inner size]; others: matrices, by name, in place of gate's and up's."""
         leaves = {p.leaf for p in self._places.values()}
-        if "gate_up_proj" not in leaves:
-            return self._module.act_fn(self._product(x, "up_proj", expert))
-        both = self._product(x, "gate_up_proj", expert)
+        leaf = "gate_up_proj" if "gate_up_proj" in leaves else "up_proj"
+        weight = self._module.get_parameter(leaf)[expert]
+        if others is not None:
+            made = torch.empty_like(weight)[None]
+            for name, other in others.items():
+                replace(self._places[name], expert=0).view(made, len(other)).copy_(other)
+            weight = made[0]
+        both = self._product(x, leaf, weight, expert)
+        if leaf == "up_proj":
+            return self._module.act_fn(both)
         if hasattr(self._module, "_apply_gate"):
             return self._module._apply_gate(both)
         gate, up = both.chunk(2, -1)
@@ -148,27 +159,31 @@ class Stack:
         something else than is said above."""
         index = routing.index[(routing.index >= 0) & (routing.index < self.num_experts)]
         if not len(index):
-            raise CheckpointError(
-                self._name,
-                "routed experts",
+            raise self.error(
                 f"none of the text's {len(routing.x)} tokens sent to any of {self.num_experts}",
                 "tokens to choose their weights for",
-                "Give another text (--calibration), or use --method mse, which needs none.",
             )
         expert = int(torch.bincount(index).argmax())
         token, _ = routing.tokens(expert)
         x = routing.x[token[:_COMPARED]]
         theirs = self._theirs(routing, x, expert)
-        ours = self._product(self.inner(x, expert), "down_proj", expert)
+        down = self._module.get_parameter("down_proj")[expert]
+        ours = self._product(self.inner(x, expert), "down_proj", down, expert)
         tolerance = 2.0**-5 if x.dtype is torch.bfloat16 else 1e-3
         if (ours - theirs).norm() > tolerance * theirs.norm():
-            raise CheckpointError(
-                self._name,
-                "routed experts",
+            raise self.error(
                 "outputs that are not the sum of act(gate) * up over a token's experts",
                 "experts as transformers' classes of mixtures have them",
-                "Use --method mse, which needs no forward pass.",
             )
+
+    def error(self, found: str, needed: str) -> CheckpointError:
+        return CheckpointError(
+            self._name,
+            "routed experts",
+            found,
+            needed,
+            "Use --method mse, which needs no forward pass.",
+        )
 
 
 def pairs(places: Mapping[str, ExpertPlace]) -> dict[int, tuple[list[str], list[str]]]:
@@ -192,6 +207,21 @@ class Moments:
         shift = None if exact is None else difference_moment(exact, x, x)
         return cls(second_moment(x), shift)
 
+    def zeros(self) -> Moments:
+        """Of the same shapes."""
+        shift = None if self.shift is None else torch.zeros_like(self.shift)
+        return Moments(torch.zeros_like(self.hessian), shift)
+
+    def add(self, other: Moments, factor: float) -> None:
+        self.hessian.add_(other.hessian, alpha=factor)
+        if self.shift is not None and other.shift is not None:
+            self.shift.add_(other.shift, alpha=factor)
+
+    def scale(self, factor: float) -> None:
+        self.hessian.mul_(factor)
+        if self.shift is not None:
+            self.shift.mul_(factor)
+
     def shrunk(self, own: Moments | None, share: float) -> Moments:
         """These, and ``share`` of an expert's own."""
         if own is None:
@@ -202,47 +232,115 @@ class Moments:
         return Moments(torch.lerp(self.hessian, own.hessian, share), shift)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a matrix gets of the text: moments, None where that is nothing; the number of tokens;
+    what ``ExpertInputs.largest`` says of them."""
+
+    moments: Moments | None
+    count: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """What the experts of a layer get of the text.
+
+    stack:   has the source's weights at first
+    exact:   [tokens, hidden size], what the unquantised model's experts get; None where unused
+    load:    a matrix of the source by its stored name; for ``exact``
+    rounded: what the down projections see of their inputs; ``routing`` has gate's and up's
+    largest: the largest magnitude of inputs, [n, K]
+    """
+
+    stack: Stack
+    routing: Routing
+    exact: torch.Tensor | None = None
+    load: Callable[[str], torch.Tensor] | None = None
+    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    largest: Callable[[torch.Tensor], float] = lambda x: 0.0
+
+    def pooled(self) -> Moments:
+        """Of gate and up: all tokens, each as often as it counts in the layer's output."""
+        x, exact = self.routing.x, self.exact
+        total = self.routing.weights.float().square().sum(1).sqrt().to(x.dtype)[:, None]
+        return Moments.of(x * total, None if exact is None else exact.to(total) * total)
+
+    def of_gate_up(self, expert: int) -> Inputs:
+        x, theirs, weight = self._tokens(expert)
+        own = None
+        if len(x):
+            own = Moments.of(x * weight, None if theirs is None else theirs * weight)
+        return Inputs(own, len(x), self.largest(x))
+
+    def of_down(self, expert: int, names: Sequence[str]) -> Inputs:
+        """With the stack's gate and up, which are stored under ``names``."""
+        x, theirs, weight = self._tokens(expert)
+        if not len(x):
+            return Inputs(None, 0, 0.0)
+        inner = self.rounded(self.stack.inner(x, expert)).mul_(weight)
+        if theirs is not None and self.load is not None:
+            others = {name: self.load(name) for name in names}
+            theirs = self.stack.inner(theirs, expert, others).mul_(weight)
+        return Inputs(Moments.of(inner, theirs), len(x), self.largest(inner))
+
+    def _tokens(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(x, what it is in the unquantised model, the weights of the outputs.)"""
+        token, weight = self.routing.tokens(expert)
+        x = self.routing.x[token]
+        theirs = None if self.exact is None else self.exact[token].to(x)
+        return x, theirs, weight.to(x.dtype)[:, None]
+
+
+def moment_bytes(inner_size: int, with_exact: bool) -> int:
+    """Of the moments of one down projection's inputs."""
+    return 4 * inner_size**2 * (2 if with_exact else 1)
+
+
 def quantize_routed(
-    stack: Stack,
-    routing: Routing,
-    exact: torch.Tensor | None,
+    inputs: ExpertInputs,
     groups: Mapping[int, tuple[list[str], list[str]]],
-    quantize: Callable[[list[str], Moments, torch.Tensor], dict[str, torch.Tensor]],
-    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    quantize: Callable[[list[str], Moments, float], dict[str, torch.Tensor]],
+    max_bytes: float = math.inf,
 ) -> dict[int, int]:
     """Quantise all experts of a layer, each for its own tokens; returns how many these are.
 
-    stack:    has the source's weights, and the quantised ones afterwards
-    exact:    [tokens, hidden size], what the unquantised model's experts get; None where unused
-    groups:   expert -> names of (gate and up, down)
-    quantize: of a fused layer's names, the moments of its inputs and some of these; gives what each
-              weight has become, [N, K] float32
-    rounded:  what the down projections see of their inputs; ``routing`` has gate's and up's
+    The down projections wait until all of gate and up are quantised, for the moments of all their
+    inputs together. Those of each one's own are kept meanwhile, or computed again from the tokens
+    where they do not fit into ``max_bytes``: to the same bits.
+
+    inputs:   their stack has the quantised weights afterwards
+    groups:   expert -> stored names of (gate and up, down)
+    quantize: of a fused layer's names, the moments of its inputs and the largest of these; gives
+              what each weight has become, [N, K] float32
     """
-    total = routing.weights.float().square().sum(1).sqrt().to(routing.x.dtype)[:, None]
-    pooled = Moments.of(routing.x * total, None if exact is None else exact.to(total) * total)
-    counts, inner, exact_inner = {}, {}, {}
+    pooled = inputs.pooled()
+    counts: dict[int, int] = {}
+    kept: dict[int, Inputs] = {}
+    pooled_inner: Moments | None = None
     for expert, (names, _) in groups.items():
-        token, weight = routing.tokens(expert)
-        x, weight = routing.x[token], weight.to(routing.x.dtype)[:, None]
-        counts[expert] = len(token)
-        theirs = None if exact is None else exact[token].to(x)
-        if theirs is not None:
-            exact_inner[expert] = stack.inner(theirs, expert) * weight
-        own = Moments.of(x * weight, None if theirs is None else theirs * weight)
-        moments = pooled.shrunk(own if len(token) else None, _share(len(token)))
-        for name, value in quantize(names, moments, x).items():
-            stack.set(name, value)
-        inner[expert] = rounded(stack.inner(x, expert)) * weight
-    every = torch.cat(list(inner.values()))
-    every_exact = torch.cat(list(exact_inner.values())) if exact_inner else None
-    pooled = Moments.of(every, every_exact)
-    del every, every_exact
-    for expert, (_, names) in groups.items():
-        x = inner.pop(expert)
-        seen = Moments.of(x, exact_inner.pop(expert, None)) if len(x) else None
-        for name, value in quantize(names, pooled.shrunk(seen, _share(len(x))), x).items():
-            stack.set(name, value)
+        seen = inputs.of_gate_up(expert)
+        counts[expert] = seen.count
+        moments = pooled.shrunk(seen.moments, _share(seen.count))
+        for name, value in quantize(names, moments, seen.largest).items():
+            inputs.stack.set(name, value)
+        seen = inputs.of_down(expert, names)
+        if seen.moments is None:
+            continue
+        if pooled_inner is None:
+            pooled_inner = seen.moments.zeros()
+        pooled_inner.add(seen.moments, float(seen.count))
+        size, is_exact = len(seen.moments.hessian), seen.moments.shift is not None
+        if (len(kept) + 1) * moment_bytes(size, is_exact) <= max_bytes:
+            kept[expert] = seen
+    if pooled_inner is None:
+        raise inputs.stack.error("none that a token of the text goes to", "a token for one of them")
+    pooled_inner.scale(1 / sum(counts.values()))
+    for expert, (names, down) in groups.items():
+        seen = kept.pop(expert) if expert in kept else inputs.of_down(expert, names)
+        moments = pooled_inner.shrunk(seen.moments, _share(seen.count))
+        for name, value in quantize(down, moments, seen.largest).items():
+            inputs.stack.set(name, value)
     return counts
 
 

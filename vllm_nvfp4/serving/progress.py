@@ -89,15 +89,21 @@ class Step:
         if self.is_terminal:
             print("\r\x1b[2K", end="", file=self.out, flush=True)
 
+    def left(self) -> float | None:
+        """Seconds, as said above; None while nothing is known."""
+        fraction = self.fraction or 0.0
+        done, took = fraction - self._first, self._changed_at - self._first_at
+        if done <= 0 or self.seconds < _ETA_SECONDS:
+            return None
+        return max(took * (1 - fraction) / done - (time.monotonic() - self._changed_at), 0.0)
+
     def line(self) -> str:
         """The progress line as it is now."""
         parts = [f"{self.title} ... {duration(self.seconds)}"]
         if self.fraction is not None:
             parts.append(f"{self.fraction:.0%}")
-            done, took = self.fraction - self._first, self._changed_at - self._first_at
-            if done > 0 and self.seconds >= _ETA_SECONDS:
-                left = took * (1 - self.fraction) / done - (time.monotonic() - self._changed_at)
-                parts.append(f"about {duration(max(left, 0.0))} left")
+            if (left := self.left()) is not None:
+                parts.append(f"about {duration(left)} left")
         text = "    " + ", ".join(parts)
         # A detail may come from a log: keep the line a line.
         return text + (f"  {self.detail[:_MAX_DETAIL]}" if self.detail else "")
