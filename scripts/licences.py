@@ -106,10 +106,12 @@ def report(licences: dict[str, Licence | None], locks: dict[str, set[str]]) -> s
         "| package | licence | kind | locks |",
         "| --- | --- | --- | --- |",
     ]
+    every = set().union(*locks.values())
     for name, licence in licences.items():
         if licence is not None:
             text = licence.text.replace("|", "/")
-            lines.append(f"| {name} | {text} | {licence.kind} | {', '.join(sorted(locks[name]))} |")
+            held = "all" if locks[name] == every else ", ".join(sorted(locks[name]))
+            lines.append(f"| {name} | {text} | {licence.kind} | {held} |")
     absent = [name for name, licence in licences.items() if licence is None]
     if absent:
         lines += ["", "Not installed where this was written: " + ", ".join(absent) + "."]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Resolve pyproject.toml's extras, under requirements/pins*.in, into the lock files, and note what
-# each locked package asks for (requirements/locked.json, which the tests hold the locks to).
+# each locked package asks for (requirements/locked.json.xz, which the tests hold the locks to).
 # Needs uv (python3 -m pip install uv) and packaging. Versions that are locked already stay where
 # they can; with --upgrade the newest are taken.
 #

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the locked packages ask for, and whether a lock has it.
 
-    python scripts/locked.py                  # check every lock against requirements/locked.json
+    python scripts/locked.py                  # check every lock against requirements/locked.json.xz
     python scripts/locked.py --write INDEX    # write that file; INDEX has torch's +cpu build
+    xzcat requirements/locked.json.xz         # read it: a line for each package
 
-requirements/locked.json holds, for each locked package, the requirements in the metadata of the
+requirements/locked.json.xz holds, for each locked package, the requirements in the metadata of the
 wheel that PyPI serves for it, so that the check needs no network. A resolver that saw another
 build of a package than the one users get cannot hide it: the lock is compared with the wheels.
 """
@@ -16,6 +17,7 @@ import argparse
 import email.parser
 import io
 import json
+import lzma
 import re
 import sys
 import tarfile
@@ -33,7 +35,7 @@ from packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = ROOT / "requirements" / "locked.json"
+FACTS = ROOT / "requirements" / "locked.json.xz"
 PYTHONS = ("3.11", "3.12")
 _LINUX = {
     "implementation_name": "cpython",
@@ -266,13 +268,19 @@ def write(torch_cpu: str) -> None:
             line for line in lines if any(applies(Requirement(line), p, extras) for p in PYTHONS)
         ]
     rows = ",\n".join(f"{json.dumps(pin)}: {json.dumps(lines)}" for pin, lines in kept.items())
-    FACTS.write_text(f"{{\n{rows}\n}}\n")
+    FACTS.write_bytes(lzma.compress(f"{{\n{rows}\n}}\n".encode(), preset=9))
     print(f"{FACTS.relative_to(ROOT)}: {len(kept)} packages")
+
+
+def read_facts() -> dict[str, list[str]]:
+    """ "name version" -> the lines of Requires-Dist."""
+    facts: dict[str, list[str]] = json.loads(lzma.decompress(FACTS.read_bytes()))
+    return facts
 
 
 def check() -> Iterator[str]:
     """What is wrong with the locks, a sentence each."""
-    facts = json.loads(FACTS.read_text())
+    facts = read_facts()
     for lock in locks():
         for name, version in lock.pins.items():
             if f"{name} {version}" not in facts:

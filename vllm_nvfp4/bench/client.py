@@ -125,8 +125,13 @@ def _serve(flags: list[str]) -> dict[str, Any]:
     serve.add_cli_args(parser)
     result = serve.main(parser.parse_args(flags))
     ended = time.monotonic()
-    # Lists have a value per request or token: their percentiles are kept.
-    kept = {k: v for k, v in result.items() if v is None or isinstance(v, (int, float, str))}
+    # Lists have a value per request or token: their percentiles are kept. Strings name what was
+    # asked for, and more digits than six are noise.
+    kept = {
+        key: float(f"{value:.6g}") if isinstance(value, float) else value
+        for key, value in result.items()
+        if isinstance(value, (int, float))
+    }
     return {"result": kept, "ended": ended}
 
 

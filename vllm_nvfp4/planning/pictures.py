@@ -9,6 +9,7 @@ hatches, markers and dashes keep them apart in black and white. Needs matplotlib
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -286,4 +287,8 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
         # Without a date the same numbers give the same file.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
         figure.savefig(path, metadata=metadata)
+    if path.suffix.lower() == ".svg":
+        # A hundredth of a point is less than is seen, and indentation is for nobody.
+        short = re.sub(r"(\d\.\d\d)\d+|^ +", r"\1", path.read_text(), flags=re.MULTILINE)
+        path.write_text(short)
     return path
