@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import lzma
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from vllm_nvfp4.numerics.codes import decode_e2m1, encode_e2m1, pack_codes, round_e2m1, unpack_codes
 from vllm_nvfp4.numerics.formats import E2M1_VALUES, MXFP4, NVFP4
@@ -33,7 +34,7 @@ VALUES = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])
 @pytest.fixture(scope="module")
 def modelopt():
     """What ModelOpt 0.47's NVFP4QTensor made of one weight."""
-    return load_file(FIXTURES / "modelopt_numerics.safetensors")
+    return load(lzma.decompress((FIXTURES / "modelopt_numerics.safetensors.xz").read_bytes()))
 
 
 def random_weight(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from vllm_nvfp4.checkpoints.model_class import UNQUANTIZED
 from vllm_nvfp4.checkpoints.source import FUSED, Source, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json
+from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 
 
 @pytest.fixture(scope="module")
@@ -288,14 +289,16 @@ def test_vllm_has_a_place_for_every_tensor(models, tmp_path, capfd, family):
 
 
 @pytest.mark.checks_written
-def test_what_vllm_cannot_load_does_not_get_its_name(models, tmp_path, capfd, monkeypatch):
-    """A layer that vLLM builds in 16 bits, taken for one to quantise."""
-    monkeypatch.setattr("vllm_nvfp4.checkpoints.model_class.UNQUANTIZED", {})
+def test_what_vllm_cannot_load_does_not_get_its_name(models, tmp_path, capfd):
+    """A tensor that vLLM's class has no place for."""
+    odd = "model.layers.0.mlp.odd_proj.weight"
+    source = shutil.copytree(models("jamba"), tmp_path / "source")
+    edit_tensors(source, lambda tensors: tensors.update({odd: torch.ones(64, 64)}))
     target = tmp_path / "out"
-    arguments = ["quantize", str(models("jamba")), "-o", str(target), "--method", "rtn"]
+    arguments = ["quantize", str(source), "-o", str(target), "--method", "rtn"]
     assert main(arguments) == 1
     error = capfd.readouterr().err
-    assert "mamba" in error
+    assert odd.removesuffix(".weight") in error
     assert "--no-check" in error
     assert not target.exists()
     assert main([*arguments, "--no-check"]) == 0
