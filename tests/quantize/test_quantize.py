@@ -544,7 +544,7 @@ def test_layers_of_another_decoder_are_refused(models, tmp_path):
         (["--device", "cuda"], "torch sees no CUDA device; use --device cpu"),
         (["--method", "mr-gptq", "--format", "modelopt"], "drop --format, or use --method gptq"),
         (["--method", "mr-gptq", "--kv-cache", "fp8"], "FP-Quant's dialect has no scales"),
-        (["--method", "mr-gptq", "--target-bits", "5"], "--format fp-quant with --target-bits"),
+        (["--method", "mr-gptq", "--target-bits", "5"], "FP-Quant's dialect has one format"),
     ],
 )
 def test_options_that_do_not_go_together(models, tmp_path, capsys, monkeypatch, options, message):
