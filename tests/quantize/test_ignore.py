@@ -49,6 +49,23 @@ def test_the_shards_of_a_fused_layer_stay_together(llama, tmp_path):
             assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
 
 
+def test_the_experts_of_a_block_stay_together_and_a_strange_name_is_said(tmp_path, capfd):
+    """A pattern counts for what lies below a name too."""
+    model = write_model(tmp_path / "model", "qwen3_moe")
+    found = []
+    for i, pattern in enumerate(("*.1.mlp.experts", "*.1.mlp.experts.2", "*.1.*.3.down_proj")):
+        target = tmp_path / str(i)
+        arguments = ["quantize", str(model), "-o", str(target), "--no-check", "--method", "rtn"]
+        assert main([*arguments, "--ignore", pattern, "--ignore", "*.mlp.expert"]) == 0
+        said = "".join(capfd.readouterr())
+        assert "--ignore *.mlp.expert: no layer has such a name" in said
+        assert said.count("no layer has such a name") == 1
+        scales = {n for n in stored(target) if "experts" in n and n.endswith(".weight_scale")}
+        assert {n.split(".")[2] for n in scales} == {"0"}
+        found.append(stored(target).keys())
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_text_goes_through_layers_that_stay(llama, tmp_path, monkeypatch):
     """The second layer's moments are of what the first, unquantised, gives."""
     found = noted_moments(monkeypatch)

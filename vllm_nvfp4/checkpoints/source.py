@@ -168,7 +168,7 @@ class Source:
         """(weights to quantise; the other tensors of two or more dimensions, and why they stay).
 
         ignore:      fnmatch patterns of layer names that stay as they are, with the other shards of
-                     their fused layers
+                     their fused layers and the other experts of their blocks
         with_towers: vision and audio towers are quantised too
         Experts stacked in one tensor, where they are quantised, are from here on a tensor each.
         """
@@ -184,7 +184,7 @@ class Source:
                 for name, place in places.items()
                 if self._is_asked(name, place, ignore, with_towers, kept)
             }
-            linear = self._without_shards_of_ignored(linear, kept)
+            linear = self._without_shards_of_ignored(linear, places, kept)
             linear = self._split_stacks(linear, places, kept)
             linear = self._of_good_shape(linear, places, kept)
             if not linear:
@@ -220,10 +220,14 @@ class Source:
             kept.append(Kept(name, kind.value, reason, info.num_bytes))
         return not reason
 
-    def _without_shards_of_ignored(self, linear: set[str], kept: list[Kept]) -> set[str]:
-        """Engines have no fused layer of which a part is quantised."""
-        ignored = {_fused_name(k.name) for k in kept if k.reason == _IGNORED}
-        also = {name for name in linear if _fused_name(name) in ignored}
+    def _without_shards_of_ignored(
+        self, linear: set[str], places: dict[str, Place], kept: list[Kept]
+    ) -> set[str]:
+        """Engines have no fused layer, and no experts of a block, of which a part is quantised."""
+        ignored = {k.name for k in kept if k.reason == _IGNORED}
+        fused = {_fused_name(name) for name in ignored}
+        modules = {places[name].module for name in ignored} - {""}
+        also = {n for n in linear if _fused_name(n) in fused or places[n].module in modules}
         kept += [
             Kept(n, Kind.LINEAR.value, _IGNORED, self.tensors[n].num_bytes) for n in sorted(also)
         ]
@@ -336,8 +340,10 @@ class Kept:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """fnmatch patterns, or names of whole subtrees."""
-    return any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)
+    """fnmatch patterns, of the name or of what it lies below."""
+    return any(
+        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
+    )
 
 
 def fused_with(leaf: str) -> tuple[str, ...]:

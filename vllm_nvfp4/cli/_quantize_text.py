@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 _MUCH = 0.05
 
 
-def kept_lines(source: Source, kept: Sequence[Kept], chosen: set[str]) -> list[str]:
+def kept_lines(
+    source: Source, kept: Sequence[Kept], chosen: set[str], ignore: Sequence[str]
+) -> list[str]:
     """A line for each kind of matrix that stays in 16 bits, with its share of the bytes, and a
-    warning where much stays that nobody asked to keep. chosen: those that get a format yet."""
-    from vllm_nvfp4.checkpoints.source import UNASKED
+    warning where much stays that nobody asked to keep, and for each pattern of ``ignore`` that is
+    no layer's name. chosen: those that get a format yet."""
+    from vllm_nvfp4.checkpoints.source import UNASKED, matches
 
+    names = {name.removesuffix(".weight") for name in [*source.tensors, *(k.name for k in kept)]}
+    unknown = [p for p in ignore if not any(matches(name, [p]) for name in names)]
     total = sum(info.num_bytes for info in source.tensors.values())
     kinds: dict[tuple[str, str], list[Kept]] = {}
     for tensor in kept:
@@ -30,14 +35,15 @@ def kept_lines(source: Source, kept: Sequence[Kept], chosen: set[str]) -> list[s
     for (kind, reason), tensors in kinds.items():
         share = sum(t.num_bytes for t in tensors) / total
         unasked += share if kind in UNASKED else 0
-        names = tensors[0].name.removesuffix(".weight")
+        first = tensors[0].name.removesuffix(".weight")
         if len(tensors) > 1:
-            names += f" and {len(tensors) - 1} more"
-        lines.append(f"kept in 16 bits: {kind}, {share:.1%} of the bytes ({reason}): {names}")
+            first += f" and {len(tensors) - 1} more"
+        lines.append(f"kept in 16 bits: {kind}, {share:.1%} of the bytes ({reason}): {first}")
     if unasked > _MUCH:
         lines.append(
             f"warning: {unasked:.0%} of the bytes stay in 16 bits though nothing asked for it"
         )
+    lines += [f"warning: --ignore {pattern}: no layer has such a name" for pattern in unknown]
     return lines
 
 

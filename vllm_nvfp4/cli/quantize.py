@@ -106,8 +106,8 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="keep layers of these names, e.g. '*.self_attn.*', or below them in 16 bits, and with "
-        "a shard its whole fused layer; may be given more than once",
+        help="keep layers of these names, e.g. '*.self_attn', or below them in 16 bits, and with "
+        "a shard its whole fused layer, with an expert its block's; may be given more than once",
     )
     parser.add_argument(
         "--no-check",
@@ -319,7 +319,7 @@ def _quantize(
             variant = args.a8_variant if args.activation == "8" else ""
             quantizer = Calibrated(source, method, calibration, args.device, rotation, variant)
         used = calibration if method in CALIBRATED else None
-        for line in kept_lines(source, kept, set(vocabulary)):
+        for line in kept_lines(source, kept, set(vocabulary), args.ignore):
             current.say(line)
         prefixes = quantizer.prefixes if isinstance(quantizer, Calibrated) else None
         num_tokens = calibration.num_samples * calibration.length if calibration else 0
