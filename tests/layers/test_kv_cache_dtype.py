@@ -63,7 +63,7 @@ def test_the_type_is_one_that_the_device_can_hold(device, name, is_declared, tmp
         assert lines == ([line] if gives_way else [])
 
 
-def configured(folder, option, flag):
+def configured(folder, option, flag, dtype="auto"):
     """The type that an engine's attention layers would have, "fp8" also under its longer name."""
     import vllm_nvfp4
 
@@ -73,7 +73,7 @@ def configured(folder, option, flag):
 
     config = EngineArgs(
         model=str(folder), max_model_len=64, enforce_eager=True, quantization="nvfp4",
-        kv_cache_dtype=flag, additional_config={"nvfp4": {"kv_cache": option}},
+        dtype=dtype, kv_cache_dtype=flag, additional_config={"nvfp4": {"kv_cache": option}},
     ).create_engine_config()  # fmt: skip
     dtype = config.cache_config.cache_dtype
     if dtype == "auto":  # vLLM's attention layers then ask the quantization config
@@ -96,3 +96,11 @@ def test_a_type_that_no_cpu_can_hold_gives_way_too(tmp_path):
         assert configured(folder, "keep", "auto") == "auto"
     why = "vLLM's CPU backend has no KV cache of type nvfp4"
     assert lines == [f"nvfp4: KV cache in bfloat16, not in NVFP4 as the checkpoint asks: {why}"]
+
+
+@pytest.mark.parametrize("flag", ["bfloat16", "float16"])
+def test_a_cpu_has_no_cache_in_16_bits_beside_a_model_in_32(flag, tmp_path):
+    folder = extract_fixture("modelopt/nvfp4-kv8-llama", tmp_path)
+    with pytest.raises(ValueError, match=f"^--kv-cache-dtype {flag}: no cache in 16 bits .*auto"):
+        configured(folder, "auto", flag, "float32")
+    assert configured(folder, "keep", "bfloat16", "bfloat16") == "bfloat16"

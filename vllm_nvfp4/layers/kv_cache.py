@@ -94,13 +94,20 @@ def settle_dtype(asked: str, resolved: str, option: str, model_config: Any) -> s
     model_config: vLLM's
 
     A type that was asked for is returned as it is, or on a CPU that cannot hold it refused with
-    ValueError: on a GPU vLLM may find a backend yet. What a checkpoint declares, or the option
-    ``auto`` would choose, gives way to the model's own type ("auto") with one line in the log.
+    ValueError, 16 bits beside a model in float32 among them: on a GPU vLLM may find a backend yet.
+    What a checkpoint declares, or the option ``auto`` would choose, gives way to the model's own
+    type ("auto") with one line in the log.
     """
     if model_config.is_attention_free:
         return resolved
     if model_config.attn_type == "encoder_only" and asked == "auto":
         return "auto"  # attention of all to all keeps nothing, and vLLM's knows no FP8 for it
+    is_wide = model_config.dtype == torch.float32 and asked in ("bfloat16", "float16")
+    if is_wide and versions.device_capability() is None:
+        # vLLM takes it, and answers differently in every run.
+        raise able.refusal(
+            f"--kv-cache-dtype {asked}", "no cache in 16 bits beside a model in float32"
+        )
     if asked == "auto" and option == "fp8" and not resolved.startswith("fp8"):
         resolved = "auto"  # the attention layers make FP8 of it, see default_scheme
     is_declared = resolved not in ("auto", asked) or declares_fp8(model_config.hf_config)
