@@ -23,7 +23,6 @@ from typing import Any
 import bench_quality
 import bench_quantize
 import bench_quantize_peers
-import common
 import torch
 
 RUNS = (("16", "8"), ("16", "int8"), ("8", "8"), ("int8", "int8"))
@@ -70,9 +69,7 @@ def main() -> int:
     bench_quantize.add_text_arguments(parser, eval_samples=8)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     args = parser.parse_args()
-    notes = [*common.header(), *bench_quantize.text_notes(args)]
-    rows = common.write_rows(args.csv, notes, FIELDS, measure(args))
-    return 0 if all(row["match"] for row in rows) else 1
+    return bench_quantize.write(args, FIELDS, measure(args))
 
 
 if __name__ == "__main__":

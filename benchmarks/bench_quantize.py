@@ -167,6 +167,13 @@ def text_notes(
     ]
 
 
+def write(args: argparse.Namespace, fields: tuple[str, ...], rows: Iterator[Any]) -> int:
+    """Write rows that say whether they ``match``; an exit status."""
+    notes = [*common.header(), *text_notes(args)]
+    written = common.write_rows(args.csv, notes, fields, rows)
+    return 0 if all(row["match"] for row in written) else 1
+
+
 def add_text_arguments(parser: argparse.ArgumentParser, eval_samples: int) -> None:
     """The model, the texts and the CSV, alike in every benchmark of quantisers."""
     parser.add_argument("model", type=Path)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import bench_quantize
-import common
 import torch
 
 FIELDS = (
@@ -59,9 +58,7 @@ def main() -> int:
     parser.add_argument("--target-bits", type=float, nargs="+", default=(5.5,))
     parser.add_argument("--method", choices=("mse", "hessian", "gptq"), default="gptq")
     args = parser.parse_args()
-    notes = [*common.header(), *bench_quantize.text_notes(args)]
-    rows = common.write_rows(args.csv, notes, FIELDS, measure(args))
-    return 0 if all(row["match"] for row in rows) else 1
+    return bench_quantize.write(args, FIELDS, measure(args))
 
 
 if __name__ == "__main__":

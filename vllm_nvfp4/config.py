@@ -150,7 +150,8 @@ class NvFp4Config(QuantizationConfig):
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """vLLM's Attention turns an "auto" KV cache into FP8 where a config has this attribute. An
         encoder's keys are used once, as they are."""
-        if versions.keeps_no_cache():
+        config = get_current_vllm_config_or_none()
+        if versions.keeps_no_cache(config and config.model_config):
             return None
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)

@@ -24,6 +24,11 @@ OUTSIDE = "outside of the stacks"
 LEFT_OUT = "left out by their sizes or by online_ignore"
 
 
+def is_in_stack(name: str) -> bool:
+    """Whether a layer is in one of a model's repeated blocks, by the number in its name."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
 def why_in_16_bits(
     n: int, k: int, per_layer: int = 0, *, is_router: bool, is_in_stack: bool
 ) -> str | None:

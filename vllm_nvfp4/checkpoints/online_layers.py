@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, LINEAR, LayerRecord
-from vllm_nvfp4.checkpoints.online import LEFT_OUT, ROUTERS, TOWERS, why_in_16_bits
+from vllm_nvfp4.checkpoints.online import LEFT_OUT, ROUTERS, TOWERS, is_in_stack, why_in_16_bits
 from vllm_nvfp4.checkpoints.spec import UNQUANTIZED, CheckpointError, LayerKind
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
@@ -118,7 +118,7 @@ def _told(
 
 
 def _why_by_class(found: ModelClass, record: LayerRecord, options: Options) -> str | None:
-    from vllm_nvfp4.checkpoints.model_class import BLOCK, Kind
+    from vllm_nvfp4.checkpoints.model_class import Kind
     from vllm_nvfp4.checkpoints.source import TensorInfo
 
     name = f"{record.name}.weight"
@@ -138,7 +138,7 @@ def _why_by_class(found: ModelClass, record: LayerRecord, options: Options) -> s
         k,
         per_layer or 0,
         is_router=place.kind is Kind.ROUTER,
-        is_in_stack=BLOCK.match(f"{record.name}.") is not None,
+        is_in_stack=is_in_stack(record.name),
     )
     return why or _why_left_out(record, options)
 
@@ -148,8 +148,7 @@ def _why_by_name(record: LayerRecord, options: Options) -> str | None:
         if fnmatchcase(record.name, pattern):
             return reason
     *_, n, k = record.shape
-    is_in_stack = any(part.isdecimal() for part in record.name.split("."))
-    why = why_in_16_bits(n, k, is_router=False, is_in_stack=is_in_stack)
+    why = why_in_16_bits(n, k, is_router=False, is_in_stack=is_in_stack(record.name))
     return why or _why_left_out(record, options)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Columns that the table needs.
 _TABLE_WIDTH = 130
+_NUMBERS = ("count", "shape", "bits/weight", "bytes", "on a GPU")
+_HEADINGS = ("layer", "count", "format", "algorithm", *_NUMBERS[1:], "path")
 
 
 def _print_narrow(
@@ -67,18 +69,8 @@ def print_tables(
         return
     console.print(title, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("layer", "left"),
-        ("count", "right"),
-        ("format", "left"),
-        ("algorithm", "left"),
-        ("shape", "right"),
-        ("bits/weight", "right"),
-        ("bytes", "right"),
-        ("on a GPU", "right"),
-        ("path", "left"),
-    ):
-        table.add_column(title, justify="right" if justify == "right" else "left")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in rows:
         shape = " x ".join(map(str, row.shape))
         table.add_row(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.quantize.methods import DATA_FREE, follows_exact
 from vllm_nvfp4.serving.progress import Step
 
 TITLE = "Quantising"
@@ -18,7 +19,6 @@ _ROUNDING = {"rtn": 0.05, "mse": 0.15, "hessian": 0.25, "gptq": 0.45, "mr-gptq":
 _MOMENT, _FACTOR, _FORWARD = 1e-5, 4e-5, 1.3e-5
 # A method with a text rounds what is in no layer of the decoder by the weights alone, so.
 _OUTSIDE = "mse"
-DATA_FREE = ("rtn", "mse")
 
 
 class Progress:
@@ -93,12 +93,12 @@ class _Costs:
         if self.method in DATA_FREE:
             return found
         columns = self.source.tensors[group[0]].shape[-1]
-        products = 1 if self.method == "hessian" else 3
+        products = 3 if follows_exact(self.method) else 1
         moments = products * _MOMENT * self._tokens(group, experts) * columns**2
         return found + moments + (products > 1) * _FACTOR * columns**3
 
     def forward(self, groups: Iterable[Sequence[str]], experts: int) -> float:
         """Of the quantised model, and of the source where the method looks at it. groups: all"""
-        runs = 1 if self.method == "hessian" else 2
+        runs = 2 if follows_exact(self.method) else 1
         products = sum(self._tokens(group, experts) * self._weights(group) for group in groups)
         return runs * _FORWARD * products

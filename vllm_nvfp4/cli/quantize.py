@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
 from vllm_nvfp4.cli._quantize_text import kept_lines, plan_memory, print_summary
+from vllm_nvfp4.quantize.methods import CALIBRATED, DATA_FREE, follows_exact
 
 if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.write import WriteReport
     from vllm_nvfp4.quantize.calibration import Calibration
     from vllm_nvfp4.serving.progress import Step
 
-DATA_FREE = ("rtn", "mse")
-CALIBRATED = ("hessian", "gptq", "mr-gptq")
 VARIANTS = ("exact", "int8")
 
 
@@ -326,7 +325,7 @@ def _quantize(
         progress = Progress(current, source, chosen, method, prefixes, num_tokens)
         limit = None if args.memory is None else args.memory * 2**30
         line, moment_bytes = plan_memory(
-            source, chosen, used, args.device, is_measured, method != "hessian", limit
+            source, chosen, used, args.device, is_measured, follows_exact(method), limit
         )
         current.say(line)
         if isinstance(quantizer, Calibrated):

@@ -26,9 +26,10 @@ def install() -> None:
 
     @functools.wraps(initialize)
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
-        draft_tables.install()  # a draft is built, and shares, after its target
-        model = initialize(*args, **kwargs)
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        if vllm_config.speculative_config is not None:
+            draft_tables.install()  # a draft is built, and shares, after its target
+        model = initialize(*args, **kwargs)
         config = _config_of(model, vllm_config, kwargs.get("model_config"))
         prepare = getattr(config, "prepare_weights", None)
         if prepare is not None:

@@ -175,13 +175,9 @@ def rows_of_parts(loader: Any) -> list[int] | None:
     return [rows // held["tp_size"] for rows, *_ in held["shard_spec"]]
 
 
-def keeps_no_cache() -> bool:
-    """Whether the model being built is an encoder alone, whose attention keeps nothing."""
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    model = None if config is None else config.model_config
-    return model is not None and model.attn_type == "encoder_only"
+def keeps_no_cache(model_config: Any) -> bool:
+    """Whether a model is an encoder alone, whose attention keeps nothing. model_config: vLLM's"""
+    return getattr(model_config, "attn_type", None) == "encoder_only"
 
 
 def initialize_online_processing(layer: Any) -> None:

@@ -27,7 +27,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.checkpoints.stacks import Stack, StoredAs, parts_of
-from vllm_nvfp4.layers.plain import value_of
+from vllm_nvfp4.layers.plain import beside_value, value_of
 from vllm_nvfp4.numerics.activation import INTERLEAVED
 
 logger = init_logger(f"vllm.{__name__}")
@@ -59,7 +59,7 @@ class _Module:
     def take(self, name: str, tensor: torch.Tensor) -> None:
         """Load a tensor of the file, or keep it until the others are there."""
         leaf, stored = self.leaves[name]
-        if self.is_widened and leaf in self._useless() - {"bias"}:
+        if self.is_widened and leaf in beside_value(self.spec) - {"bias"}:
             return
         if stored.is_transposed:
             tensor = tensor.mT
@@ -68,12 +68,10 @@ class _Module:
                 self._load(leaf, expert, part, value)
             return
         self.collected[leaf] = tensor
-        if self.collected.keys() | self._useless() >= {leaf for leaf, _ in self.leaves.values()}:
+        if self.collected.keys() | beside_value(self.spec) >= {
+            leaf for leaf, _ in self.leaves.values()
+        }:
             self._widen()
-
-    def _useless(self) -> frozenset[str]:
-        """Names of tensors that its weight in 16 bits does not depend on."""
-        return self.spec.names(Role.UNUSED, Role.INPUT_SCALE) | {"bias"}
 
     def _split(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         if self.stack is None:

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from vllm_nvfp4.checkpoints.online import TOWERS, why_in_16_bits
+from vllm_nvfp4.checkpoints.online import TOWERS, is_in_stack, why_in_16_bits
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.layers.linear import NvFp4OnlineLinearMethod
 
@@ -71,7 +71,7 @@ def why_kept(layer: Any, prefix: str, model_config: Any) -> str | None:
         layer.input_size,
         getattr(_text_config(model_config), "hidden_size_per_layer_input", None) or 0,
         is_router=is_router,
-        is_in_stack=any(part.isdecimal() for part in prefix.split(".")),
+        is_in_stack=is_in_stack(prefix),
     )
 
 

@@ -100,7 +100,7 @@ def settle_dtype(asked: str, resolved: str, option: str, model_config: Any) -> s
     """
     if model_config.is_attention_free:
         return resolved
-    if model_config.attn_type == "encoder_only" and asked == "auto":
+    if versions.keeps_no_cache(model_config) and asked == "auto":
         return "auto"  # attention of all to all keeps nothing, and vLLM's knows no FP8 for it
     is_wide = model_config.dtype == torch.float32 and asked in ("bfloat16", "float16")
     if is_wide and versions.device_capability() is None:

@@ -162,6 +162,11 @@ class WidenedEmbeddingMethod(_Widening, UnquantizedEmbeddingMethod):
     """lm_head or the token embedding in a form without a kernel."""
 
 
+def beside_value(spec: LayerSpec) -> frozenset[str]:
+    """Names of stored tensors that the weight in 16 bits does not depend on."""
+    return spec.names(Role.UNUSED, Role.INPUT_SCALE) | {"bias"}
+
+
 def value_of(spec: LayerSpec, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
     """The weight [N, K] that stored tensors mean, float32; of tensors without data, one of its
     shape that is made of them all."""

@@ -23,8 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_nvfp4.checkpoints.census import Census, StoredModule
-from vllm_nvfp4.checkpoints.spec import Role, describe, fold, shard_names
-from vllm_nvfp4.layers.plain import value_of
+from vllm_nvfp4.checkpoints.spec import describe, fold, shard_names
+from vllm_nvfp4.layers.plain import beside_value, value_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -43,7 +43,7 @@ class _Place:
     def take(self, leaf: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Keep a stored tensor; the weight, once all tensors are there that it depends on."""
         spec = self.module.spec
-        useless = spec.names(Role.UNUSED, Role.INPUT_SCALE) | {"bias"}
+        useless = beside_value(spec)
         if leaf in useless:
             return None
         self.collected[leaf] = tensor

@@ -30,6 +30,7 @@ from vllm_nvfp4.quantize.hessian import (
     quantize_hessian,
     shifted_target,
 )
+from vllm_nvfp4.quantize.methods import follows_exact
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 from vllm_nvfp4.quantize.routed import (
     ExpertInputs,
@@ -41,7 +42,6 @@ from vllm_nvfp4.quantize.routed import (
     quantize_routed,
 )
 
-METHODS = ("hessian", "gptq", "mr-gptq")
 # Inputs that mr-gptq mixes: the largest Hadamard matrix that BF16 holds exactly and that every
 # layer's inputs can be cut into.
 _LARGEST_ROTATION = 64
@@ -50,7 +50,8 @@ _LARGEST_ROTATION = 64
 class Calibrated:
     """A Quantizer (see vllm_nvfp4.checkpoints.quantizer) that runs the model on a text.
 
-    source: the 16-bit checkpoint, which was asked what is ``quantizable``; method: one of METHODS.
+    source: the 16-bit checkpoint, which was asked what is ``quantizable``; method: one of
+            methods.CALIBRATED.
     "mr-gptq" is GPTQ in a rotated space: what it gives is W R for inputs x R, R block-diagonal
     with a Hadamard matrix of size ``rotation`` (MR-GPTQ: Egiazarian et al., arXiv 2509.23202)
     a8_variant: what rounds the inputs of quantised layers to 8 bits (see ``rounded``), for weights
@@ -71,7 +72,7 @@ class Calibrated:
         self._source, self._device = source, device
         # What is in no decoder layer is rounded by its weights alone.
         self._by_weights, self._is_layer = DataFree("mse"), False
-        self._follows_exact = method != "hessian"
+        self._follows_exact = follows_exact(method)
         self._rotation = hadamard(rotation).to(device) if rotation else None
         self._a8_variant = a8_variant
         self._samples = calibration.samples(source.folder)

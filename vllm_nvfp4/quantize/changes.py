@@ -10,9 +10,9 @@ import torch
 from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
-from vllm_nvfp4.quantize.calibrated import METHODS
 from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.quantize.hessian import quantize_fp8_gptq, quantize_gptq, quantize_hessian
+from vllm_nvfp4.quantize.methods import CALIBRATED
 from vllm_nvfp4.quantize.moments import second_moment
 
 # W' - W, [N, K] float32, by weight and format.
@@ -34,7 +34,7 @@ def layer_changes(
             calibrated ``method`` quantises for
     """
     moments = {}
-    if method in METHODS:
+    if method in CALIBRATED:
         asked = {model.module(index, group[0]) for group in groups}
         moments = _second_moments(model, layer, index, others, sorted(asked))
     changes: Changes = {}

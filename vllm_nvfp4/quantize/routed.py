@@ -31,6 +31,8 @@ from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 FEW_TOKENS = 256
 # Tokens that a layer's experts are compared on with the module's own forward.
 _COMPARED = 8
+_OTHER_METHOD = "Use --method mse, which needs no forward pass."
+_OTHER_TEXT = "Give another text (--calibration), or use --method mse, which needs none."
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Routing:
                 found,
                 "hidden states, indices of experts and their weights, or hidden states for each "
                 "expert",
-                "Use --method mse, which needs no forward pass.",
+                _OTHER_METHOD,
             )
         x, index, weights = (t.flatten(0, -2) for t in tensors)
         return cls(x, index, weights)
@@ -162,6 +164,7 @@ class Stack:
             raise self.error(
                 f"none of the text's {len(routing.x)} tokens sent to any of {self.num_experts}",
                 "tokens to choose their weights for",
+                _OTHER_TEXT,
             )
         expert = int(torch.bincount(index).argmax())
         token, _ = routing.tokens(expert)
@@ -176,14 +179,8 @@ class Stack:
                 "experts as transformers' classes of mixtures have them",
             )
 
-    def error(self, found: str, needed: str) -> CheckpointError:
-        return CheckpointError(
-            self._name,
-            "routed experts",
-            found,
-            needed,
-            "Use --method mse, which needs no forward pass.",
-        )
+    def error(self, found: str, needed: str, remedy: str = _OTHER_METHOD) -> CheckpointError:
+        return CheckpointError(self._name, "routed experts", found, needed, remedy)
 
 
 def pairs(places: Mapping[str, ExpertPlace]) -> dict[int, tuple[list[str], list[str]]]:
@@ -334,7 +331,8 @@ def quantize_routed(
         if (len(kept) + 1) * moment_bytes(size, is_exact) <= max_bytes:
             kept[expert] = seen
     if pooled_inner is None:
-        raise inputs.stack.error("none that a token of the text goes to", "a token for one of them")
+        found, needed = "none that a token of the text goes to", "a token for one of them"
+        raise inputs.stack.error(found, needed, _OTHER_TEXT)
     pooled_inner.scale(1 / sum(counts.values()))
     for expert, (names, down) in groups.items():
         seen = kept.pop(expert) if expert in kept else inputs.of_down(expert, names)

@@ -30,12 +30,12 @@ from vllm_nvfp4.checkpoints.quantizer import quantize_in_pieces
 from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
-from vllm_nvfp4.quantize.calibrated import METHODS
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.changes import Changes, layer_changes
 from vllm_nvfp4.quantize.expert_sensitivity import expert_effects
 from vllm_nvfp4.quantize.forward import HEAD_NAME, LayerwiseModel, forward_dtype
 from vllm_nvfp4.quantize.head import Head
+from vllm_nvfp4.quantize.methods import CALIBRATED
 from vllm_nvfp4.quantize.precision import Sensitivity
 
 # Short samples, so that a few thousand tokens give enough of them for a mean of squares.
@@ -75,9 +75,9 @@ class Measurement:
         text:   ``builtin`` or a path; folder: where the tokenizer is
         Raises CheckpointError where the text is too short.
         """
-        count = num_samples(method in METHODS)
+        count = num_samples(method in CALIBRATED)
         samples = Calibration(text, count, LENGTH, seed).samples(folder)
-        if method not in METHODS:
+        if method not in CALIBRATED:
             return cls(samples, samples[:0], method, seed=seed)
         others = torch.cat([samples[1::3], samples[2::3]])
         return cls(samples[::3], others, method, seed=seed)
