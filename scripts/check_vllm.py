@@ -8,7 +8,7 @@ Nothing of the wheel is imported or installed. Names are found where the plugin 
 through re-exports; what it calls or replaces must take the parameters it relies on; and every
 method of a vLLM class that it overrides must be called there with what its own takes. Prints
 what is missing, one line each; exit status 1 if anything is. ``--record`` keeps the result, and the
-signatures, in requirements/vllm_api.json.
+signatures, in requirements/vllm_api.json.xz.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "requirements" / "vllm_api.json"
+RECORD = ROOT / "requirements" / "vllm_api.json.xz"
 _LAYERS = "vllm.model_executor.layers"
 # A constructor is called by this project, with what it takes itself.
 _OWN = ("__init__", "__new__")
@@ -277,7 +278,7 @@ def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
     """release -> {"broken": lines, "imports": names, "signatures": name -> parameters}"""
     if not path.is_file():
         return {}
-    stored = json.loads(path.read_text())
+    stored = json.loads(lzma.decompress(path.read_bytes()))
     record: dict[str, dict[str, Any]] = {
         release: {"broken": broken, "imports": [], "signatures": {}}
         for release, broken in stored["broken"].items()
@@ -312,7 +313,7 @@ def write_record(record: Mapping[str, Mapping[str, Any]], path: Path = RECORD) -
             for name in sorted(forms)
         },
     }
-    path.write_text(json.dumps(stored, indent=1) + "\n")
+    path.write_bytes(lzma.compress(f"{json.dumps(stored, indent=1)}\n".encode(), preset=9))
 
 
 def main() -> int:

@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases that were found once, kept as the entries in which each differs from its seed.
 
-``python tests/support/fuzz_corpus.py "<seed>" <number> <mutation>...`` adds one.
+``python tests/support/fuzz_corpus.py "<seed>" <number> <mutation>...`` adds one; ``xzcat`` shows
+them, a line for each.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import lzma
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from fuzz_files import Files, Node, join_header, make_seeds, split_raw
 from fuzz_mutations import apply
 
-CORPUS = Path(__file__).parents[1] / "corpus" / "loader.json"
+CORPUS = Path(__file__).parents[1] / "corpus" / "loader.json.xz"
 
 
 def read_corpus() -> list[dict[str, Any]]:
-    return json.loads(CORPUS.read_text())
+    return json.loads(lzma.decompress(CORPUS.read_bytes()))
 
 
 def entries_of(case: dict[str, Any], seed: Files) -> Files:
     """The entries of a kept case. Weights are the seed's; only headers are kept."""
     entries = {}
     for name, kept in case["entries"].items():
-        data = zlib.decompress(base64.b64decode(kept["data"]))
+        data = base64.b64decode(kept["data"])
         if "body_of" in kept:
             data = join_header(data, split_raw(seed[kept["body_of"]].data)[1])
         entries[name] = Node(data, kept["kind"], kept["size"])
@@ -47,9 +48,9 @@ def keep(seed_name: str, seed: Files, mutations: list[str], number: int) -> dict
             header, body = split_raw(data)
             if body == split_raw(seed[name].data)[1]:
                 data, kept["body_of"] = header, name
-        kept["data"] = base64.b64encode(zlib.compress(data, 9)).decode()
+        kept["data"] = base64.b64encode(data).decode()
         entries[name] = kept
-    if len(json.dumps(entries)) > 20_000:
+    if len(lzma.compress(json.dumps(entries).encode())) > 10_000:
         raise ValueError(f"{seed_name} {mutations} {number}: too large to be kept")
     return {"seed": seed_name, "from": [*mutations, number], "entries": entries}
 
@@ -59,7 +60,7 @@ def main(seed_name: str, number: str, *mutations: str) -> None:
         seed = make_seeds(Path(scratch))[seed_name]
     case = keep(seed_name, seed, list(mutations), int(number))
     lines = (json.dumps(c, separators=(",", ":")) for c in [*read_corpus(), case])
-    CORPUS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    CORPUS.write_bytes(lzma.compress(("[\n" + ",\n".join(lines) + "\n]\n").encode(), preset=9))
 
 
 if __name__ == "__main__":

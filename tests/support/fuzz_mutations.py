@@ -2,7 +2,7 @@
 """Damage done to a checkpoint in memory: each mutation is a function of the files and a generator.
 
 The same seed gives the same damage on every machine, so that (seed name, mutations, number) is all
-that a found case needs to be kept (tests/corpus/loader.json).
+that a found case needs to be kept (tests/corpus/loader.json.xz).
 """
 
 from __future__ import annotations
