@@ -4,7 +4,7 @@
 
     python benchmarks/bench_tiles.py --models Qwen3-8B --m 1,16,64 --out tiles.csv
 
-The constants of vllm_nvfp4/kernels/cuda/dispatch.py are to be set from this. Exit status: 0, or 3
+The constants of vllm_nvfp4/kernels/cuda/cost.py are to be set from this. Exit status: 0, or 3
 where there is no CUDA GPU.
 """
 

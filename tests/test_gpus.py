@@ -8,7 +8,7 @@ import re
 import pytest
 
 from vllm_nvfp4.gpus import GPUS, PRICES, estimate_gpu, find_gpu
-from vllm_nvfp4.kernels.cuda import devices, dispatch
+from vllm_nvfp4.kernels.cuda import cost, devices, dispatch
 from vllm_nvfp4.kernels.cuda.moe_dispatch import MoeShape, choose_moe
 
 
@@ -95,7 +95,7 @@ def test_dispatch_has_sensible_figures_for_every_card(card):
         assert times == sorted(times)
         assert 1 < times[0] < 1e4
         switch = dispatch.activation_switch(gpu, 4096, k, "nvfp4")
-        assert (switch < 4096) == dispatch.has_fp8_mma(arch)
+        assert (switch < 4096) == cost.has_fp8_mma(arch)
     shape = MoeShape(128, 8, 2048, 768)
     assert choose_moe(gpu, 4096, shape, "nvfp4", "bf16").min_arch <= arch
 
@@ -105,4 +105,4 @@ def test_dispatch_has_sensible_figures_for_every_card(card):
     [(86, False), (89, True), (90, False), (100, False), (103, False), (110, False), (120, True)],
 )
 def test_fp8_mma_is_an_instruction_on_some_architectures(arch, is_native):
-    assert dispatch.has_fp8_mma(arch) == is_native
+    assert cost.has_fp8_mma(arch) == is_native

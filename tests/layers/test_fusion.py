@@ -12,7 +12,7 @@ from vllm_nvfp4.compat import versions
 from vllm_nvfp4.gpus import GPUS, find_gpu
 from vllm_nvfp4.kernels import ops, paths
 from vllm_nvfp4.kernels.cpu import linear as cpu
-from vllm_nvfp4.kernels.cuda import devices, dispatch
+from vllm_nvfp4.kernels.cuda import cost, devices, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.devices import Device
 from vllm_nvfp4.layers import fusion
@@ -375,7 +375,7 @@ def test_a_graph_for_all_batch_sizes_is_one_for_a_single_token(layer):
     assert versions.least_compiled_size() == 1
 
 
-@pytest.mark.parametrize("gpu", [g for g in GPUS if dispatch.has_fp8_mma(g.arch)],
+@pytest.mark.parametrize("gpu", [g for g in GPUS if cost.has_fp8_mma(g.arch)],
                          ids=lambda g: g.name)  # fmt: skip
 def test_every_layer_of_every_model_is_8_bits_wide_above_the_split(gpu, monkeypatch):
     monkeypatch.setitem(devices._devices, 0, Device(gpu, None, 0))

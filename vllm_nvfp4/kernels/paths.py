@@ -7,7 +7,7 @@ Imports no torch before a function asks the machine: ``plan`` and ``inspect`` te
 from __future__ import annotations
 
 from vllm_nvfp4.gpus import Gpu
-from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.kernels.cuda import cost, dispatch
 from vllm_nvfp4.options import ACTIVATION_BITS, Options
 
 
@@ -50,9 +50,7 @@ def describe_path(
     if gpu is not None:
         chosen = _why_chosen(gpu) if variant == "auto" else ""
         variant = dispatch.resolve_variant(gpu, variant)
-    has_switch = (
-        dispatch.has_fp8_mma(arch) if gpu is None else dispatch.gains_from_8_bits(gpu, variant)
-    )
+    has_switch = cost.has_fp8_mma(arch) if gpu is None else dispatch.gains_from_8_bits(gpu, variant)
     if activation_bits:
         why = chosen if has_switch else f" (slow: {_no_gain(arch, variant)})"
         why = "" if activation_bits == 16 else why
@@ -95,9 +93,9 @@ def describe_on(gpu: Gpu, options: Options, are_experts: bool = False) -> str:
 def _why_chosen(gpu: Gpu) -> str:
     """Why a8_variant=auto is what it is on a GPU, where 8 bits gain."""
     if not gpu.fp8_f32_tflops:
-        gain = f"{dispatch.gain_on_paper(gpu, 'nvfp4'):.1f} times BF16's rate on paper"
+        gain = f"{cost.gain_on_paper(gpu, 'nvfp4'):.1f} times BF16's rate on paper"
         return f" (a8_variant=auto: sm_{gpu.arch} has no FP8 tensor cores; {gain})"
-    int8, fp8 = (dispatch.paper_tflops_8(gpu, "nvfp4", v) for v in ("int8", "exact"))
+    int8, fp8 = (cost.paper_tflops_8(gpu, "nvfp4", v) for v in ("int8", "exact"))
     if dispatch.resolve_variant(gpu, "auto") == "int8":
         return f" (a8_variant=auto: {int8 / fp8:.2f} times FP8's rate on paper)"
     return f" (a8_variant=auto: INT8 has {int8 / fp8:.2f} times its rate on paper)"

@@ -27,7 +27,8 @@ from torch._inductor.pattern_matcher import (
 
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops, paths
-from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits, has_fp8_mma
+from vllm_nvfp4.kernels.cuda.cost import has_fp8_mma
+from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.options import Options
 
@@ -52,8 +53,10 @@ class QuantizeWhereComputed(versions.inductor_pass_class()):  # type: ignore[mis
     def uuid(self) -> Any:
         # Inductor's cache: what decides about the split is code and tables of this package.
         package = Path(__file__).resolve().parents[1]
-        names = ("layers/fusion.py", "gpus.py", "kernels/cuda/dispatch.py", "numerics/quantize.py")
-        return get_hash_for_files(tuple(str(package / name) for name in names)).hex()
+        kernels = ("dispatch.py", "cost.py", "variants.py")
+        files = [package / name for name in ("layers/fusion.py", "gpus.py", "numerics/quantize.py")]
+        files += [package / "kernels" / "cuda" / name for name in kernels]
+        return get_hash_for_files(tuple(map(str, files))).hex()
 
 
 def install(vllm_config: Any, options: Options) -> None:

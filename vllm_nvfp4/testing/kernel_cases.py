@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.kernels.cuda import cost, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS, GemmConfig
 from vllm_nvfp4.kernels.cuda.devices import INT8_QUANTIZERS, Device, current_stream
@@ -182,7 +182,7 @@ def check_case(case: KernelCase, device: torch.device) -> Comparison:
     packed = cuda.pack_weight(weight)
     y = run_config(case.config, a, packed, bias)
     again = run_config(case.config, a, packed, bias)
-    bits = dispatch.activation_bits_of(case.config)
+    bits = cost.activation_bits_of(case.config)
     outcome = compare_linear(y, a, weight, bias, bits, case.config.variant)
     if not torch.equal(y.view(torch.int16), again.view(torch.int16)):
         outcome = _worse(outcome, f"two runs differ in {int((y != again).sum())} elements")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_nvfp4.kernels import ops
-from vllm_nvfp4.kernels.cuda import dispatch
+from vllm_nvfp4.kernels.cuda import cost, dispatch
 from vllm_nvfp4.kernels.cuda import linear as cuda
 from vllm_nvfp4.kernels.cuda.configs import GEMM_CONFIGS
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_nvfp4
@@ -105,7 +105,7 @@ def test_every_block_scale_is_finite_and_right(config):
     weight = kernel_cases.extreme_weight(config.fmt_name, 64, DEVICE)
     a = torch.eye(64, device=DEVICE)[:24].to(dtype)  # picks single weights out
     y = kernel_cases.run_config(config, a, cuda.pack_weight(weight))
-    bits = dispatch.activation_bits_of(config)
+    bits = cost.activation_bits_of(config)
     outcome = compare_linear(y, a, weight, None, bits, config.variant)
     assert outcome.is_match, outcome.report
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_nvfp4 import gpus
 from vllm_nvfp4.gpus import GPUS, Gpu
-from vllm_nvfp4.kernels.cuda import configs, dispatch
+from vllm_nvfp4.kernels.cuda import configs, cost, dispatch, variants
 from vllm_nvfp4.testing.shapes import BENCH_M, MODELS
 
 RTX4090, L40S, L4, A100, H200 = (
@@ -120,13 +120,13 @@ def test_the_instruction_counts_are_those_of_the_machine_code():
                (128, "mxfp4"): 15.2}  # fmt: skip
     for config in dispatch.reachable("nvfp4", "bf16", 16) + dispatch.reachable("mxfp4", "bf16", 16):
         if (config.block_m, config.fmt_name) in counted:
-            unpack, token = dispatch._INSTRUCTIONS[config.stem, "exact", config.fmt_name]
+            unpack, token = cost.INSTRUCTIONS[config.stem, "exact", config.fmt_name]
             model = unpack * config.warps_m + token * config.block_m
             assert model == pytest.approx(counted[config.block_m, config.fmt_name], rel=0.07)
     counted = {(64, "nvfp4"): 14.9, (128, "nvfp4"): 25.6, (192, "nvfp4"): 36.3,
                (64, "mxfp4"): 10.6, (128, "mxfp4"): 16.7, (192, "mxfp4"): 23.1}  # fmt: skip
     for (block_m, fmt), count in counted.items():
-        unpack, token = dispatch._INSTRUCTIONS["gemm_w4i8", "int8", fmt]
+        unpack, token = cost.INSTRUCTIONS["gemm_w4i8", "int8", fmt]
         assert unpack + token * block_m == pytest.approx(count, rel=0.07)
 
 
@@ -135,7 +135,7 @@ def test_auto_takes_the_faster_of_int8_and_exact_fp8():
     assert {found[g.name] for g in GPUS if "GeForce" in g.name} == {"int8"}
     for name in ("L4", "L40S", "RTX 6000 Ada Generation", "H100 80GB HBM3", "H200", "B200"):
         assert found[name] == "exact"
-    assert all(dispatch.resolve_variant(RTX4090, v) == v for v in dispatch.VARIANTS[1:])
+    assert all(dispatch.resolve_variant(RTX4090, v) == v for v in variants.VARIANTS[1:])
     choice = dispatch.choose(RTX4090, 4096, 4096, 4096, "nvfp4", "bf16", "auto", "auto")
     assert choice.config.stem == "gemm_w4i8"
     assert choice.activation_bits == 8
@@ -231,7 +231,7 @@ def test_the_choice_is_the_best_of_what_is_reachable(gpu, shape, fmt):
     m, n, k = shape
     choice = dispatch.choose(gpu, m, n, k, fmt, "bf16")
     times = [
-        dispatch.estimate_us(gpu, config, m, n, k)
+        cost.estimate_us(gpu, config, m, n, k)
         for config in dispatch.reachable(fmt, "bf16", choice.activation_bits)
     ]
     assert choice.estimated_us == min(times)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_nvfp4.gpus import Gpu, estimate_gpu, find_gpu, short_name
-from vllm_nvfp4.kernels.cuda import cubins, dispatch
+from vllm_nvfp4.kernels.cuda import cubins, dispatch, variants
 from vllm_nvfp4.kernels.cuda.configs import QUANTIZE_CONFIGS
 from vllm_nvfp4.kernels.cuda.dispatch import Choice
 from vllm_nvfp4.kernels.cuda.driver import Driver, Function, driver
@@ -139,9 +139,9 @@ _variant = "exact"
 
 
 def use_variant(variant: str) -> None:
-    """Choose the variant of the 8-bit kernel, one of ``dispatch.VARIANTS``, before weights load."""
+    """Choose the variant of the 8-bit kernel, one of ``variants.VARIANTS``, before weights load."""
     global _variant
-    dispatch.check_variant(variant)
+    variants.check_variant(variant)
     with _devices_lock:
         _variant = variant
         for device in _devices.values():
@@ -159,7 +159,7 @@ def prepare(
     if dtypes is None:
         default = torch.get_default_dtype()
         dtypes = (default,) if default in DTYPE_NAMES else tuple(DTYPE_NAMES)
-    if _variant != "auto" and dispatch.variant_of(fmt_name, _variant) != _variant:
+    if _variant != "auto" and variants.variant_of(fmt_name, _variant) != _variant:
         _say_variant(fmt_name, _variant)
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
@@ -176,7 +176,7 @@ def prepare(
 def _say_variant(fmt_name: str, variant: str) -> None:
     logger.info(
         "vllm-nvfp4: a8_variant=%s: %s runs the %s kernel, as its scales leave FP8's range",
-        variant, fmt_name.upper(), dispatch.variant_of(fmt_name, variant),
+        variant, fmt_name.upper(), variants.variant_of(fmt_name, variant),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def choose_moe(
 
     dtype:      "bf16" or "fp16"
     activation: "auto", "16" or "8"
-    variant:    one of ``dispatch.VARIANTS``: "int8", or else exact FP8
+    variant:    one of ``variants.VARIANTS``: "int8", or else exact FP8
     Raises ValueError for another activation, or for FP8 on a GPU without it.
     """
     variant = moe_variant(gpu, variant)
