@@ -20,6 +20,7 @@ import torch
 from vllm_nvfp4.kernels.cpu import dispatch as cpu_dispatch
 from vllm_nvfp4.kernels.cpu import jit as cpu_jit
 from vllm_nvfp4.kernels.cpu import linear as cpu
+from vllm_nvfp4.kernels.cpu.rows import round_per_token
 from vllm_nvfp4.numerics.codes import pack_codes
 from vllm_nvfp4.numerics.formats import FORMATS, MXFP4, NVFP4, BlockFormat
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row, quantize_mxfp4, quantize_nvfp4
@@ -230,7 +231,7 @@ def test_activation_rounding_is_the_specs(isa, dtype):
         torch.linspace(-448, 448, 64)[None],
     ]
     a = torch.cat(rows).to(dtype)
-    q, scale = cpu._round_per_token(a, torch.float32)
+    q, scale = round_per_token(a, torch.float32)
     expected_q, expected_scale = quantize_fp8_per_row(a)
     assert torch.equal(q, expected_q.float())
     assert torch.equal(scale, expected_scale[:, 0])

@@ -3,33 +3,35 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
+from vllm_nvfp4.kernels.cpu.call import Shape, product_shape, run, spread_rows
 from vllm_nvfp4.kernels.cpu.dispatch import (
     OUT_NAME,
-    decode_kernel,
     fp4_bf16_dot,
     fp4_kernel,
     fp8_bf16_dot,
-    fp8_dequantize_kernel,
     fp8_kernel,
     int8_kernel,
     int8_quantizer,
     operand_type,
-    round_kernel,
     uses_matmul,
     warm_up,
     warm_up_fp8,
 )
-from vllm_nvfp4.kernels.cpu.emit import ARGS
 from vllm_nvfp4.kernels.cpu.fp8 import panel_bytes
 from vllm_nvfp4.kernels.cpu.int8 import row_layout
-from vllm_nvfp4.kernels.cpu.jit import host_cpu, thread_pool
+from vllm_nvfp4.kernels.cpu.jit import host_cpu
 from vllm_nvfp4.kernels.cpu.layout import ROWS, pack_weight, unpack_weight
+from vllm_nvfp4.kernels.cpu.rows import (
+    dequantize_fp8,
+    dequantize_rows,
+    gather_fp8_rows,
+    gather_rows,
+    round_per_token,
+)
 from vllm_nvfp4.kernels.layout import PackedWeight
 from vllm_nvfp4.numerics.formats import INT8_GROUP
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row as quantize
@@ -51,16 +53,8 @@ __all__ = [
     "warm_up_fp8",
 ]
 
-_ArgBlock = ctypes.c_int64 * len(ARGS)
-# The default type is not float32 while vLLM builds a model: name the type.
-_ONE = torch.ones(1, dtype=torch.float32, device="cpu")  # imported under any default device
-
 _MATMUL_SCRATCH_BYTES = 8 << 20
-# Fewer codes than this are done by one thread: waking the others takes longer.
-_SERIAL_CODES = 16384
-_SPREAD_TOKENS = 6
 _INT8_SOURCE = {torch.int8: "i8"}
-
 _variant = "exact"
 
 
@@ -114,7 +108,7 @@ def linear(
         return _int8_product(a.contiguous(), None, packed, bias, y)
     a_type = _operand_type(out_dtype, activation_bits, m)
     if activation_bits == 8:
-        rounded, a_scale = _round_per_token(a.contiguous(), a_type)
+        rounded, a_scale = round_per_token(a.contiguous(), a_type)
         return _product(rounded, a_scale, packed, bias, y, activation_bits)
     return _product(a.to(a_type).contiguous(), None, packed, bias, y, activation_bits)
 
@@ -147,7 +141,7 @@ def linear_a8(
     y = torch.empty(m, n, dtype=dtype)
     if m == 0:
         return y
-    a = _dequantize_fp8(q.contiguous().view(torch.uint8), _operand_type(dtype, 8, m))
+    a = dequantize_fp8(q.contiguous().view(torch.uint8), _operand_type(dtype, 8, m))
     return _product(a, a_scale.reshape(-1).contiguous(), packed, bias, y, 8)
 
 
@@ -186,10 +180,10 @@ def _int8_product(
     rows = torch.empty(m, stride, dtype=torch.uint8)
     quantizer = int8_quantizer(_INT8_SOURCE.get(a.dtype) or OUT_NAME[a.dtype], fmt)
     no_weight = (a, a, packed.global_scale)  # these words are not read
-    _run(quantizer, _Shape(m, stride, k, m), no_weight, a, rows, a_scale)
+    run(quantizer, Shape(m, stride, k, m), no_weight, a, rows, a_scale)
     weight = (packed.codes, packed.block_scale, packed.global_scale)
     function = int8_kernel(fmt, m, OUT_NAME[y.dtype])
-    _run(function, _product_shape(m, n, k), weight, rows, y, None, bias)
+    run(function, product_shape(m, n, k), weight, rows, y, None, bias)
     return y
 
 
@@ -215,14 +209,14 @@ def _product(
     if uses_matmul(m, y.dtype, bf16_dot, is_invariant):
 
         def dequantize(first: int, last: int) -> torch.Tensor:
-            return _dequantize_rows(packed, first, last, a.dtype).T
+            return dequantize_rows(packed, first, last, a.dtype).T
 
         return _tiled_matmul(a, dequantize, packed.global_scale, a_scale, bias, y)
     function, is_panel = fp4_kernel(packed.fmt, m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * k * ROWS * 2 if is_panel else 0
     weight = (packed.codes, packed.block_scale, packed.global_scale)
-    a = _spread_rows(a)
-    _run(function, _product_shape(m, n, k), weight, a, y, a_scale, bias, scratch)
+    a = spread_rows(a)
+    run(function, product_shape(m, n, k), weight, a, y, a_scale, bias, scratch)
     return y
 
 
@@ -264,14 +258,14 @@ def fp8_linear(
     if by_matmul:
 
         def dequantize(first: int, last: int) -> torch.Tensor:
-            return _dequantize_fp8(weight[first:last], a.dtype)
+            return dequantize_fp8(weight[first:last], a.dtype)
 
         return _tiled_matmul(a, dequantize, row_scale, None, bias, y)
     function, is_panel = fp8_kernel(m, OUT_NAME[y.dtype], bf16_dot, is_invariant)
     scratch = torch.get_num_threads() * panel_bytes(k) if is_panel else 0
     weights = (weight, weight, row_scale)
-    a = _spread_rows(a)
-    _run(function, _product_shape(m, n, k), weights, a, y, None, bias, scratch)
+    a = spread_rows(a)
+    run(function, product_shape(m, n, k), weights, a, y, None, bias, scratch)
     return y
 
 
@@ -283,106 +277,6 @@ def _check(a: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"linear: bias is {list(bias.shape)}; needs [{n}]")
-
-
-class _Shape(NamedTuple):
-    """num_tokens, num_rows, num_cols of a kernel's arguments; parts: what threads can share."""
-
-    m: int
-    n: int
-    k: int
-    parts: int
-
-
-def _product_shape(m: int, n: int, k: int) -> _Shape:
-    return _Shape(m, n, k, -(-n // ROWS))
-
-
-def _spread_rows(a: torch.Tensor) -> torch.Tensor:
-    """The same rows, with a cache line between them where they would share cache sets.
-
-    A first-level cache keeps eight lines that are a multiple of 4096 bytes apart, and a tile of
-    tokens reads more rows than that side by side.
-    """
-    m, k = a.shape
-    if m < _SPREAD_TOKENS or k * a.element_size() % 2048:
-        return a
-    wide = a.new_empty(m, k + 64 // a.element_size())
-    wide[:, :k] = a
-    return wide[:, :k]
-
-
-def _run(
-    function: int,
-    shape: _Shape,
-    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    a: torch.Tensor,
-    y: torch.Tensor,
-    a_scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    scratch_bytes: int = 0,
-) -> None:
-    """Run a kernel. weight: (codes, block_scale, multiplier of each row)."""
-    m, n, k, parts = shape
-    if bias is not None:
-        bias = bias.to(y.dtype).contiguous()
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
-    threads = min(torch.get_num_threads(), parts) if m * n * k > _SERIAL_CODES else 1
-    pool = thread_pool()
-    codes, block_scale, global_scale = weight
-    args = _ArgBlock(
-        pool.get_thread_num,
-        pool.get_num_threads,
-        codes.data_ptr(),
-        block_scale.data_ptr(),
-        global_scale.data_ptr(),
-        a.data_ptr(),
-        a.stride(0) * a.element_size(),
-        _ONE.data_ptr() if a_scale is None else a_scale.data_ptr(),
-        0 if a_scale is None else 4,
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        m,
-        n,
-        k,
-        0 if scratch is None else scratch.data_ptr(),
-    )
-    pool.run(function, args, threads)
-
-
-def _round_per_token(a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """numerics' quantize_fp8_per_row with q as numbers: (q [M, K] of ``dtype``, scale [M] f32)."""
-    source, out = OUT_NAME[a.dtype], OUT_NAME[dtype]
-    q, scale = torch.empty_like(a, dtype=dtype), torch.empty(a.shape[0], dtype=torch.float32)
-    weight = (q, q, scale)  # no weight: these words are not read
-    m, k = a.shape
-    _run(round_kernel(source, out), _Shape(m, k, k, m), weight, a, q, scale)
-    return q, scale
-
-
-def _dequantize_rows(
-    packed: PackedWeight, first: int, last: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """code * block_scale of rows first..last-1, [K, last - first]. first: a multiple of sixteen.
-
-    bf16 and f32 hold the NVFP4 product exactly. The buffer is sized by whole groups.
-    """
-    fmt, k = packed.fmt, packed.num_cols
-    group, end = first // ROWS, -(-last // ROWS)
-    y = torch.empty(k, (end - group) * ROWS, dtype=dtype)
-    function = decode_kernel("dequantize", fmt, OUT_NAME[dtype])
-    weight = (packed.codes[group:end], packed.block_scale[group:end], packed.global_scale)
-    _run(function, _product_shape(1, y.shape[1], k), weight, _ONE, y)
-    return y[:, : last - first]
-
-
-def _dequantize_fp8(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """e4m3 bytes [R, K] as numbers, exactly. torch's own cast goes element by element."""
-    n, k = weight.shape
-    y = torch.empty(n, k, dtype=dtype)
-    function = fp8_dequantize_kernel(OUT_NAME[dtype])
-    _run(function, _product_shape(1, n, k), (weight, weight, _ONE), _ONE, y)
-    return y
 
 
 def _tiled_matmul(
@@ -409,33 +303,3 @@ def _tiled_matmul(
             part += bias[first:last].to(y.dtype).float()
         y[:, first:last] = part
     return y
-
-
-def gather_rows(packed: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight by number, as an embedding looks them up.
-
-    ids: any shape, int32 or int64. Returns [*ids.shape, K], rounded once to ``dtype``.
-    """
-    n, k, fmt = packed.num_rows, packed.num_cols, packed.fmt
-    rows = ids.reshape(-1).long().contiguous()
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < n:
-        raise ValueError(f"gather_rows: ids run {int(rows.min())}..{int(rows.max())} of 0..{n - 1}")
-    y = torch.empty(rows.numel(), k, dtype=dtype)
-    kernel = decode_kernel("gather", fmt, OUT_NAME[dtype])
-    weight = (packed.codes, packed.block_scale, packed.global_scale)
-    m = rows.numel()
-    _run(kernel, _Shape(m, n, k, m), weight, rows, y)
-    return y.view(*ids.shape, k)
-
-
-def gather_fp8_rows(
-    weight: torch.Tensor, row_scale: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Rows of an FP8 weight by number: row_scale[id] * weight[id].
-
-    weight: [N, K] float8_e4m3fn or its bits; ids: any shape. Returns [*ids.shape, K].
-    """
-    rows = ids.reshape(-1).long()
-    bits = weight.view(torch.uint8)[rows]
-    values = _dequantize_fp8(bits, torch.float32).mul_(row_scale[rows][:, None])
-    return values.to(dtype).view(*ids.shape, weight.shape[1])
