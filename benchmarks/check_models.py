@@ -4,10 +4,11 @@
     python benchmarks/check_models.py [NAME...] [--roads ROAD...] [--csv FILE]
 
 For each architecture a tiny random model is made by transformers and served on a CPU: as it is,
-quantised while it loads (online), and as `vllm-nvfp4 quantize --method rtn` writes it, in the
-dialects of ModelOpt and compressed-tensors. Log-probabilities over the whole vocabulary, in prefill
-and in forced decode, are compared with stock vLLM's on the same weights dequantised; where stock
-vLLM refuses a model on a CPU, with transformers'. A row says the largest difference or why there is
+quantised while it loads (online), and as `vllm-nvfp4 quantize` writes it, in the dialects of
+ModelOpt (--method rtn) and compressed-tensors (--method mse); the most used also by --method gptq.
+Log-probabilities over the whole vocabulary, in prefill and in forced decode, are compared with
+stock vLLM's on the same weights dequantised; where stock vLLM refuses a model on a CPU, with
+transformers'. A row says the largest difference or why there is
 none, and whether stock vLLM ends in the same way without the plugin; share is the part of the
 weights' matrices that was quantised. One process a model; rows that FILE has already and that are
 not red are kept, unless their architectures are named.
@@ -32,14 +33,15 @@ from typing import Any
 
 import common
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, FEATURED, Architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, Architecture, features
 
 FIELDS = ("architecture", "class", "kind", "models", "online", "online_share", "modelopt",
-          "compressed-tensors", "stored_share", "TP 2", "LoRA", "MTP", "reference", "dtype",
+          "compressed-tensors", "stored_share", "gptq", "TP 2", "LoRA", "MTP", "reference", "dtype",
           "worst", "reason", "seconds")  # fmt: skip
 REFUSED = "refused by vLLM"
 ROADS = ("online", "modelopt", "compressed-tensors")
-COLUMNS = ("TP 2", "LoRA", "MTP")
+METHODS = {"modelopt": "rtn", "compressed-tensors": "mse"}
+COLUMNS = ("gptq", "TP 2", "LoRA", "MTP")
 CSV = common.ROOT / "benchmarks" / "results" / "models.csv"
 _TIME_LIMIT = 420
 # What an engine, a model of transformers and `quantize` import.
@@ -59,7 +61,7 @@ def check(
     """The roads of one architecture. note: takes the columns that are known so far."""
     from vllm_nvfp4.cli.main import main as command
     from vllm_nvfp4.testing.model_sweep import Sweep, one_line
-    from vllm_nvfp4.testing.sweep_features import write_drafts
+    from vllm_nvfp4.testing.sweep_features import WRITERS
 
     sweep = Sweep(architecture, work, command)
     note(**{"class": sweep.class_name()})
@@ -76,9 +78,10 @@ def check(
 
     for road in roads:
         if road != "online":
-            attempt(road, sweep.quantise)
-    if "MTP" in FEATURED.get(architecture.name, ()):
-        attempt("MTP", lambda _: write_drafts(sweep))
+            attempt(road, lambda road: sweep.quantise(road, "--method", METHODS[road]))
+    for name in features(architecture.name):
+        if name in WRITERS:
+            attempt(name, lambda name: WRITERS[name](sweep))
     for road in roads:
         found = None if road in failed else attempt(road, sweep.measure)
         if found is None:
@@ -112,7 +115,7 @@ def check_features(
 ) -> None:
     from vllm_nvfp4.testing.sweep_features import FEATURES, stock_options
 
-    for name in FEATURED.get(sweep.architecture.name, ()):
+    for name in features(sweep.architecture.name):
         if name not in failed and (cell := attempt(name, lambda name: FEATURES[name](sweep))):
             note(**{name: cell})
         elif sweep.stock_error(**stock_options(sweep, name)) == failed[name]:

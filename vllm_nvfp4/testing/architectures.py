@@ -524,7 +524,7 @@ DRAFTS = {
     ),
 }
 # One of each kind.
-FEATURED = {
+_FEATURED: dict[str, tuple[str, ...]] = {
     "qwen3": ("TP 2", "LoRA"),
     "qwen3-moe": ("TP 2", "LoRA"),
     "deepseek-v2": ("TP 2", "LoRA"),
@@ -536,6 +536,12 @@ FEATURED = {
     "glm4-moe": ("MTP",),
     "deepseek-v3": ("MTP",),
 }
+
+
+def features(name: str) -> tuple[str, ...]:
+    """What else is tried with an architecture: of sweep_features.FEATURES."""
+    is_ranked = any(a.name == name for a in RANKED)
+    return (*(("gptq",) if is_ranked else ()), *_FEATURED.get(name, ()))
 
 
 def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) -> Path:

@@ -103,15 +103,19 @@ class Sweep:
         config = json.loads((self.plain / "config.json").read_text())
         return str(config["architectures"][0])
 
-    def quantise(self, dialect: str) -> None:
+    def quantise(self, dialect: str, *options: str) -> None:
         """Write the model as `vllm-nvfp4 quantize` does; before any engine of this process, since
-        vLLM puts classes of its own into transformers' registers. Raises ValueError."""
-        self.quantise_folder(self.plain, self.work / dialect, dialect)
+        vLLM puts classes of its own into transformers' registers. Raises ValueError.
 
-    def quantise_folder(self, source: Path, folder: Path, dialect: str) -> Path:
+        options: of the command; by default --method rtn
+        """
+        self.quantise_folder(self.plain, self.work / dialect, dialect, *options)
+
+    def quantise_folder(self, source: Path, folder: Path, dialect: str, *options: str) -> Path:
         """The same of another folder than the model's; returns the new one."""
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = ["quantize", str(source), "-o", str(folder), "--method", "rtn"]
+        options = options or ("--method", "rtn")
+        arguments = ["quantize", str(source), "-o", str(folder), *options]
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             # It is about to be served.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism, LoRA and multi-token prediction of one architecture of the sweep.
+"""Calibration, two ranks, LoRA and multi-token prediction of one architecture of the sweep.
 
 Each takes a Sweep whose model is quantised in ModelOpt's dialect, returns the cell of the table,
 and raises ValueError, or whatever ends an engine, where it fails.
@@ -22,6 +22,7 @@ from vllm_nvfp4.testing.drafts import hand_on_the_embedding, make_predictable
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.model_sweep import PROMPT, Measured, Sweep, serve, stored_matrices
 from vllm_nvfp4.testing.model_sweep import write_twin as write_dequantised
+from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
 ROAD = "modelopt"
 RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -32,6 +33,8 @@ _LEAST_CHANGE = 0.2
 HEADS = ("right", "wrong")
 _NUM_TOKENS = 18
 _AHEAD = 2
+# Enough for every expert of a tiny model to be reached.
+_CALIBRATED = ("--method", "gptq", "--samples", "4", "--sample-length", "64")
 
 
 def two_ranks(sweep: Sweep) -> str:
@@ -103,6 +106,18 @@ def write_adapter(plain: Path, folder: Path) -> Path:
         json.dumps(config | {"target_modules": sorted(modules)})
     )
     return folder
+
+
+def write_calibrated(sweep: Sweep) -> None:
+    """Quantise the model by `--method gptq`. Before any engine of this process; see
+    :meth:`Sweep.quantise`."""
+    build_tokenizer().save_pretrained(sweep.plain)
+    sweep.quantise_folder(sweep.plain, sweep.work / "gptq", ROAD, *_CALIBRATED)
+
+
+def calibrated(sweep: Sweep) -> str:
+    """The largest difference of a log-probability from stock vLLM's on the dequantised weights."""
+    return _close(sweep.measure("gptq"))
 
 
 def write_drafts(sweep: Sweep) -> None:
@@ -181,7 +196,10 @@ def stock_options(sweep: Sweep, feature: str) -> dict[str, Any]:
     return {}
 
 
+# What has to be written before any engine of the process.
+WRITERS: dict[str, Callable[[Sweep], None]] = {"gptq": write_calibrated, "MTP": write_drafts}
 FEATURES: dict[str, Callable[[Sweep], str]] = {
+    "gptq": calibrated,
     "TP 2": two_ranks,
     "LoRA": adapted,
     "MTP": multi_token,
