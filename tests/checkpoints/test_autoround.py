@@ -20,6 +20,9 @@ CONFIG = {
     "extra_config": {
         "model.layers.0.mlp.gate_proj": {"bits": 16, "data_type": "float"},
         "model.layers.0.mlp.up_proj": {"bits": 8, "data_type": "mx_fp"},
+        # What --layer_config's "mlp.down_proj" becomes.
+        r".*mlp\.down_proj.*": {"bits": 16, "data_type": "float"},
+        r"o_proj$": {"bits": 8, "data_type": "mx_fp"},
     },
 }
 
@@ -42,8 +45,12 @@ def test_what_a_layer_is(prefix):
     layer = dialect.layer_spec(f"{prefix}model.layers.1.mlp.up_proj")
     assert (layer.kind, layer.fmt, layer.activation_bits) == (LayerKind.MICROSCALED, NVFP4, 4)
     assert layer.tensor(Role.GLOBAL_DIVISOR).name == "weight_global_scale"
-    for name in ("model.layers.0.mlp.gate_proj", "model.mm_projector.0", "lm_head"):
+    for name in ("0.mlp.gate_proj", "1.mlp.down_proj"):
+        assert not dialect.layer_spec(f"{prefix}model.layers.{name}").is_quantized
+        assert dialect.excludes(f"{prefix}model.layers.{name}")
+    for name in ("model.mm_projector.0", "lm_head"):
         assert not dialect.layer_spec(prefix + name).is_quantized
+    assert dialect.layer_spec(f"{prefix}model.layers.1.self_attn.o_proj").algo == "MXFP8"
     assert dialect.layer_spec(f"{prefix}model.layers.0.mlp.up_proj").algo == "MXFP8"
     assert dialect.has_microscaled_layers()
 
@@ -56,3 +63,18 @@ def test_mxfp4():
 def test_integers_are_refused():
     with pytest.raises(CheckpointError, match="data_type: found int with 4 bits; needed nv_fp4"):
         detect(CONFIG | {"data_type": "int"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"rotation_config": {"hadamard_type": "hadamard", "block_size": 32}}, "rotated while"),
+        ({"spinquant_config": {"algorithm": "spinquant", "r4": True}}, "rotated while"),
+        # E5M3 block scales, in the dtype that E8M0's are stored in.
+        ({"data_type": "nvfp4_v2"}, "found nvfp4_v2 with 4 bits"),
+        ({"extra_config": {"(": {"bits": 16}}}, "a regular expression"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(keys, words):
+    with pytest.raises(CheckpointError, match=words):
+        detect(CONFIG | keys)

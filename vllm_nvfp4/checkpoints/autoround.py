@@ -4,8 +4,10 @@
 ``data_type`` nv_fp or nv_fp4*, 4 bits: the tensors of compressed-tensors' NVFP4, whose global
 scale divides; mx_fp*, 4 bits: those of its MXFP4; mx_fp*, 8 bits: MXFP8, weight float8_e4m3fn
 [N, K] with weight_scale uint8 [N, K/32]. ``extra_config`` has what differs for a layer by its
-name; layers outside the blocks of ``block_name_to_quantize`` are in 16 bits unless it names them.
-Source: auto_round, export_to_autoround (qlinear_fp, export_to_nvfp_mxfp).
+name, or by a regular expression that is found anywhere in it; layers outside the blocks of
+``block_name_to_quantize`` are in 16 bits unless it names them. A rotation of the activations stands
+in the configuration alone. Source: auto_round 0.16.1, export_to_autoround (qlinear_fp,
+export_to_nvfp_mx) and algorithms/transforms.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_nvfp4.checkpoints import compressed_tensors
-from vllm_nvfp4.checkpoints.fields import as_table, as_text, as_texts
+from vllm_nvfp4.checkpoints.fields import Patterns, as_table, as_text, as_texts
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -29,6 +31,7 @@ from vllm_nvfp4.checkpoints.spec import (
 METHODS = ("auto-round", "intel/auto-round")
 _WHERE = "config.json (quantization_config)"
 _SIXTEEN = 16
+_OF_PATTERNS = frozenset("*+?^$()[]{}|\\")  # of no layer's name
 _MXFP8 = LayerSpec(
     LayerKind.WIDENED,
     tensors=(
@@ -42,18 +45,22 @@ _MXFP8 = LayerSpec(
 
 class AutoRoundDialect:
     """An AutoRound checkpoint. ``config``: ``quantization_config`` of config.json. Raises
-    CheckpointError for another data type than those above."""
+    CheckpointError for another data type than those above, and for rotated activations."""
 
     name = "auto-round"
     kv_cache = KvCacheSpec()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        _refuse_rotations(config)
         self._default = _spec(config, config)
         extra = as_table(config.get("extra_config"), _WHERE, "extra_config")
         self._extra = {
             name: _spec(as_table(entry, _WHERE, f"extra_config.{name}"), config)
             for name, entry in extra.items()
         }
+        self._patterns = Patterns(_WHERE)
+        for name in filter(_OF_PATTERNS.intersection, self._extra):
+            self._patterns.add(_anywhere(name))
         key = "block_name_to_quantize"
         blocks = config.get(key)
         names = blocks.split(",") if isinstance(blocks, str) else _flat(blocks)
@@ -64,7 +71,7 @@ class AutoRoundDialect:
         return any(spec.kind is LayerKind.MICROSCALED for spec in specs)
 
     def layer_spec(self, name: str) -> LayerSpec:
-        if (spec := self._extra.get(name)) is not None:
+        if (spec := self._own(name)) is not None:
             return spec
         if name.rpartition(".")[2] == "lm_head":
             return UNQUANTIZED
@@ -72,8 +79,15 @@ class AutoRoundDialect:
         return self._default if inside or not self._blocks else UNQUANTIZED
 
     def excludes(self, name: str) -> bool:
-        spec = self._extra.get(name)
+        spec = self._own(name)
         return spec is not None and not spec.is_quantized
+
+    def _own(self, name: str) -> LayerSpec | None:
+        if name in self._extra:
+            return self._extra[name]
+        patterns = filter(_OF_PATTERNS.intersection, self._extra)
+        found = (p for p in patterns if self._patterns.matches(_anywhere(p), name))
+        return self._extra.get(next(found, ""))
 
     def named_layers(self) -> tuple[str, ...]:
         return ()
@@ -82,11 +96,30 @@ class AutoRoundDialect:
         """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
-        self._extra = mapper.apply_dict(self._extra)
+        patterns = {n: spec for n, spec in self._extra.items() if _OF_PATTERNS.intersection(n)}
+        names = {n: spec for n, spec in self._extra.items() if n not in patterns}
+        self._extra = mapper.apply_dict(names) | patterns
         # Blocks are parts of names: a tensor of theirs has one that the mapper knows.
         tensor = ".0.weight"
         renamed = mapper.apply_list([block + tensor for block in self._blocks])
         self._blocks = [name.removesuffix(tensor) for name in renamed]
+
+
+def _anywhere(pattern: str) -> str:
+    return f".*?(?:{pattern})"
+
+
+def _refuse_rotations(config: Mapping[str, Any]) -> None:
+    """No tensor shows a rotation, and without it the weights are those of another basis."""
+    for key in ("rotation_config", "spinquant_config"):
+        if config.get(key):
+            raise CheckpointError(
+                _WHERE,
+                key,
+                "activations that are rotated while the model runs",
+                "none",
+                "Quantise the model again with AutoRound, without a rotation.",
+            )
 
 
 def _spec(entry: Mapping[str, Any], config: Mapping[str, Any]) -> LayerSpec:
