@@ -8,8 +8,10 @@ import contextvars
 import functools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
@@ -138,6 +140,8 @@ def _patch_engine_args() -> None:
         _forget_shorthand(self)
         if self.quantization in METHOD_NAMES:
             Options.resolve(self.additional_config)
+            if Path(self.model).is_file():  # a GGUF file: vLLM would read it as config.json
+                find_folder(self.model)
         token = _additional_config.set(self.additional_config)
         try:
             config: Any = create_engine_config(self, *args, **kwargs)

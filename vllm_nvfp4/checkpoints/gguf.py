@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file as a BF16 Hugging Face folder, through transformers and its reader of GGUF."""
+"""A GGUF file as a Hugging Face folder, through transformers and its reader of GGUF: in BF16, or
+with the weights in FP4 that it has."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_nvfp4.checkpoints.gguf_fp4 import FP4_TYPES, SCALES, Converted, write_fp4_folder
 from vllm_nvfp4.checkpoints.gguf_header import check_gguf
+from vllm_nvfp4.checkpoints.gguf_rope import add_rope_scaling
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 
@@ -17,8 +22,49 @@ def gguf_to_folder(gguf: Path, target: Path) -> None:
     """Write config, tokenizer and BF16 safetensors to ``target``. The whole model is in memory.
 
     The values are those of the GGUF file, rounded to BF16. Raises CheckpointError where the file,
-    or its architecture, is not one that transformers reads.
+    or its architecture, is not one that transformers reads, and for weights with a scale beside
+    them, which transformers leaves out.
     """
+    types = _checked(gguf)
+    scaled = (n for n in types if n.endswith(SCALES[0]) and _weight_of(n) in types)
+    if scale := next(scaled, None):
+        raise CheckpointError(
+            str(gguf), scale, f"a scale of {_weight_of(scale)}", "weights without",
+            "Start from the safetensors that the file was made from.",
+        )  # fmt: skip
+    with _readers(gguf):
+        _convert(gguf, target)
+        add_rope_scaling(gguf, target)
+
+
+def holds_fp4(gguf: Path) -> bool:
+    """Whether weights are in NVFP4 or MXFP4. Raises CheckpointError for a file in pieces."""
+    return not FP4_TYPES.keys().isdisjoint(_checked(gguf).values())
+
+
+def write_fp4(gguf: Path, target: Path, finish: Callable[[Path], None] | None) -> Converted:
+    """As :func:`write_fp4_folder`; ``target`` appears whole, or not at all.
+
+    finish: called with the finished folder before it appears
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        with _readers(gguf):
+            found = write_fp4_folder(gguf, folder)
+            add_rope_scaling(gguf, folder)
+        if finish is not None:
+            finish(folder)
+        folder.rename(target)
+    return found
+
+
+def _weight_of(scale: str) -> str:
+    return scale.removesuffix(SCALES[0]) + ".weight"
+
+
+def _checked(gguf: Path) -> dict[str, int]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise CheckpointError(
@@ -28,11 +74,16 @@ def gguf_to_folder(gguf: Path, target: Path) -> None:
                 "gguf and accelerate, to read GGUF",
                 f"pip install {package}",
             )
-    check_gguf(gguf)
+    return check_gguf(gguf)
+
+
+@contextlib.contextmanager
+def _readers(gguf: Path) -> Iterator[None]:
+    """Around what calls transformers' and gguf's readers: one error for all of theirs."""
     # transformers' progress bars and its advice on packed GGUF weights go to stderr.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            _convert(gguf, target)
+            yield
         except CheckpointError:
             raise
         except Exception as error:  # the readers raise whatever a damaged value leads them to

@@ -86,19 +86,20 @@ class _Reader:
             raise self.refuse(what, f"an array of type {kind}", "one of numbers or strings")
 
 
-def check_gguf(path: Path) -> None:
-    """Raise CheckpointError unless every part of the head lies in the file, every tensor's bytes
-    too, and the layers that it announces are not more than its tensors."""
+def check_gguf(path: Path) -> dict[str, int]:
+    """The type of each tensor by its name. Raises CheckpointError unless every part of the head
+    lies in the file, every tensor's bytes too, and the layers that it announces are not more than
+    its tensors."""
     size = path.stat().st_size
     if size < _HEAD_BYTES:
         raise CheckpointError(
             str(path), "GGUF", f"{size} bytes", "a whole GGUF file", "Download the file again."
         )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _check(_Reader(path, data))
+        return _check(_Reader(path, data))
 
 
-def _check(reader: _Reader) -> None:
+def _check(reader: _Reader) -> dict[str, int]:
     magic, version = bytes(reader.data[:4]), struct.unpack_from("<I", reader.data, 4)[0]
     if magic != b"GGUF" or version not in _VERSIONS:
         raise reader.refuse("head", f"{magic!r} version {version}", "a whole GGUF file, 2 or 3")
@@ -110,7 +111,7 @@ def _check(reader: _Reader) -> None:
         if key in entries:
             raise reader.refuse(key, "it twice", "each key once")
         entries[key] = reader.value(reader.number("I", key), key)
-    tensors: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, tuple[int, int, int]] = {}
     for _ in range(num_tensors):
         name = reader.string("a tensor's name")
         if name in tensors:
@@ -120,15 +121,16 @@ def _check(reader: _Reader) -> None:
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise reader.refuse("general.alignment", alignment, "a power of two")
     begin = -(-reader.offset // alignment) * alignment
-    for name, (offset, num_bytes) in tensors.items():
+    for name, (_, offset, num_bytes) in tensors.items():
         if begin + offset + num_bytes > len(reader.data):
             needed = f"an end within the file's {len(reader.data)}"
             raise reader.refuse(name, f"an end at byte {begin + offset + num_bytes}", needed)
     _check_sizes(reader, entries, len(tensors))
+    return {name: kind for name, (kind, _, _) in tensors.items()}
 
 
-def _tensor(reader: _Reader, name: str) -> tuple[int, int]:
-    """(offset, bytes) of a tensor's data."""
+def _tensor(reader: _Reader, name: str) -> tuple[int, int, int]:
+    """(type, offset, bytes) of a tensor's data."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     num_dims = reader.number("I", name)
@@ -141,7 +143,7 @@ def _tensor(reader: _Reader, name: str) -> tuple[int, int]:
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if dims and dims[0] % block:
         raise reader.refuse(name, f"rows of {dims[0]}", f"a multiple of {block}")
-    return offset, math.prod(dims) // block * block_bytes
+    return kind, offset, math.prod(dims) // block * block_bytes
 
 
 def _check_sizes(reader: _Reader, entries: dict[str, Any], num_tensors: int) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
+from vllm_nvfp4.cli._quantize_gguf import is_fp4_gguf, take_over
 from vllm_nvfp4.cli._quantize_text import kept_lines, plan_memory, print_summary
 from vllm_nvfp4.quantize.methods import CALIBRATED, DATA_FREE, follows_exact
 
@@ -156,6 +157,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
+    if is_fp4_gguf(args.model):
+        take_over(args, target)
+        return 0
     # oneDNN keeps a compiled product for each shape, 1024 of them; an expert's number of tokens
     # comes once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -290,10 +294,11 @@ def _quantize(
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
+    from vllm_nvfp4.cli._quantize_source import gguf_folder, source_folder
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
     from vllm_nvfp4.serving.progress import step
 
-    folder = _source_folder(args.model, target)
+    folder = source_folder(args.model, target)
     source = Source(folder)
     source.config()
     is_measured = args.target_bits is not None or args.max_kl is not None
@@ -345,7 +350,7 @@ def _quantize(
         report = write_resumable(folder, target, quantizer, options)
         if isinstance(quantizer, Calibrated) and (line := quantizer.few_tokens()):
             current.say(line)
-    if folder == _gguf_folder(target):
+    if folder == gguf_folder(target):
         shutil.rmtree(folder)
         folder.with_suffix(".txt").unlink(missing_ok=True)
     return report
@@ -368,33 +373,3 @@ def _finish(
                 current.say(_quantize_check.transformers_line(folder))
 
     return finish
-
-
-def _gguf_folder(target: Path) -> Path:
-    return target.parent / f".{target.name}.gguf-as-bf16"
-
-
-def _source_folder(model: str, target: Path) -> Path:
-    from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
-    from vllm_nvfp4.checkpoints.locate import find_folder
-
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
-        return find_folder(model)
-    folder = _gguf_folder(target)
-    # Beside the folder, whose companions all go along to the checkpoint.
-    origin = folder.with_suffix(".txt")
-    stat = path.stat()
-    identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n"
-    if folder.is_dir() and origin.is_file() and origin.read_text() == identity:
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"reading {path.name} (the whole model is in memory for this step)", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        gguf_to_folder(path, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    origin.write_text(identity)
-    return folder

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 16-bit folder that ``vllm-nvfp4 quantize`` reads: MODEL itself, or what its .gguf becomes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+
+def gguf_folder(target: Path) -> Path:
+    """Where the 16-bit form of a .gguf file is kept until ``target`` is whole."""
+    return target.parent / f".{target.name}.gguf-as-bf16"
+
+
+def source_folder(model: str, target: Path) -> Path:
+    """The folder of a name, a path or a .gguf file."""
+    from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
+    from vllm_nvfp4.checkpoints.locate import find_folder
+
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        return find_folder(model)
+    folder = gguf_folder(target)
+    # Beside the folder, whose companions all go along to the checkpoint.
+    origin = folder.with_suffix(".txt")
+    stat = path.stat()
+    identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n"
+    if folder.is_dir() and origin.is_file() and origin.read_text() == identity:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"reading {path.name} (the whole model is in memory for this step)", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        gguf_to_folder(path, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    origin.write_text(identity)
+    return folder
