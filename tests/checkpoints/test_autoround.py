@@ -60,6 +60,12 @@ def test_mxfp4():
     assert dialect.layer_spec("model.layers.1.mlp.up_proj").fmt == MXFP4
 
 
+def test_the_cache_is_what_its_type_says():
+    assert detect(CONFIG | {"static_kv_dtype": "fp8"}).kv_cache.dtype == "fp8"
+    for other in ({}, {"static_kv_dtype": "nvfp4"}, {"static_kv_granularity": "tensor"}):
+        assert detect(CONFIG | other).kv_cache.dtype is None
+
+
 def test_integers_are_refused():
     with pytest.raises(CheckpointError, match="data_type: found int with 4 bits; needed nv_fp4"):
         detect(CONFIG | {"data_type": "int"})

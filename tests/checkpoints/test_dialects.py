@@ -93,6 +93,7 @@ EXPECTED = {
     "compressed_tensors/mxfp4-gemma3": ("MXFP4 W4A16", MXFP4, 16, None),
     "autoround/nvfp4-llama": ("NVFP4 W4A4", NVFP4, 4, None),
     "autoround/mxfp4-llama": ("MXFP4 W4A16", MXFP4, 16, None),
+    "quark/nvfp4-kv8-llama": ("NVFP4 W4A4", NVFP4, 4, "fp8"),
     "fp_quant/nvfp4-llama": ("FP-Quant nvfp4", NVFP4, 4, None),
     "fp_quant/mxfp4-llama": ("FP-Quant mxfp4", MXFP4, 4, None),
 }

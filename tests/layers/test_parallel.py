@@ -19,7 +19,11 @@ from serving_cases import (
 from stored_forms import store
 
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
-from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, give_shards_their_own_scale
+from vllm_nvfp4.testing.checkpoints import (
+    extract_fixture,
+    forget_kv_cache,
+    give_shards_their_own_scale,
+)
 from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, plain_model
 from vllm_nvfp4.testing.model_sweep import TOLERANCE, serve
 from vllm_nvfp4.testing.tiny_models import write_model
@@ -40,8 +44,7 @@ def _one_core_per_rank(monkeypatch):
     ],
 )
 def test_two_ranks_give_the_same_tokens(name, tmp_path):
-    folder = extract_fixture(name, tmp_path)
-    edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("kv_cache_scheme", 0))
+    folder = forget_kv_cache(extract_fixture(name, tmp_path))
     if "nvfp4a16" in name:
         give_shards_their_own_scale(folder)
     compare(folder, atol=1e-4, **TWO_RANKS)

@@ -12,9 +12,9 @@ import pytest
 from serving_cases import EXPERT_FIXTURES, TWO_RANKS, compare, compare_to, gpt_oss_answer
 
 from vllm_nvfp4.testing.checkpoints import (
-    edit_json,
     extract_fixture,
     fixture_names,
+    forget_kv_cache,
     give_shards_their_own_scale,
     to_gpt_oss_mxfp4,
     write_dequantized,
@@ -56,10 +56,7 @@ def test_the_features_as_gpu_check_runs_them(count: Callable[..., None]) -> None
 def test_every_dialect_on_two_ranks(tmp_path: Path, count: Callable[..., None]) -> None:
     names = fixture_names()
     for number, name in enumerate(names):
-        folder = extract_fixture(name, tmp_path / str(number))
-        edit_json(
-            folder / "config.json", lambda c: c["quantization_config"].pop("kv_cache_scheme", 0)
-        )
+        folder = forget_kv_cache(extract_fixture(name, tmp_path / str(number)))
         compare(folder, atol=1e-4, **TWO_RANKS)
     count(checkpoints=len(names))
 

@@ -31,6 +31,7 @@ from vllm_nvfp4.checkpoints.spec import (
 METHODS = ("auto-round", "intel/auto-round")
 _WHERE = "config.json (quantization_config)"
 _SIXTEEN = 16
+_FP8 = ("fp8", "float8_e4m3fn")
 _OF_PATTERNS = frozenset("*+?^$()[]{}|\\")  # of no layer's name
 _MXFP8 = LayerSpec(
     LayerKind.WIDENED,
@@ -48,10 +49,11 @@ class AutoRoundDialect:
     CheckpointError for another data type than those above, and for rotated activations."""
 
     name = "auto-round"
-    kv_cache = KvCacheSpec()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         _refuse_rotations(config)
+        is_fp8 = str(config.get("static_kv_dtype")).removeprefix("torch.") in _FP8
+        self.kv_cache = KvCacheSpec("fp8" if is_fp8 else None)
         self._default = _spec(config, config)
         extra = as_table(config.get("extra_config"), _WHERE, "extra_config")
         self._extra = {

@@ -62,11 +62,6 @@ NVFP4_W4A16, MXFP4_W4A16 = _nvfp4(16), _mxfp4(16)
 # What a format says by itself, where a configuration has no groups.
 _BY_LAYOUT = {"nvfp4-pack-quantized": NVFP4_W4A16, "mxfp4-pack-quantized": MXFP4_W4A16}
 
-_KV_SUFFIXES = {
-    "self_attn.k_scale": "self_attn.attn.k_scale",
-    "self_attn.v_scale": "self_attn.attn.v_scale",
-}
-
 # Every linear layer of a model counts as one of these classes when a target is a class name.
 _LINEAR_CLASS = "Linear"
 
@@ -287,5 +282,5 @@ def _refuse_online_transforms(config: object) -> None:
 
 def _kv_cache(scheme: object) -> KvCacheSpec:
     if isinstance(scheme, Mapping) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8):
-        return KvCacheSpec("fp8", _KV_SUFFIXES)
+        return KvCacheSpec("fp8")
     return KvCacheSpec()

@@ -106,11 +106,6 @@ _WIDENED: dict[str, LayerSpec] = {
 # Not in any exclude list before ModelOpt 0.39, and never quantised by it.
 _ALWAYS_UNQUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
 
-_KV_SUFFIXES = {
-    "self_attn.k_proj.k_scale": "self_attn.attn.k_scale",
-    "self_attn.v_proj.v_scale": "self_attn.attn.v_scale",
-}
-
 
 class ModelOptDialect:
     """A ModelOpt checkpoint. ``config``: ``quantization_config``, or hf_quant_config.json's whole
@@ -299,4 +294,4 @@ def _kv_cache(body: Mapping[str, Any]) -> KvCacheSpec:
         and scheme.get("type") == "float"
         and scheme.get("num_bits") == 8
     )
-    return KvCacheSpec("fp8", _KV_SUFFIXES) if is_fp8 else KvCacheSpec()
+    return KvCacheSpec("fp8") if is_fp8 else KvCacheSpec()

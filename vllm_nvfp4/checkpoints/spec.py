@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -107,15 +107,12 @@ UNQUANTIZED = LayerSpec(LayerKind.UNQUANTIZED)
 
 @dataclass(frozen=True)
 class KvCacheSpec:
-    """KV cache scales that the checkpoint carries.
+    """The KV cache that the checkpoint asks for.
 
-    dtype:    "fp8" or None
-    suffixes: checkpoint suffix -> vLLM attention attribute, e.g.
-              {"k_proj.k_scale": "attn.k_scale"}; applied to the end of a tensor name
+    dtype: "fp8" or None
     """
 
     dtype: str | None = None
-    suffixes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Dialect(Protocol):

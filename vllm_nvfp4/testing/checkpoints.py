@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvfp4.checkpoints.census import KV_SCALES
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC as GPT_OSS
 from vllm_nvfp4.checkpoints.spec import LayerSpec, Role
@@ -67,6 +68,20 @@ def extract_fixture(name: str, target: Path) -> Path:
 def make_legacy(folder: Path) -> Path:
     """Leave a ModelOpt checkpoint's configuration in hf_quant_config.json alone, as before 0.31."""
     edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    return folder
+
+
+def forget_kv_cache(folder: Path) -> Path:
+    """Have a checkpoint's config.json ask for no KV cache; returns its folder."""
+
+    def edit(config: dict[str, Any]) -> None:
+        quant_config = config["quantization_config"]
+        for key in ("kv_cache_scheme", "kv_cache_quant_config"):
+            quant_config.pop(key, None)
+        for entry in quant_config.get("layer_quant_config", {}).values():
+            entry["output_tensors"] = None
+
+    edit_json(folder / "config.json", edit)
     return folder
 
 
@@ -165,6 +180,8 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
         spec = stored.spec
         tensors = {}
         for leaf, header in stored.tensors.items():
+            if leaf in KV_SCALES:
+                continue
             name = f"{module}.{leaf}" if module else leaf
             source = census.stored_as.get(name, StoredAs(name))
             tensor = handles[header.file].get_tensor(source.name)
@@ -182,7 +199,7 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
             state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)
             tensors = {"bias": tensors["bias"]} if "bias" in tensors else {}
         for leaf, tensor in tensors.items():
-            if leaf not in unused and leaf not in ("k_scale", "v_scale"):
+            if leaf not in unused:
                 state[f"{module}.{leaf}" if module else leaf] = tensor
     return state
 
