@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_nvfp4.checkpoints.census import KV_OUTPUTS, PROJECTION_FIRST, Census
+from vllm_nvfp4.checkpoints.census import KV_OUTPUTS, OF_ATTENTION, PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.model_census import take_census_of
 from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, online_spec
@@ -173,7 +173,7 @@ class NvFp4Config(QuantizationConfig):
         if self.census is not None and self.census.has_projection_first:
             mapper |= versions.mapper_of(PROJECTION_FIRST, r"\1experts.\3.\2\4")
         if self.census is not None and self.census.has_kv_outputs:
-            mapper |= versions.mapper_of(KV_OUTPUTS, r".attn.\1_scale")
+            mapper |= versions.mapper_of(KV_OUTPUTS, OF_ATTENTION)
         return mapper
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -45,8 +45,9 @@ _BLOCK_OF_EXPERTS = re.compile(r"(\.\d+)\.\w+\.experts(?=\.|$)")
 _BLOCK = re.compile(r"(\.\d+)\.\w+\.(?=\w+$)")
 # Scales of a KV cache, beside a projection or the attention.
 KV_SCALES = frozenset(("k_scale", "v_scale", "q_scale", "prob_scale"))
-# The same as AMD Quark has them: what it rounds of these layers' outputs is the cache.
-KV_OUTPUTS = re.compile(r"\.([kv])_proj\.output_scale$")
+# The same as AMD Quark has them, scales of outputs, and what vLLM calls them.
+KV_OUTPUTS = re.compile(r"\.(?:([qkv])_proj\.output|(prob)_output)_scale$")
+OF_ATTENTION = r".attn.\1\2_scale"
 
 Tensors = Mapping[str, TensorHeader]
 
@@ -107,7 +108,7 @@ class Census:
         # The tensors of stacked experts, by the names that they have here -> as the files have them
         self.stored_as: dict[str, StoredAs]
         self._headers = headers
-        headers = {KV_OUTPUTS.sub(r".\1_proj.\1_scale", n): h for n, h in headers.items()}
+        headers = {KV_OUTPUTS.sub(OF_ATTENTION, n): h for n, h in headers.items()}
         headers, self.stored_as = canonical(headers)
         # Of layers with codes: the scales of others have no groups.
         codes = {name.removesuffix("weight") for name, h in headers.items() if h.dtype == "U8"}
@@ -283,7 +284,7 @@ class Census:
 
     @property
     def has_kv_outputs(self) -> bool:
-        """Whether they are stored as scales of the layers that the cache is filled from."""
+        """Whether they are stored as scales of outputs."""
         return any(KV_OUTPUTS.search(name) for name in self._headers)
 
     def headers(self) -> Mapping[str, TensorHeader]:
