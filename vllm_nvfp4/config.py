@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,11 @@ from vllm_nvfp4.checkpoints.spec import (
     fold,
     fused_layer_spec,
 )
-from vllm_nvfp4.compat import cpu_experts, model_weights, versions
+from vllm_nvfp4.compat import cpu_experts, model_weights, places, versions
 from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
+from vllm_nvfp4.layers.cut import cut_biases
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.experts_loading import ExpertLoading
@@ -82,8 +83,9 @@ class NvFp4Config(QuantizationConfig):
         self, weights: Iterable[tuple[str, Any]], model: torch.nn.Module
     ) -> Iterable[tuple[str, Any]]:
         """What the model's own loader is to load, of the files' tensors."""
+        cut_biases(model)
         if self.census is not None:
-            weights = widen_for(model, self.census, self.packed_modules_mapping)(weights)
+            weights = widen_for(model, self.census, self.fused)(weights)
         return (
             weights if self._expert_loading is None else self._expert_loading.rest(weights, model)
         )
@@ -156,7 +158,44 @@ class NvFp4Config(QuantizationConfig):
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
+    @property
+    def fused(self) -> Mapping[str, Sequence[str]]:
+        """Fused layer -> its shards, of the models that are built."""
+        return {**model_weights.stacked(), **self.packed_modules_mapping}
+
+    def build_again(self) -> None:
+        """Forget the layers of a model that is about to be built again."""
+        self._kept, self._vocabulary, self._expert_loading = Kept(), None, None
+        if self.census is not None:
+            self.census.forget_asked()
+
+    def found(self, name: str) -> frozenset[str]:
+        """The files' modules that a layer, fused or not, is made of."""
+        return self.census.found(name, self.fused) if self.census is not None else frozenset()
+
+    def learn_names(self, mappers: Sequence[tuple[str, Any]]) -> None:
+        """Take the names that parts of the model have for the files' modules."""
+        if self.census is not None:
+            for part, mapper in mappers:
+                self.census.rename_within(part, mapper)
+
+    def belongs_elsewhere(
+        self, prefix: str, name: str, mappers: Sequence[tuple[str, Any]], is_draft: bool
+    ) -> bool:
+        """Whether the files mean another layer by a layer's prefix, or none, and it by its name.
+
+        mappers: see :meth:`learn_names`
+        """
+        if self.census is None or self.census.named(prefix, self.fused):
+            return False
+        if is_draft and self.found(prefix):  # in its target's files, whose layers have such names
+            return False
+        self.learn_names(mappers)
+        return bool(self.census.named(name, self.fused))
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        if places.has_built(self):
+            return  # it is applied already
         self.dialect.rename(hf_to_vllm_mapper)
         if self.census is not None:
             self.census.rename(hf_to_vllm_mapper)
@@ -190,6 +229,7 @@ class NvFp4Config(QuantizationConfig):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
+        prefix = places.name_of(self, layer, prefix)
         spec = self.layer_spec(prefix)
         if spec.kind is LayerKind.ONLINE and (why := self._why_kept(layer, prefix, spec)):
             return plain_method(why)
@@ -257,7 +297,7 @@ class NvFp4Config(QuantizationConfig):
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored: as the files show, or as the configuration says
         where there are none."""
-        packed = self.packed_modules_mapping
+        packed = self.fused
         if self.census is None and not self.is_online:
             return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
         spec = self.census.layer_spec(prefix, packed) if self.census else UNQUANTIZED
@@ -315,7 +355,7 @@ class NvFp4Config(QuantizationConfig):
         """Whether a 16-bit layer is left as it is: by the user's list, or by its shape."""
         if spec.kind is not LayerKind.ONLINE or spec.fmt is None:
             return False
-        if any(fnmatch.fnmatch(prefix, pattern) for pattern in self.options.online_ignore):
+        if self._is_ignored(prefix):
             return True
         odd = [size for size in input_sizes if size % spec.fmt.block_size]
         if not odd:
@@ -328,6 +368,15 @@ class NvFp4Config(QuantizationConfig):
             spec.fmt.block_size,
         )
         return True
+
+    def _is_ignored(self, prefix: str) -> bool:
+        """Whether the user's list names the layer as the model does, or all its parts as the files
+        do."""
+        patterns = self.options.online_ignore
+        if any(fnmatch.fnmatch(prefix, pattern) for pattern in patterns):
+            return True
+        stored = self.found(prefix) if patterns else ()
+        return bool(stored) and all(any(fnmatch.fnmatch(n, p) for p in patterns) for n in stored)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -66,7 +66,7 @@ def build_mixer(monkeypatch, rank, quant_config):
     with set_current_vllm_config(VllmConfig()):
         return MambaMixer2(
             hidden_size=HIDDEN, ssm_state_size=STATE, conv_kernel_size=4, intermediate_size=INNER,
-            use_conv_bias=True, use_bias=False, n_groups=1, num_heads=HEADS,
+            use_conv_bias=True, use_bias=True, n_groups=1, num_heads=HEADS,
             head_dim=INNER // HEADS, quant_config=quant_config, prefix=PREFIX,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ def rows_of(rank):
 
 FORMS = (
     "nvfp4", "w4a16", "awq", "ct", "ct16", "mxfp4", "fp-quant", "fp8", "fp8row", "fp8block",
-    "mxfp8", "stray",
+    "mxfp8", "stray", "bf16",
 )  # fmt: skip
 
 
@@ -95,16 +95,20 @@ def test_each_rank_has_its_rows(form, tmp_path, monkeypatch):
     weight = torch.randn(2 * INNER + 2 * STATE + HEADS, HIDDEN, generator=generator)
     weight = weight.bfloat16().float()
     tensors, value, stored_config = in_form(form, weight)
+    bias = torch.randn(len(weight), generator=generator).bfloat16().float()
     tensors = {f"{PREFIX}.in_proj.{leaf}": t.contiguous() for leaf, t in tensors.items()}
+    tensors[f"{PREFIX}.in_proj.bias"] = bias
     save_file(tensors, tmp_path / "model.safetensors")
     config = NvFp4Config(stored_config)
     config.census = Census(read_headers(tmp_path), config.dialect)
     x = torch.randn(3, HIDDEN, generator=generator)
     for rank in range(2):
-        layer = build_mixer(monkeypatch, rank, config).in_proj
+        mixer = build_mixer(monkeypatch, rank, config)
+        list(config.prepare_weights((), mixer))
+        layer = mixer.in_proj
         for name, tensor in tensors.items():
             parameter = getattr(layer, name.rpartition(".")[2])
             parameter.weight_loader(parameter, tensor)
         layer.quant_method.process_weights_after_loading(layer)
-        y = x @ value[rows_of(rank)].T
+        y = x @ value[rows_of(rank)].T + bias[rows_of(rank)]
         torch.testing.assert_close(layer(x)[0], y, rtol=1e-4, atol=1e-4)

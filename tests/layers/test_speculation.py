@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of
+from stored_forms import store
 from vllm import SamplingParams
+from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_nvfp4.checkpoints.modelopt import ALGOS
 from vllm_nvfp4.checkpoints.spec import UNQUANTIZED, CheckpointError
@@ -108,6 +110,73 @@ def test_an_eagle_3_draft_beside_a_quantised_target(quantization, tmp_path):
     tokens, taken, drafted = ask(target, speculative)
     assert tokens == alone
     assert taken <= drafted // 10
+
+
+def names_of_draft(llm):
+    """What became of each linear layer of the draft: by its last name, the method."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    model = runner.drafter.model
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
+    return {n.rpartition(".")[2]: type(m.quant_method).__name__ for n, m in layers.items()}
+
+
+PLAIN, ONLINE = "UnquantizedLinearMethod", "NvFp4OnlineLinearMethod"
+CT_SAYS_ALL = {
+    "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+        "symmetric": True}}},
+}  # fmt: skip
+# The form of each layer; what serves the layers. No list of the configuration names one.
+OWN = {
+    "q_proj": "nvfp4", "k_proj": "nvfp4", "v_proj": "nvfp4", "o_proj": "bf16", "gate_proj": "fp8",
+    "up_proj": "bf16",
+}  # fmt: skip
+SERVED = {
+    "qkv_proj": "NvFp4LinearMethod", "o_proj": PLAIN, "gate_up_proj": "WidenedLinearMethod",
+    "down_proj": "NvFp4LinearMethod", "fc": "NvFp4LinearMethod",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", ["midlayer.", "layers.0.", "model.layers.0."])
+@pytest.mark.parametrize("form", ["stored", "16 bits"])
+def test_an_eagle_3_draft_with_a_configuration_of_its_own(form, stem, tmp_path):
+    """vLLM counts its layers on from the target's, and its files call them otherwise."""
+    target = write_model(tmp_path / "target", "llama")
+    edit_tensors(target, make_predictable)
+    draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))
+
+    def rename(tensors):
+        for name in [n for n in tensors if n.startswith("midlayer.")]:
+            tensors[name.replace("midlayer.", stem)] = tensors.pop(name)
+
+    edit_tensors(draft, rename)
+    ignored = [f"{stem}self_attn.*", "*.down_proj"]
+    served = {"qkv_proj": PLAIN, "o_proj": PLAIN, "gate_up_proj": ONLINE, "down_proj": PLAIN}
+    served["fc"] = PLAIN  # outside of the stacks
+    if form == "stored":
+        kept = ("embed", "head", "norm")
+
+        def form_of(layer):
+            leaf = layer.rpartition(".")[2]
+            return "bf16" if any(k in layer for k in kept) else OWN.get(leaf, "ct")
+
+        store(draft, form_of, CT_SAYS_ALL)
+        ignored, served = [], SERVED
+    speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 1}
+    speculative["quantization"] = "nvfp4"
+    options = {"nvfp4": {"kv_cache": "keep", "online_ignore": ignored}}
+    alone, *_ = ask(target, additional_config=options)
+    with engine(
+        target, **PREDICTABLE | {"additional_config": options}, speculative_config=speculative
+    ) as llm:
+        assert names_of_draft(llm) == served
+        tokens = greedy_tokens(llm)
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+    assert tokens == alone
+    spec = "vllm:spec_decode_num"
+    taken, drafted = (int(counts[f"{spec}_{n}_tokens"]) for n in ("accepted", "draft"))
+    assert taken == drafted >= NUM_TOKENS // 2
 
 
 @pytest.mark.parametrize("has_own", [True, False])

@@ -130,6 +130,7 @@ class Census:
             None
         )
         self._by_experts: dict[str, StoredModule] = {}
+        self._renamed_within: set[str] = set()
 
     def rename(self, mapper: Any) -> None:
         """Add the names that vLLM's WeightsMapper gives the modules; the files' own stay valid."""
@@ -186,6 +187,32 @@ class Census:
         if (module := self.find(name)) is not None:
             self._asked.add(module.name)
         return module
+
+    def rename_within(self, part: str, mapper: Any) -> None:
+        """Add the names that the mapper of a part of the model gives the modules: a part whose name
+        the files may leave out, as drafts of EAGLE-3 do."""
+        if part in self._renamed_within:
+            return
+        self._renamed_within.add(part)
+        for name, module in self.modules.items():
+            known = name.removeprefix(f"{part}.") + ".weight"
+            for renamed in mapper.apply_list([known]):
+                self._by_name.setdefault(f"{part}.{renamed.removesuffix('.weight')}", module)
+        self._by_leaf = None
+
+    def forget_asked(self) -> None:
+        """The model is built again."""
+        self._asked.clear()
+
+    def named(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> frozenset[str]:
+        """The modules, by the files' names, that are called just so, or are shards of it."""
+        names = (name, *shard_names(name, packed_modules))
+        return frozenset(m.name for n in names if (m := self._by_name.get(n)) is not None)
+
+    def found(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> frozenset[str]:
+        """The same, found as :meth:`find` does."""
+        names = (name, *shard_names(name, packed_modules))
+        return frozenset(m.name for n in names if (m := self.find(n)) is not None)
 
     def unasked(self) -> dict[str, int]:
         """Quantised modules that no layer asked for: name with its numbers folded -> how many."""

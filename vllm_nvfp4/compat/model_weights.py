@@ -1,23 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook that vLLM does not have: what a model is handed of the files goes through its
-quantization config first.
+"""Hooks that vLLM does not have: what a model is handed of the files goes through its quantization
+config first, which also learns of the layers that a model fuses, and may have it built again.
 
 vLLM's own hook, get_checkpoint_weight_mapper, renames; it cannot take a tensor apart, and models
-with a loader of their own pass it by.
+with a loader of their own pass it by. Of fused layers vLLM tells a config packed_modules_mapping,
+which models that say the same in their mapper of weights leave out (EAGLE-3's drafts, Zamba2).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vllm_nvfp4.compat import draft_tables
+from vllm.logger import init_logger
+
+from vllm_nvfp4.compat import draft_tables, places, versions
+
+logger = init_logger(f"vllm.{__name__}")
+
+_stacked: dict[str, tuple[str, ...]] = {}
+
+
+def stacked() -> Mapping[str, Sequence[str]]:
+    """Fused layer -> its shards, of the mappers of the models that were built; the last one's where
+    two differ."""
+    return _stacked
+
+
+def _note_stacked(mapper: Any, is_part: bool = False) -> None:
+    """is_part: of a part of a model, which the model's own goes before"""
+    fused: dict[str, list[str]] = {}
+    for name, (layer, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        shard, leaf = (n.strip(".").rpartition(".")[2] for n in (name, layer))
+        shards = fused.setdefault(leaf, [])
+        if shard not in shards:
+            shards.append(shard)
+    for leaf, shards in fused.items():
+        if not is_part or leaf not in _stacked:
+            _stacked[leaf] = tuple(shards)
 
 
 def install() -> None:
     """Have each model built from now on load ``quant_config.prepare_weights(weights, model)``."""
-    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader import base_loader, utils
 
     loader: Any = base_loader
     initialize = loader.initialize_model
@@ -29,8 +55,9 @@ def install() -> None:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         if vllm_config.speculative_config is not None:
             draft_tables.install()  # a draft is built, and shares, after its target
-        model = initialize(*args, **kwargs)
-        config = _config_of(model, vllm_config, kwargs.get("model_config"))
+        model_config = kwargs.get("model_config")
+        model = _build(lambda: initialize(*args, **kwargs), vllm_config, model_config)
+        config = _config_of(model, vllm_config, model_config)
         prepare = getattr(config, "prepare_weights", None)
         if prepare is not None:
             _wrap(model, prepare)
@@ -38,6 +65,38 @@ def install() -> None:
 
     initialize_model.nvfp4_prepares = True  # type: ignore[attr-defined]
     loader.initialize_model = initialize_model
+    find_class: Any = utils.get_model_architecture
+
+    @functools.wraps(find_class)
+    def get_model_architecture(*args: Any, **kwargs: Any) -> Any:
+        found = find_class(*args, **kwargs)
+        _note_stacked(getattr(found[0], "hf_to_vllm_mapper", None))
+        return found
+
+    utils.get_model_architecture = get_model_architecture
+
+
+def _build(initialize: Callable[[], Any], vllm_config: Any, model_config: Any) -> Any:
+    """The model, each of whose layers was decided by the name that it has in it."""
+    others = versions.noted_layers(vllm_config)
+    with places.building() as build:
+        model = initialize()
+    for _, mapper in places.mappers_of(model):
+        _note_stacked(mapper, is_part=True)
+    is_draft = model_config is not None and model_config is not vllm_config.model_config
+    if (again := places.settle(build, model, is_draft)) is None:
+        return model
+    logger.info_once(
+        "nvfp4: %s has other layers than it asked for while it was built: it is built again by the "
+        "names that they have in it",
+        type(model).__name__,
+    )
+    del model, build
+    versions.forget_layers(vllm_config, others)
+    for config in again.known:
+        config.build_again()
+    with places.building(again):
+        return initialize()
 
 
 def _config_of(model: Any, vllm_config: Any, model_config: Any) -> Any:

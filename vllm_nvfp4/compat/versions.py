@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -187,12 +187,27 @@ def initialize_online_processing(layer: Any) -> None:
     initialize_online_processing(layer)
 
 
-def forget_layers(vllm_config: Any) -> None:
-    """Let the model of a configuration be built again: it notes its layers there by name."""
+def forget_layers(vllm_config: Any, but: Container[str] = ()) -> None:
+    """Let the model of a configuration be built again: it notes its layers there by name.
+
+    but: of :func:`noted_layers`, for those of other models
+    """
     compilation = vllm_config.compilation_config
-    for name in ("static_forward_context", "static_all_moe_layers"):
-        if (noted := getattr(compilation, name, None)) is not None:
-            noted.clear()
+    context, experts = compilation.static_forward_context, _moe_layers(compilation)
+    for name in [name for name in context if name not in but]:
+        del context[name]
+    experts[:] = [name for name in experts if name in but]
+
+
+def noted_layers(vllm_config: Any) -> frozenset[str]:
+    """The names of the layers that are noted in a configuration."""
+    compilation = vllm_config.compilation_config
+    return frozenset((*compilation.static_forward_context, *_moe_layers(compilation)))
+
+
+def _moe_layers(compilation: Any) -> list[str]:
+    noted: list[str] = getattr(compilation, "static_all_moe_layers", [])
+    return noted
 
 
 def forget_online_processing(layer: Any) -> None:

@@ -196,6 +196,7 @@ class NvFp4MoEMethod(FusedMoEMethodBase):
             device.type, versions.device_arch(), bits, self.options.a8_variant,
             paths.gpu_figures(device.type),
         )  # fmt: skip
+        layer.nvfp4_path = kernel
         logger.info_once("nvfp4: %s experts: %s", found, kernel)
 
     def make_kernel(self, layer: Any, experts: NvFp4Experts) -> Any:

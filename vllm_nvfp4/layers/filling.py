@@ -77,6 +77,12 @@ def check_filled(layer: Any, prefix: str) -> None:
             )
 
 
+def cut_bias(layer: Any, loader: Any) -> None:
+    """Have a layer's bias cut by the loader that a model puts in place of its weight's."""
+    if (bias := getattr(layer, "bias", None)) is not None:
+        bias.weight_loader = loader
+
+
 class OnlineWeightParameter(ModelWeightParameter):
     """A 16-bit weight without memory whose loading waits until all of the layer is there.
 
@@ -100,6 +106,7 @@ class OnlineWeightParameter(ModelWeightParameter):
             # Ranks have the parts of the weight, each with its scale, as one rank alone has them.
             if (parts := versions.rows_of_parts(loader)) is not None:
                 layer.logical_widths = parts
+                cut_bias(layer, loader)
             versions.initialize_online_processing(layer)
 
     def _delete_loader(self) -> None:

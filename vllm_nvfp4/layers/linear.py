@@ -97,7 +97,7 @@ class CheckpointLinearMethod(PlacedMethod):
         self, layer: Any, shape: tuple[int, int], dtype: torch.dtype, attrs: dict[str, Any]
     ) -> None:
         num_shards = len(layer.logical_widths)
-        cut = LinearCut(shape, num_shards, attrs.get("weight_loader"), RowCut())
+        cut = LinearCut(shape, num_shards, attrs.get("weight_loader"), RowCut(layer))
         tensors = list(self.spec.tensors)
         if not any(tensor.name in NAMES_OF_MODELS for tensor in tensors):
             # Nothing loads it; a model that cuts the rows itself says so here.
@@ -142,7 +142,7 @@ class NvFp4LinearMethod(CheckpointLinearMethod):
         keep_offloaded(layer, layer.nvfp4_stored, LINEAR_NAMES)
         prepare_kernels(layer, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
-        log_path(self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
+        log_path(layer, self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.spec.tensor(Role.PRE_SCALE) is not None:
@@ -170,7 +170,8 @@ class NvFp4Fp8LinearMethod(CheckpointLinearMethod):
             wanted = 16
         dtype = torch.get_default_dtype()
         layer.nvfp4_activation_bits = ops.fp8_activation_bits(weight, dtype, wanted)
-        log_path(self.spec, weight.device, layer.nvfp4_activation_bits, self.options.a8_variant)
+        bits = layer.nvfp4_activation_bits
+        log_path(layer, self.spec, weight.device, bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         bits = layer.nvfp4_activation_bits
@@ -221,7 +222,7 @@ class NvFp4OnlineLinearMethod(PlacedMethod):
         attach_weight(layer, quantized)
         prepare_kernels(layer, self.options.activation)
         bits = ACTIVATION_BITS[self.options.activation]
-        log_path(self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
+        log_path(layer, self.spec, layer.weight_packed.device, bits, self.options.a8_variant)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return apply_weight(layer, x, bias, self.options.activation)
@@ -246,14 +247,18 @@ def add_meta_weight(
     versions.initialize_online_processing(layer)
 
 
-def log_path(spec: LayerSpec, device: torch.device, activation_bits: int, variant: str) -> None:
-    """One line for each kind of layer: what was found and which path runs it."""
+def log_path(
+    layer: Any, spec: LayerSpec, device: torch.device, activation_bits: int, variant: str
+) -> None:
+    """One line for each kind of layer: what was found and which path runs it; the layer notes
+    the path."""
     found = spec.algo or spec.kind.value
     if spec.kind is LayerKind.ONLINE and spec.fmt:
         found = f"16-bit layers, quantised to {spec.fmt.name} while loading"
     is_fp8 = spec.kind is LayerKind.FP8
     arch, gpu = versions.device_arch(), paths.gpu_figures(device.type)
     path = paths.describe_path(device.type, arch, is_fp8, activation_bits, variant, gpu)
+    layer.nvfp4_path = path
     logger.info_once("nvfp4: %s: %s", found, path)
 
 

@@ -103,12 +103,12 @@ class _Widening:
 
     def __init__(self, spec: LayerSpec, prefix: str) -> None:
         super().__init__()
-        self.spec, self.prefix, self._cut = spec, prefix, RowCut()
+        self.spec, self.prefix = spec, prefix
         # The arguments that vLLM gives beside a tensor (a shard's name) -> its tensors by name.
         self._loaded: dict[tuple[Any, ...], dict[str, torch.Tensor]] = defaultdict(dict)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        self._load_dense = kwargs["weight_loader"]
+        self._load_dense, self._cut = kwargs["weight_loader"], RowCut(layer)
         kwargs["weight_loader"] = self._collector("weight")
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         for tensor in self.spec.tensors:

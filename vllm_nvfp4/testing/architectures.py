@@ -475,8 +475,9 @@ OTHERS = (
         _sizes(**_NO_HEAD_DIM, num_hidden_layers=4, num_key_value_heads=4,
                layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=32, mamba_d_conv=4,
                mamba_expand=2, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=64,
-               chunk_size=32, num_mem_blocks=1, use_shared_attention_adapter=False,
-               adapter_rank=16, attention_head_dim=64, attention_hidden_size=256), "mamba2",
+               chunk_size=32, num_mem_blocks=1, use_shared_attention_adapter=True,
+               use_mem_rope=True, adapter_rank=16, attention_head_dim=64,
+               attention_hidden_size=256), "mamba2",
         # The hub's files hold the block that two layers share once.
         rename=(r"layers\.3\.shared_transformer\.", "layers.1.shared_transformer."),
     ),
@@ -533,6 +534,7 @@ _FEATURED: dict[str, tuple[str, ...]] = {
     "qwen3-next": ("TP 2", "LoRA", "MTP"),
     "qwen3.5": ("TP 2", "LoRA", "MTP"),
     "qwen3.5-moe": ("MTP",),
+    "zamba2": ("TP 2",),
     "glm4-moe": ("MTP",),
     "deepseek-v3": ("MTP",),
 }
