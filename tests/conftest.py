@@ -10,8 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
 import lesser_cpu
 import pytest
+import vision_classes
 
 lesser_cpu.install()
+# transformers looks once which processors of pictures there are.
+vision_classes.install()
 
 # The tests run on two processes (see the Makefile). OpenMP threads of both on the same cores wait
 # for each other in busy loops, which makes a suite of small tensors several times slower.

@@ -113,6 +113,7 @@ def test_where_both_agree_it_is_the_configuration_s_own_word():
         ("lm_head", "language_model.lm_head"),
         ("layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
         ("model.layers.5.mamba.in_proj", "model.layers.5.mixer.in_proj"),
+        ("model.decoder.layers.0.mlp.fc1", ".decoder.layers.0.layers.mlp.fc1"),
     ],
 )
 def test_a_layer_is_found_under_the_names_that_models_have_for_it(file, model):
@@ -120,6 +121,7 @@ def test_a_layer_is_found_under_the_names_that_models_have_for_it(file, model):
         file: "fp8",
         "model.layers.4.mlp.up_proj": "nvfp4",
         "mtp.layers.3.mlp.up_proj": "bf16",
+        "model.encoder.layers.0.mlp.fc1": "bf16",
     }
     assert census(stored).find(model).name == file
 

@@ -231,6 +231,8 @@ FAMILIES = {
             "model.decoder.embed_tokens",
             "model.encoder.conv#",
             "model.encoder.embed_positions",
+            *(f"model.encoder.layers.#.self_attn.{n}_proj" for n in ("k", "out", "q", "v")),
+            "model.encoder.layers.#.fc#",
         ),
         "AutoModelForSpeechSeq2Seq",
     ),

@@ -20,6 +20,5 @@ def install():
 
 def model_class(path):
     """The class of "module:class"."""
-    install()
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

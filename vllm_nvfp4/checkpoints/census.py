@@ -162,12 +162,12 @@ class Census:
             for known, module in self._by_name.items():
                 self._by_leaf[_key(known)].append((known, module))
                 self._by_experts.setdefault(_without_block(known), module)
-        parts = Counter(name.split("."))
+        parts = _parts(name)
         best: list[tuple[int, StoredModule]] = []
         for known, module in self._by_leaf.get(_key(name), ()):
-            known_parts = Counter(known.split("."))
+            known_parts = _parts(known)
             if known_parts <= parts or parts <= known_parts:
-                best.append(((known_parts & parts).total(), module))
+                best.append((len(known_parts & parts), module))
         if not best and ".experts." in name:
             return self._by_experts.get(_without_block(name))
         if not best:
@@ -373,6 +373,11 @@ def _without_block(name: str) -> str:
 
 def _in_any_block(name: str) -> str:
     return _BLOCK.sub(r"\1.*.", name)
+
+
+def _parts(name: str) -> set[str]:
+    """Each once: vLLM's Whisper calls a layer .decoder.layers.0.layers.mlp.fc1."""
+    return {*name.split(".")} - {""}
 
 
 def _key(name: str) -> tuple[str, tuple[str, ...]]:

@@ -119,8 +119,10 @@ class ModelClass:
             return None
 
     def _language_model(self) -> str:
-        """The name of the module beside which the towers stand, "" where there are none."""
-        if self.config.get_text_config() is self.config:
+        """The name of the module beside which the towers stand, "" where there are none. An encoder
+        of text is no tower, one of sound is."""
+        reads_text = getattr(self.model, "main_input_name", "input_ids") == "input_ids"
+        if reads_text and self.config.get_text_config() is self.config:
             return ""
         decoder = self._called("get_decoder")
         return next((n for n, m in self._modules.items() if n and m is decoder), "")

@@ -32,7 +32,7 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
             return
         first, *others = [*report.errors, *report.dropped]
         more = f", and {len(others)} more" if others else ""
-        what, found = first.what, f"{first.message.rstrip('.')}{more}"
+        what, found = first.what, f"{first.message.removeprefix('found ').rstrip('.')}{more}"
     raise CheckpointError(
         str(folder),
         what,
