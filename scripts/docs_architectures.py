@@ -19,6 +19,7 @@ TABLE = "benchmarks/results/models.md"
 BEGIN = "<!-- architectures: written by scripts/docs_architectures.py -->\n"
 END = "<!-- end of architectures -->\n"
 ROADS = ("online", "modelopt", "compressed-tensors")
+SHOWN = "picture or sound"
 _WIDTH = 104
 
 
@@ -37,14 +38,15 @@ def paragraph() -> str:
     good = [r for r in rows if all(_is_number(r[road]) for road in ROADS)]
     refused = [r for r in rows if all(r[road].startswith("refused") for road in ROADS)]
     others = [r["architecture"] for r in rows if r not in good and r not in refused]
+    shown = sum(_is_number(r[SHOWN]) for r in rows)
     exact, rounded = _worst(good, "float32"), _worst(good, "bfloat16")
     text = (
         f"`make models`, two CPU cores, vLLM 0.32: of {len(rows)} architectures as tiny models "
         f"with random weights, {len(good)} give stock vLLM's log-probabilities, or "
         "embeddings, on the same weights dequantised, online and in both dialects that "
         f"`quantize` writes, in prefill and in decode: to {exact:.0e} in float32, and to "
-        f"{rounded:.2f} in BF16 where vLLM's kernels want it. Stock vLLM "
-        f"refuses {len(refused)} on a CPU. "
+        f"{rounded:.2f} in BF16 where vLLM's kernels want it; {shown} of them after a picture, "
+        f"or sound, too. Stock vLLM refuses {len(refused)} on a CPU. "
     )
     if others:
         text += f"In part: {', '.join(others)}. "

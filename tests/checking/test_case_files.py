@@ -7,7 +7,6 @@ from collections import Counter
 from functools import partial
 
 import pytest
-import vision_classes
 from case_files import CASES, write_case
 from case_layouts import drop
 from safetensors.torch import load_file
@@ -26,7 +25,6 @@ def _environment():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         cpu_metadata.apply()
-        vision_classes.install()
         yield
 
 

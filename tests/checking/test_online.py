@@ -4,7 +4,6 @@
 import json
 
 import pytest
-import vision_classes
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checking.check import engine_arguments, examine
@@ -24,31 +23,38 @@ from vllm_nvfp4.cli import _online, main
 from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.shapes import ROUTER
 from vllm_nvfp4.serving.first_check import in_a_copy
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
+from vllm_nvfp4.testing.media import MEDIA
 from vllm_nvfp4.testing.model_sweep import serve, write_twin
 
 pytestmark = pytest.mark.vllm
 
 # Routers, shared experts' gates and a tower; inputs of each layer and tables for them; experts
-# without a gate; turned stacks; a family whose plan is computed from config.json; a second table.
-SAMPLE = ("qwen3.5-moe", "gemma3n", "nemotron-h-moe", "llama4", "deepseek-v2", "gpt2")
+# without a gate; turned stacks; a family whose plan is computed from config.json; a second table;
+# an encoder of sound.
+SAMPLE = ("qwen3.5-moe", "gemma3n", "nemotron-h-moe", "llama4", "deepseek-v2", "gpt2", "whisper")
+# Without sound it has nothing to say.
+HEARS = {"whisper": MEDIA["whisper"]}
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Architecture -> its folder and its report, each made in a process without an engine."""
-    vision_classes.install()
     found = {}
     for name in SAMPLE:
         folder = write_architecture(tmp_path_factory.mktemp(name), ARCHITECTURES[name])
-        arguments = engine_arguments(str(folder), ["--enforce-eager", "--skip-tokenizer-init"])
+        flags = ["--enforce-eager", "--skip-tokenizer-init"]
+        if name in HEARS:
+            HEARS[name].write_processor(folder, VOCAB_SIZE)
+            flags.pop()
+        arguments = engine_arguments(str(folder), flags)
         found[name] = folder, in_a_copy(lambda arguments=arguments: examine(arguments))
     return found
 
 
-def quantised_by_an_engine(plain, twin, dtype):
+def quantised_by_an_engine(plain, twin, name):
     """(the layers whose rows an engine holds quantised, known by their values; their elements)."""
-    _, matrices = serve(plain, dtype)
+    _, matrices = serve(plain, ARCHITECTURES[name].dtype, media=HEARS.get(name))
     assert write_twin(plain, matrices, twin) == 0
     before, after = (load_file(f / "model.safetensors") for f in (plain, twin))
     changed = {layer_key(n) for n, t in before.items() if not t.float().equal(after[n].float())}
@@ -61,8 +67,7 @@ def test_the_layers_of_an_engine(name, reports, tmp_path):
     inventory = validate(plain, *read_config(plain))
     of_class = without_vllm(plain, inventory.layers)
     assert of_class.source == BY_CLASS
-    dtype = ARCHITECTURES[name].dtype
-    expected, elements = quantised_by_an_engine(plain, tmp_path / "twin", dtype)
+    expected, elements = quantised_by_an_engine(plain, tmp_path / "twin", name)
     assert set(report.while_loading) == set(of_class.quantised) == expected
     of_vllm = OnlineLayers(BY_VLLM, frozenset(report.while_loading), report.kept)
     for layers in (of_vllm, of_class):

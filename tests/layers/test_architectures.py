@@ -6,11 +6,12 @@ test_serving and test_experts, experts in stacks by test_stacked_experts.
 """
 
 import pytest
-import vision_classes
 
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
+from vllm_nvfp4.testing.media import MEDIA
 from vllm_nvfp4.testing.model_sweep import (
+    LEAST_CHANGE,
     TOLERANCE,
     Sweep,
     ask_transformers,
@@ -22,13 +23,14 @@ from vllm_nvfp4.testing.model_sweep import (
 pytestmark = pytest.mark.vllm
 
 # MLA; Mamba-2 and experts without a gate; gated delta nets, of a multimodal model; experts that
-# the hub has in turned stacks, of another; sliding windows and tied tables.
+# the hub has in turned stacks, of another; sliding windows and tied tables; an encoder of sound.
 SAMPLE = {
     "glm4-moe-lite": 0.7,
     "nemotron-h-moe": 0.8,
     "qwen3.5": 0.6,
     "qwen3-vl-moe": 0.6,
     "gemma4": 0.8,
+    "whisper": 0.4,
 }
 # Without a second engine: vLLM and transformers agree on them in float32.
 AS_TRANSFORMERS = ("nemotron-h-moe", "qwen3-vl-moe", "gemma4")
@@ -46,15 +48,21 @@ def test_embeddings_of_an_encoder_are_those_of_the_dequantised_weights(tmp_path)
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_log_probabilities_are_those_of_the_dequantised_weights(name, tmp_path):
-    vision_classes.install()
     architecture = ARCHITECTURES[name]
+    media = None if name in AS_TRANSFORMERS else MEDIA.get(name)
     plain = write_architecture(tmp_path / "plain", architecture)
-    answer, matrices = serve(plain, architecture.dtype)
+    if media:
+        media.write_processor(plain, VOCAB_SIZE)
+    answer, matrices = serve(plain, architecture.dtype, media=media)
     assert quantised_share(matrices, plain) > SAMPLE[name]
     assert write_twin(plain, matrices, tmp_path / "twin") == 0
     if name in AS_TRANSFORMERS:
         expected = ask_transformers(tmp_path / "twin", architecture.auto)
     else:
-        expected, _ = serve(tmp_path / "twin", architecture.dtype, quantization=None)
+        expected, _ = serve(tmp_path / "twin", architecture.dtype, media=media, quantization=None)
     limit = BF16 if architecture.dtype == "bfloat16" else TOLERANCE["float32"]
-    assert answer.deviation(expected) < limit
+    for one, other in zip((answer, *answer.shown), (expected, *expected.shown), strict=True):
+        assert one.deviation(other) < limit
+    if media:  # another picture, or sound, is another answer
+        one, other = answer.shown
+        assert one.moves(other) > LEAST_CHANGE

@@ -5,7 +5,6 @@ tests/checking/test_case_files.py looks at all of them, tests/trust/test_case_fi
 """
 
 import pytest
-import vision_classes
 from case_files import SERVED, check_served
 
 pytestmark = pytest.mark.vllm
@@ -23,5 +22,4 @@ SAMPLE = (
 @pytest.mark.parametrize("name", SAMPLE)
 def test_it_gives_the_right_numbers_or_its_error(name, tmp_path):
     assert name in SERVED
-    vision_classes.install()
     check_served(name, tmp_path)

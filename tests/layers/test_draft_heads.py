@@ -8,7 +8,6 @@ tell: a layer that was loaded wrongly, of the head or of the target, shows in on
 from collections import Counter
 
 import pytest
-import vision_classes
 from stored_forms import store
 
 from vllm_nvfp4.layers import experts_loading
@@ -74,7 +73,6 @@ def told(following, count):
     ],
 )
 def test_the_right_head_is_always_taken(name, target, head, first, tmp_path, monkeypatch):
-    vision_classes.install()
     taken_by_hand = Counter()
     take = experts_loading._Module.take
 

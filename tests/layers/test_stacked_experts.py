@@ -5,7 +5,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-import vision_classes
 
 from vllm_nvfp4.numerics.quantize import quantize_nvfp4
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
@@ -77,7 +76,6 @@ CASES = {
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_stack_is_served(family, tmp_path):
-    vision_classes.install()
     config, store = CASES[family]
     plain = write_architecture(tmp_path / "plain", ARCHITECTURES[family])
     folder = write_architecture(tmp_path / "stacked", ARCHITECTURES[family])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vision_classes
 from made_once import made_once
 from quantizing import transformers_reading, write_with_tokenizer
 
@@ -67,7 +66,6 @@ def test_stock_vllm_excludes_what_is_in_16_bits_and_nothing_else(models, tmp_pat
     from vllm_nvfp4.compat import versions
 
     cpu_metadata.apply()
-    vision_classes.install()
     folder = quantized(models, tmp_path, family, "modelopt")
     model = built(folder)
     stock = ModelOptNvFp4Config.from_config(read_config(folder)[1])

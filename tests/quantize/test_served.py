@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import vision_classes
 from families import SIZES
 
 from vllm_nvfp4.checkpoints.headers import read_headers
@@ -34,13 +33,28 @@ TEXT = ["--samples", "4", "--sample-length", "64"]
     ],
 )
 def test_experts_as_written(family, options, tmp_path):
-    vision_classes.install()
     sweep = Sweep(ARCHITECTURES[family], tmp_path, main)
     build_tokenizer().save_pretrained(sweep.plain)
     assert main(["quantize", str(sweep.plain), "-o", str(tmp_path / "out"), *options]) == 0
     measured = sweep.measure("out")
     assert measured.deviation < measured.tolerance
     assert measured.share > 0.5
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "share"),
+    [
+        ("whisper", ["--method", "mse"], 0.4),
+        ("whisper", ["--method", "rtn", "--towers", "--format", "compressed-tensors"], 0.8),
+        ("gemma3-vision", ["--method", "mse", "--towers"], 0.7),
+    ],
+)
+def test_towers_as_written(family, options, share, tmp_path):
+    sweep = Sweep(ARCHITECTURES[family], tmp_path, main)
+    assert main(["quantize", str(sweep.plain), "-o", str(tmp_path / "out"), *options]) == 0
+    measured = sweep.measure("out")
+    assert measured.shown < measured.tolerance
+    assert measured.share > share
 
 
 def test_a_stack_of_which_nothing_is_quantised_stays_one(tmp_path):

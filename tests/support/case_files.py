@@ -22,15 +22,14 @@ from case_layouts import add_kv_scales, as_modelopt_stacks, drop, spread, stack_
 from published import compressed, legacy, modelopt, nvfp4_group
 from stored_forms import stored_as
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
+from vllm_nvfp4.testing.media import MEDIA
 
 Tensors = dict[str, torch.Tensor]
-_KEPT = (
-    r"visual|vision|conv1d|embed|norm|router|projector|lm_head|shared_expert_gate"
-    r"|(mlp|mixer|block_sparse_moe)\.gate$"
-)
+_KEPT = r"conv1d|embed|norm|router|lm_head|shared_expert_gate|(mlp|mixer|block_sparse_moe)\.gate$"
+_TOWER = r"visual|vision|projector"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Case:
     config:    quantization_config
     kept:      regular expression of the layers in 16 bits, beside the tables, routers and towers
     form:      of the other layers, or what gives it for a layer's name
+    tower:     of the layers of a tower
     settings:  edits config.json before anything else
     prepare:   edits the model in 16 bits, for the case and for what it is compared with
     spread:    renames tensors of stacks to one of each expert, in 16 bits
@@ -55,6 +55,7 @@ class Case:
     quantised: Mapping[str, int] = field(default_factory=dict)
     kept: str = "$^"
     form: str | Callable[[str], str] = "nvfp4"
+    tower: str = "bf16"
     settings: Callable[[dict[str, Any]], Any] = field(default=lambda config: None)
     prepare: Callable[[Tensors], Any] = field(default=lambda tensors: None)
     spread: Callable[[Tensors], Any] = field(default=lambda tensors: None)
@@ -65,6 +66,8 @@ class Case:
     def form_of(self, layer: str) -> str:
         if re.search(f"{_KEPT}|{self.kept}", layer):
             return "bf16"
+        if re.search(_TOWER, layer):
+            return self.tower
         return self.form(layer) if callable(self.form) else self.form
 
 
@@ -90,6 +93,8 @@ def write_case(case: Case, folder: Path) -> Path:
 def write_plain(case: Case, folder: Path) -> Path:
     """The same model in 16 bits; returns its folder."""
     write_architecture(folder, ARCHITECTURES[case.model])
+    if media := MEDIA.get(case.model):
+        media.write_processor(folder, VOCAB_SIZE)
     edit_json(folder / "config.json", case.settings)
     return edit_tensors(folder, case.prepare)
 
@@ -179,6 +184,10 @@ def _with_kv_scales(model: str, quantised: Mapping[str, int]) -> Case:
     lists = ["lm_head", "*mlp.gate", "*block_sparse_moe.gate", "*linear_attn*", "*vision*"]
     config = modelopt([*lists, "*visual*", "*projector*"], **_KV8)
     return Case(model, config, quantised, kept="linear_attn", finish=add_kv_scales)
+
+
+def _with_tower(model: str, form: str, num_linear: int) -> Case:
+    return Case(model, modelopt(["*lm_head"]), {"linear": num_linear}, tower=form)
 
 
 _K, _QWEN = "model.layers.", "model.language_model.layers."
@@ -356,6 +365,11 @@ CASES: dict[str, Case] = {
     "W4A16 with scales of activations": Case(
         "qwen3", modelopt(["lm_head"], algo="W4A16_NVFP4", group_size=16), _DENSE_2
     ),
+    "a tower in FP8": _with_tower("gemma3-vision", "fp8", 16),
+    "a tower in NVFP4, Pixtral's": _with_tower("mistral3", "nvfp4", 18),
+    "a tower in NVFP4, Qwen2.5-VL's": _with_tower("qwen2.5-vl", "nvfp4", 18),
+    "a tower in NVFP4, Gemma-4's": _with_tower("gemma4-vision", "nvfp4", 22),
+    "a tower in FP8 by rows, Qwen3-VL's": _with_tower("qwen3-vl", "fp8row", 20),
     "stars at both ends": Case(
         "gemma4",
         legacy(["lm_head", "*per_layer*"]),
@@ -371,7 +385,7 @@ def check_served(name: str, work: Path) -> None:
     from vllm_nvfp4.testing.model_sweep import TOLERANCE, serve, write_twin
 
     case = CASES[name]
-    dtype = ARCHITECTURES[case.model].dtype
+    dtype, media = ARCHITECTURES[case.model].dtype, MEDIA.get(case.model)
     folder = write_case(case, work / "case")
     if case.error:
         with pytest.raises(Exception, match=case.error):
@@ -381,11 +395,12 @@ def check_served(name: str, work: Path) -> None:
     assert write_twin(plain, matrices_of(case, plain), work / "twin") == 0
     # As on a CPU without an FP8 KV cache, whose rounding would hide a layer's.
     with mock.patch("vllm_nvfp4.compat.kv_cache.obstacle", return_value="rounding"):
-        answer, _ = serve(folder, dtype)
-    expected, _ = serve(work / "twin", dtype, quantization=None)
+        answer, _ = serve(folder, dtype, media=media)
+    expected, _ = serve(work / "twin", dtype, media=media, quantization=None)
     # Of BF16 it is three times what two kernels differ by here.
     limit = TOLERANCE[dtype] if dtype == "float32" else 0.2
-    assert (deviation := answer.deviation(expected)) < limit, (deviation, answer, expected)
+    for one, other in zip((answer, *answer.shown), (expected, *expected.shown), strict=True):
+        assert (deviation := one.deviation(other)) < limit, (deviation, one, other)
 
 
 # Of MiniMax-M2 vLLM's CPU backend has no routing: make models, stock vLLM's column.

@@ -2,7 +2,6 @@
 """Every odd checkpoint of case_files through a real engine."""
 
 import pytest
-import vision_classes
 from case_files import SERVED, check_served
 
 pytestmark = [pytest.mark.trust, pytest.mark.vllm]
@@ -10,5 +9,4 @@ pytestmark = [pytest.mark.trust, pytest.mark.vllm]
 
 @pytest.mark.parametrize("name", SERVED)
 def test_it_gives_the_right_numbers_or_its_error(name, tmp_path):
-    vision_classes.install()
     check_served(name, tmp_path)

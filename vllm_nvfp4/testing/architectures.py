@@ -403,6 +403,19 @@ OTHERS = (
         }, "dense+vision", auto=_IMAGE_TEXT,
         rename=(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
     ),
+    Architecture(
+        "gemma4-vision", "Gemma4Config",
+        {
+            "text_config": _sizes(**_GEMMA4),
+            "vision_config": {
+                "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+                "position_embedding_size": 64, "default_output_length": 70,
+            },
+            "image_token_id": 300, "boi_token_id": 301, "eoi_token_id": 302,
+            "video_token_id": 303, "audio_token_id": 304,
+        }, "dense+vision", auto=_IMAGE_TEXT,
+    ),
     Architecture("glm", "GlmConfig", _sizes(partial_rotary_factor=0.5), "dense"),
     Architecture("glm4", "Glm4Config", _sizes(partial_rotary_factor=0.5), "dense"),
     Architecture("glm4-moe", "Glm4MoeConfig",
@@ -470,6 +483,14 @@ OTHERS = (
     Architecture("solar-open", "SolarOpenConfig", _sizes(**_ROUTED), "moe"),
     Architecture("stablelm", "StableLmConfig", _sizes(**_NO_HEAD_DIM), "dense"),
     Architecture("starcoder2", "Starcoder2Config", _sizes(**_NO_HEAD_DIM), "dense"),
+    Architecture(
+        "whisper", "WhisperConfig",
+        {"vocab_size": VOCAB_SIZE, "d_model": 128, "encoder_layers": 2, "decoder_layers": 2,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 256,
+         "decoder_ffn_dim": 256, "max_source_positions": 50, "max_target_positions": 128,
+         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 300},
+        "speech", "whisper-large-v3", "AutoModelForSpeechSeq2Seq",
+    ),
     Architecture(
         "zamba2", "Zamba2Config",
         _sizes(**_NO_HEAD_DIM, num_hidden_layers=4, num_key_value_heads=4,

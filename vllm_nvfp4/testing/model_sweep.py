@@ -15,7 +15,8 @@ import shutil
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vllm_nvfp4.testing.architectures import VOCAB_SIZE, Architecture, write_arc
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.forced import FORCED
+from vllm_nvfp4.testing.media import MEDIA, Media
 
 PROMPT = [int(t) for t in torch.randperm(290, generator=torch.Generator().manual_seed(1))[:20] + 4]
 # Sums of BF16 products, rounded, differ by this much between kernels; float32 by far less.
@@ -45,32 +47,41 @@ FORCED_ENGINE: dict[str, Any] = {
 _SAME_ROW = 0.97  # cosine; NVFP4 leaves about 0.995, unrelated rows of 32 are below 0.9
 _SAME_LENGTH = 0.15
 _REASON_CHARS = 240
+# Far above what rounding does, in BF16 too.
+LEAST_CHANGE = 0.2
 
 
 @dataclass(frozen=True)
 class Forced:
     """Log-probabilities [rows, V] of the prompt after its first token, and of the tokens that
-    follow whatever the model makes of them."""
+    follow whatever the model makes of them. shown: the same with one picture or sound and with
+    another, of a model that takes them."""
 
     prefill: torch.Tensor
     decode: torch.Tensor
+    shown: tuple[Forced, ...] = ()
 
     def deviation(self, other: Forced) -> float:
         """The largest difference of a log-probability."""
         pairs = ((self.prefill, other.prefill), (self.decode, other.decode))
         return max(float((a - b).abs().max()) for a, b in pairs)
 
+    def moves(self, other: Forced) -> float:
+        """The same of the tokens that follow alone."""
+        return float((self.decode - other.decode).abs().max())
+
 
 @dataclass(frozen=True)
 class Measured:
     """deviation: largest difference of a log-probability; share: the part of the matrices'
     elements that was quantised; reference: "vLLM", or "transformers" and why; tolerance: what the
-    deviation may be"""
+    deviation may be; shown: the deviation with pictures or sound, None where there were none"""
 
     deviation: float
     share: float
     reference: str
     tolerance: float
+    shown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +103,15 @@ class Sweep:
     ) -> None:
         self.architecture, self.work, self.command = architecture, work, command
         self.plain = work / "bf16"
+        media = MEDIA.get(architecture.name)
         if not (self.plain / "config.json").exists():
             shutil.rmtree(self.plain, ignore_errors=True)
             write_architecture(self.plain, architecture)
-        self._serve = embed if architecture.kind == "encoder" else serve
+            if media:
+                media.write_processor(self.plain, VOCAB_SIZE)
+        self._serve: Callable[..., tuple[Forced, list[torch.Tensor]]] = (
+            embed if architecture.kind == "encoder" else partial(serve, media=media)
+        )
         self._references: list[tuple[list[torch.Tensor], _Reference]] = []
 
     def class_name(self) -> str:
@@ -136,14 +152,21 @@ class Sweep:
         return ""
 
     def measure(self, road: str, **options: Any) -> Measured:
-        """road: "online", or a dialect that ``quantise`` has written; options: of :func:`serve`."""
+        """road: "online", or a dialect that ``quantise`` has written; options: of :func:`serve`.
+
+        Raises ValueError where another picture, or sound, is nothing to the model.
+        """
         folder = self.plain if road == "online" else self.work / road
         answer, held = self._serve(folder, self.architecture.dtype, **options)
         matrices = held if road == "online" else stored_matrices(folder, self.plain)
         expected = self._reference(matrices)
         share = quantised_share(matrices, self.plain)
         deviation = answer.deviation(expected.answer)
-        return Measured(deviation, share, expected.name, expected.tolerance)
+        if answer.shown and answer.shown[0].moves(answer.shown[1]) < LEAST_CHANGE:
+            raise ValueError("another picture, or sound, changes nothing that follows it")
+        shown = [a.deviation(b) for a, b in zip(answer.shown, expected.answer.shown, strict=False)]
+        worst = max(shown, default=None)
+        return Measured(deviation, share, expected.name, expected.tolerance, worst)
 
     def _reference(self, matrices: list[torch.Tensor]) -> _Reference:
         for known, reference in self._references:
@@ -189,18 +212,29 @@ def _are_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def serve(
-    folder: Path, dtype: str, adapter: Path | None = None, **options: Any
+    folder: Path,
+    dtype: str,
+    adapter: Path | None = None,
+    media: Media | None = None,
+    **options: Any,
 ) -> tuple[Forced, list[torch.Tensor]]:
     """(what an engine makes of PROMPT and FORCED, the matrices [N, K] that it holds quantised).
 
     adapter: of LoRA, for the request
+    media:   two pictures or sounds are asked about too, each with PROMPT
     options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks, and with an
              adapter, no matrices are returned.
     """
-    with engine(folder, **(FORCED_ENGINE | {"dtype": dtype} | options)) as llm:
-        answer = ask_forced(llm, adapter)
-        if answer.prefill.isnan().any() or answer.decode.isnan().any():
-            raise RuntimeError("log-probabilities that are not numbers")
+    shows = media.options() if media else {}
+    with engine(folder, **(FORCED_ENGINE | shows | {"dtype": dtype} | options)) as llm:
+        requests = media.requests(PROMPT) if media else []
+        shown = [ask_forced(llm, adapter, request) for request in requests]
+        # A model that transcribes has no answer to text alone.
+        alone = shown[0] if media and media.modality == "audio" else ask_forced(llm, adapter)
+        for found in (alone, *shown):
+            if found.prefill.isnan().any() or found.decode.isnan().any():
+                raise RuntimeError("log-probabilities that are not numbers")
+        answer = replace(alone, shown=tuple(shown))
         if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
             return answer, []
         return answer, _held_by(llm)
@@ -219,14 +253,15 @@ def embed(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.
     with engine(folder, **(defaults | options)) as llm:
         requests = [{"prompt_token_ids": tokens} for tokens in (PROMPT, FORCED)]
         outputs = llm.embed(requests, use_tqdm=False)
-        found = [torch.tensor([output.outputs.embedding]) for output in outputs]
-        if any(vector.isnan().any() for vector in found):
+        one, other = (torch.tensor([output.outputs.embedding]) for output in outputs)
+        if one.isnan().any() or other.isnan().any():
             raise RuntimeError("embeddings that are not numbers")
-        return Forced(*found), _held_by(llm)
+        return Forced(one, other), _held_by(llm)
 
 
-def ask_forced(llm: Any, adapter: Path | None = None) -> Forced:
-    """What an engine with the options FORCED_ENGINE makes of PROMPT and FORCED."""
+def ask_forced(llm: Any, adapter: Path | None = None, request: Any = None) -> Forced:
+    """What an engine with the options FORCED_ENGINE makes of a request, PROMPT without one, and of
+    FORCED."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -234,9 +269,9 @@ def ask_forced(llm: Any, adapter: Path | None = None) -> Forced:
         temperature=0, max_tokens=len(FORCED), ignore_eos=True, logprobs=-1, prompt_logprobs=-1,
         detokenize=False,
     )  # fmt: skip
-    request = {"prompt_token_ids": PROMPT}
     lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-    output = llm.generate([request], parameters, use_tqdm=False, lora_request=lora)[0]
+    requests = [request or {"prompt_token_ids": PROMPT}]
+    output = llm.generate(requests, parameters, use_tqdm=False, lora_request=lora)[0]
     if list(output.outputs[0].token_ids) != FORCED:
         raise ValueError(f"decoded {output.outputs[0].token_ids}, not the tokens that were forced")
 

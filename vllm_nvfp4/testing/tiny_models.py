@@ -7,6 +7,7 @@ decoding then means something.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,23 @@ def _config(family: str) -> Any:
     raise ValueError(f"family: found {family!r}; needed one of {', '.join(FAMILIES)}")
 
 
-def build_tokenizer() -> Any:
-    """A byte-level tokenizer without merges: any text is one token per byte, 288 tokens in all."""
+def build_tokenizer(
+    size: int = VOCAB_SIZE, named: Mapping[str, tuple[str, int]] | None = None
+) -> Any:
+    """A byte-level tokenizer without merges: any text is one token per byte.
+
+    size: tokens in all; named: the tokenizer's attribute -> a token that no text has, its number
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    filler = [f"<unused{i}>" for i in range(VOCAB_SIZE - len(special) - len(alphabet))]
-    vocab = {token: i for i, token in enumerate(special + alphabet + filler)}
+    filler = [f"<unused{i}>" for i in range(size - len(special) - len(alphabet))]
+    tokens = special + alphabet + filler
+    for token, number in (named or {}).values():
+        tokens[number] = token
+    vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,6 +145,7 @@ def build_tokenizer() -> Any:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
+        extra_special_tokens={name: token for name, (token, _) in (named or {}).items()},
     )
 
 
