@@ -139,6 +139,8 @@ def test_dequantised_twin_is_the_model_that_was_quantised(tmp_path, name):
     folder = extract_fixture(name, tmp_path)
     twin = dequantized_state_dict(folder)
     model = build_model(name.rpartition("-")[2])
+    layers = read_config(folder)[0]["num_hidden_layers"]
+    model.model.layers = model.model.layers[:layers]
     reference = model.state_dict()
     assert set(twin) == set(reference) - ({"lm_head.weight"} if "gemma3" in name else set())
     if "awq" not in name:  # AWQ moves factors into the norms, so that single layers differ

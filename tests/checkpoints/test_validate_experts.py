@@ -14,7 +14,7 @@ from vllm_nvfp4.testing.tiny_models import write_model
 
 MODELOPT = "moe_modelopt/nvfp4-qwen3"
 COMPRESSED = "moe_compressed_tensors/mxfp4a16-qwen2"
-EXPERTS = "model.layers.1.mlp.experts"
+EXPERTS = "model.layers.0.mlp.experts"
 
 
 def refused(folder, pattern):
@@ -36,9 +36,10 @@ def without(prefix):
 @pytest.mark.parametrize("name", [MODELOPT, COMPRESSED])
 def test_real_checkpoints_pass(name, tmp_path):
     folder = extract_fixture(name, tmp_path)
-    inventory = validate(folder, *read_config(folder))
+    config, quantization = read_config(folder)
+    inventory = validate(folder, config, quantization)
     experts = [layer for layer in inventory.layers if ".experts." in layer.name]
-    assert len(experts) == 2 * 4 * 3
+    assert len(experts) == config["num_hidden_layers"] * 4 * 3
     assert {layer.spec.kind for layer in experts} == {LayerKind.MICROSCALED}
 
 

@@ -111,7 +111,8 @@ def write_adapter(plain: Path, folder: Path) -> Path:
 def write_calibrated(sweep: Sweep) -> None:
     """Quantise the model by `--method gptq`. Before any engine of this process; see
     :meth:`Sweep.quantise`."""
-    build_tokenizer().save_pretrained(sweep.plain)
+    if not (sweep.plain / "tokenizer.json").exists():
+        build_tokenizer().save_pretrained(sweep.plain)
     sweep.quantise_folder(sweep.plain, sweep.work / "gptq", ROAD, *_CALIBRATED)
 
 
