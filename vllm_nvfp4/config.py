@@ -35,7 +35,7 @@ from vllm_nvfp4.checkpoints.spec import (
     fold,
     fused_layer_spec,
 )
-from vllm_nvfp4.compat import cpu_experts, model_weights, places, versions
+from vllm_nvfp4.compat import model_weights, places, versions
 from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
@@ -43,6 +43,7 @@ from vllm_nvfp4.layers.cut import cut_biases
 from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_method
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.experts_loading import ExpertLoading
+from vllm_nvfp4.layers.experts_plain import plain_experts_method
 from vllm_nvfp4.layers.keep import Kept, keep_towers, plain_method, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
@@ -173,26 +174,6 @@ class NvFp4Config(QuantizationConfig):
         """The files' modules that a layer, fused or not, is made of."""
         return self.census.found(name, self.fused) if self.census is not None else frozenset()
 
-    def learn_names(self, mappers: Sequence[tuple[str, Any]]) -> None:
-        """Take the names that parts of the model have for the files' modules."""
-        if self.census is not None:
-            for part, mapper in mappers:
-                self.census.rename_within(part, mapper)
-
-    def belongs_elsewhere(
-        self, prefix: str, name: str, mappers: Sequence[tuple[str, Any]], is_draft: bool
-    ) -> bool:
-        """Whether the files mean another layer by a layer's prefix, or none, and it by its name.
-
-        mappers: see :meth:`learn_names`
-        """
-        if self.census is None or self.census.named(prefix, self.fused):
-            return False
-        if is_draft and self.found(prefix):  # in its target's files, whose layers have such names
-            return False
-        self.learn_names(mappers)
-        return bool(self.census.named(name, self.fused))
-
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         if places.has_built(self):
             return  # it is applied already
@@ -272,14 +253,12 @@ class NvFp4Config(QuantizationConfig):
             num_weights = 3 * moe.num_logical_experts * moe.hidden_dim * moe.intermediate_size
             self._count(num_weights, LEFT_OUT if stays else None)
         if spec.kind is LayerKind.UNQUANTIZED or stays:
-            cpu_experts.check(layer)
-            return None  # vLLM's own experts
+            return plain_experts_method(layer)
         if self.census is not None:
             if self._expert_loading is None:
                 self._expert_loading = ExpertLoading(self.census)
             if self._expert_loading.plan(layer, prefix, experts, spec):  # widened to 16 bits
-                cpu_experts.check(layer)
-                return None
+                return plain_experts_method(layer)
         return moe_method(self.options, spec, layer, prefix)
 
     def _stored_experts(self, layer: Any, prefix: str, experts: list[list[str]]) -> LayerSpec:

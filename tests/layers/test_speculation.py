@@ -138,7 +138,7 @@ SERVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", ["midlayer.", "layers.0.", "model.layers.0."])
+@pytest.mark.parametrize("stem", ["midlayer.", "layers.0."])
 @pytest.mark.parametrize("form", ["stored", "16 bits"])
 def test_an_eagle_3_draft_with_a_configuration_of_its_own(form, stem, tmp_path):
     """vLLM counts its layers on from the target's, and its files call them otherwise."""

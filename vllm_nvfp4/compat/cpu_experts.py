@@ -32,16 +32,6 @@ def install(methods: Collection[str]) -> None:
     moe_config.__post_init__ = finish_ungated
 
 
-def check(layer: Any) -> None:
-    """Raise vLLM's error for experts without a gate that are left to its own kernels on a CPU."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and not layer.moe_config.is_act_and_mul:
-        raise NotImplementedError(
-            f"{_REFUSAL}=False: vLLM has no kernel on a CPU for 16-bit experts without a gate"
-        )
-
-
 def _is_asked_for(methods: Collection[str]) -> bool:
     from vllm.config import get_current_vllm_config_or_none
 

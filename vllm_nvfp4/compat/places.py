@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_nvfp4.compat import versions
 
 
 @dataclass
@@ -53,7 +55,7 @@ def name_of(config: Any, layer: Any, prefix: str) -> str:
     if not _builds:
         return prefix
     build = _builds[-1]
-    config.learn_names(build.mappers)  # a draft makes itself new ones
+    _learn_names(config, build.mappers)  # a draft makes itself new ones
     name = next(build.names.get(prefix, iter(())), prefix)
     build.asked.append((config, weakref.ref(layer), prefix, config.found(name)))
     return name
@@ -74,12 +76,12 @@ def mappers_of(model: Any) -> Iterator[tuple[str, Any]]:
 def settle(build: _Build, model: Any, is_draft: bool) -> _Build | None:
     """What the model is to be built again by; None where each layer is in its place."""
     names = {id(module): name for name, module in model.named_modules()}
-    mappers = [(name, mapper.get_rename_mapper()) for name, mapper in mappers_of(model) if name]
+    mappers = [(name, versions.rename_mapper(mapper)) for name, mapper in mappers_of(model) if name]
     found: dict[str, list[str]] = defaultdict(list)
     is_moved = False
     for config, reference, prefix, found_then in build.asked:
         name = names.get(id(reference()), prefix)
-        if name == prefix or not config.belongs_elsewhere(prefix, name, mappers, is_draft):
+        if name == prefix or not _belongs_elsewhere(config, prefix, name, mappers, is_draft):
             name = prefix
         found[prefix].append(name)
         is_moved |= config.found(name) != found_then
@@ -88,3 +90,23 @@ def settle(build: _Build, model: Any, is_draft: bool) -> _Build | None:
     known = list({id(config): config for config, *_ in build.asked}.values())
     moved = {prefix: iter(names_of) for prefix, names_of in found.items()}
     return _Build(names=moved, known=known, mappers=mappers)
+
+
+def _belongs_elsewhere(
+    config: Any, prefix: str, name: str, mappers: Sequence[tuple[str, Any]], is_draft: bool
+) -> bool:
+    """Whether the files mean another layer by a layer's prefix, or none, and it by its name."""
+    census, fused = config.census, config.fused
+    if census is None or census.named(prefix, fused):
+        return False
+    if is_draft and config.found(prefix):  # in its target's files, whose layers have such names
+        return False
+    _learn_names(config, mappers)
+    return bool(census.named(name, fused))
+
+
+def _learn_names(config: Any, mappers: Sequence[tuple[str, Any]]) -> None:
+    """Have the config take the names that parts of the model have for the files' modules."""
+    if config.census is not None:
+        for part, mapper in mappers:
+            config.census.rename_within(part, mapper)

@@ -199,6 +199,11 @@ def forget_layers(vllm_config: Any, but: Container[str] = ()) -> None:
     experts[:] = [name for name in experts if name in but]
 
 
+def rename_mapper(mapper: Any) -> Any:
+    """A mapper of weights without what it fuses, which older ones do not say."""
+    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+
+
 def noted_layers(vllm_config: Any) -> frozenset[str]:
     """The names of the layers that are noted in a configuration."""
     compilation = vllm_config.compilation_config
