@@ -15,16 +15,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.checking.report import Finding, Report, from_json
-from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat import cpu_metadata, lean
 from vllm_nvfp4.compat.messages import message_of
 from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
+_LEAN = "--lean"
 _EXPERT = re.compile(r"(\bexperts\.(?:[A-Za-z_]\w*\.)?)\d+(?=\.)")
 
 
@@ -35,15 +37,24 @@ def check(model: Path | str, flags: Sequence[str] = ()) -> Report:
     flags: of `vllm serve`, such as --tensor-parallel-size 2
     Raises ValueError for a model that is nowhere, and for wrong flags.
     """
-    environ = dict(os.environ)
-    cpu_metadata.apply(environ)
-    command = [sys.executable, "-m", "vllm_nvfp4.checking.check", str(model), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env=environ)
-    lines = [line for line in result.stdout.splitlines() if line.startswith('{"schema"')]
-    if result.returncode or not lines:
+    result = _run([_LEAN, str(model), *flags])
+    if not _lines(result) or lean.is_missed(_lines(result)[-1]):
+        result = _run([str(model), *flags])
+    if result.returncode or not (lines := _lines(result)):
         said = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise ValueError(said[-1])
     return from_json(json.loads(lines[-1]))
+
+
+def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environ = dict(os.environ)
+    cpu_metadata.apply(environ)
+    command = [sys.executable, "-m", "vllm_nvfp4.checking.check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
+
+
+def _lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stdout.splitlines() if line.startswith('{"schema"')]
 
 
 def examine(engine_args: Any) -> Report:
@@ -69,16 +80,36 @@ def examine(engine_args: Any) -> Report:
     return found(time.monotonic() - started)
 
 
-def _examine_models(config: Any) -> Callable[[float], Report]:
-    """Build and load the model, and the draft model of speculative decoding if there is one."""
+def load_alone(engine_args: Any) -> Any:
+    """The model that an engine with these arguments would load, as ``load_without_data`` has it."""
+    from vllm.config import set_current_vllm_config
+
+    from vllm_nvfp4.checking.groups import first_of_many
+
+    config = engine_args.create_engine_config()
+    with set_current_vllm_config(config), first_of_many(config.parallel_config):
+        return _load(config, config.quant_config.census.headers())
+
+
+def _load(config: Any, headers: Any) -> Any:
     from vllm.model_executor.model_loader import base_loader
 
+    from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.compat import versions
+
+    def build() -> Any:
+        versions.forget_layers(config)
+        return base_loader.initialize_model(config)  # of the loader: see compat.model_weights
+
+    return load_without_data(build, headers, config.model_config)
+
+
+def _examine_models(config: Any) -> Callable[[float], Report]:
+    """Build and load the model, and the draft model of speculative decoding if there is one."""
     from vllm_nvfp4.checking.draft import draft_of
     from vllm_nvfp4.checking.groups import first_of_many
     from vllm_nvfp4.checking.layers import draft_groups, layer_groups
-    from vllm_nvfp4.checking.load import load_without_data
     from vllm_nvfp4.checking.online import online_layers
-    from vllm_nvfp4.compat import versions
 
     model_config, parallel = config.model_config, config.parallel_config
     census = getattr(config.quant_config, "census", None)
@@ -88,12 +119,8 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
             "or a hub that answers. Download it first: hf download"
         )
 
-    def build() -> Any:
-        versions.forget_layers(config)
-        return base_loader.initialize_model(config)  # of the loader: see compat.model_weights
-
     with first_of_many(parallel):
-        loaded = load_without_data(build, census.headers(), model_config)
+        loaded = _load(config, census.headers())
         groups = tuple(layer_groups(loaded.model))
         errors, unused = list(_errors(loaded)), set(loaded.unused)
         found = [(unused, census)]
@@ -204,6 +231,12 @@ def engine_arguments(model: str, flags: Sequence[str]) -> Any:
     from vllm_nvfp4.options import METHOD_NAME
 
     raise_flag_errors()
+    switched: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): True for flag in flags}
+    kinds = {field.name: field.type for field in fields(EngineArgs)}
+    if all(flag.startswith("--") for flag in flags) and all(
+        kinds.get(name) in (bool, "bool") for name in switched
+    ):  # the parser of all flags takes a second to make
+        return EngineArgs(model=model, quantization=METHOD_NAME, **switched)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-nvfp4 check"))
     args = parser.parse_args(["--model", model, "--quantization", METHOD_NAME, *flags])
     return EngineArgs.from_cli_args(args)
@@ -213,8 +246,13 @@ def main(argv: Sequence[str]) -> int:
     """Print the report on argv's model as one line of JSON; 1 with one line of error."""
     log_errors_alone()
     cpu_metadata.apply()
+    if is_lean := argv[0] == _LEAN:
+        lean.leave_out()
+    model, *flags = argv[is_lean:]
     try:
-        report = examine(engine_arguments(argv[0], argv[1:]))
+        arguments = engine_arguments(model, flags)
+        lean.look_here()
+        report = examine(arguments)
     except (ValueError, OSError) as error:
         print(message_of(error), file=sys.stderr)
         return 1
