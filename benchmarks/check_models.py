@@ -85,6 +85,9 @@ def check(
         if name in WRITERS:
             attempt(name, lambda name: WRITERS[name](sweep))
     for road in roads:
+        if road not in failed:
+            sweep.ask_check(road)
+    for road in roads:
         found = None if road in failed else attempt(road, sweep.measure)
         if found is None:
             continue

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -40,7 +40,7 @@ def layer_groups(model: Any) -> Iterator[LayerGroup]:
         part = _part(module)
         form, path, size = _16_BITS, _BY_VLLM, None
         if part != "other" and (found := _ours(module, part == "experts")):
-            form, path, size = found
+            form, _, path, size = found
         new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for p in new}
         if size is None:
@@ -54,6 +54,15 @@ def layer_groups(model: Any) -> Iterator[LayerGroup]:
         sizes[part, form, path] += size
     for key, count in sorted(counts.items(), key=lambda item: -sizes[item[0]]):
         yield LayerGroup(*key, count, sizes[key])
+
+
+def layer_paths(model: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, format in memory, what runs it) of each layer."""
+    for name, module in model.named_modules():
+        part = _part(module)
+        if part != "other":
+            found = _ours(module, part == "experts")
+            yield (name, found.fmt, found.path) if found else (name, _16_BITS, _BY_VLLM)
 
 
 def draft_groups(model: Any) -> Iterator[LayerGroup]:
@@ -80,20 +89,32 @@ def _part(module: Any) -> str:
     return "linear" if isinstance(module, LinearBase) else "other"
 
 
-def _ours(module: Any, are_experts: bool) -> tuple[str, str, int | None] | None:
-    """(form, path, bytes or None for those of its parameters) of a layer with a method of this
-    plugin's, else None."""
+class _Ours(NamedTuple):
+    """Of a layer with a method of this plugin's.
+
+    form: as stored; fmt: in memory; size: bytes, None for those of its parameters
+    """
+
+    form: str
+    fmt: str
+    path: str
+    size: int | None
+
+
+def _ours(module: Any, are_experts: bool) -> _Ours | None:
+    """None for a layer with another method."""
     method: Any = getattr(module, "quant_method", None)
     spec = getattr(method, "spec", None)
     if spec is None:
         return None
     fmt = getattr(method, "fmt", None) or (spec.fmt.name if spec.fmt else "fp8")
     if hasattr(module, "nvfp4_tied_to"):
-        return describe(spec), "the embedding's weight", 0
+        return _Ours(describe(spec), _16_BITS, "the embedding's weight", 0)
     arch = versions.device_arch()
     device = "cpu" if arch is None else "cuda"
     if spec.kind is LayerKind.WIDENED:
-        return describe(spec), f"{_BY_VLLM}, widened to 16 bits while loading", None
+        path = f"{_BY_VLLM}, widened to 16 bits while loading"
+        return _Ours(describe(spec), _16_BITS, path, None)
     is_stored = spec.kind in (LayerKind.MICROSCALED, LayerKind.FP8)
     if not is_stored and not getattr(method, "uses_meta_device", False):
         return None  # vLLM's own method, with places for strays
@@ -102,14 +123,15 @@ def _ours(module: Any, are_experts: bool) -> tuple[str, str, int | None] | None:
     figures = method.options.a8_variant, paths.gpu_figures(device)
     if are_experts:
         path = paths.describe_experts_path(device, arch, bits, *figures)
-        return form, path, _experts_bytes(module, fmt)
+        return _Ours(form, fmt, path, _experts_bytes(module, fmt))
     is_fp8 = fmt == "fp8"
     bits = 16 if is_fp8 and spec.activation_bits == 16 else bits
     n, k = _shape(module)
     size = held_bytes(n, k, fmt) + extra_bytes(spec, k)
     if (bias := getattr(module, "bias", None)) is not None:
         size += bias.numel() * bias.element_size()
-    return form, paths.describe_path(device, arch, is_fp8, bits, *figures), size
+    path = paths.describe_path(device, arch, is_fp8, bits, *figures)
+    return _Ours(form, fmt, path, size)
 
 
 def _shape(module: Any) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import json
 import shutil
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,14 @@ from typing import Any
 
 import torch
 
+from vllm_nvfp4.testing.agreement import (
+    NO_PICTURES,
+    Layers,
+    ask_check,
+    compare,
+    held_by,
+    quantised_matrices,
+)
 from vllm_nvfp4.testing.architectures import VOCAB_SIZE, Architecture, write_architecture
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import engine
@@ -41,7 +49,7 @@ FORCED_ENGINE: dict[str, Any] = {
     "logits_processors": ["vllm_nvfp4.testing.forced:ForceTokens"],
     "skip_tokenizer_init": True,
     "enable_prefix_caching": False,
-    "limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0},
+    "limit_mm_per_prompt": NO_PICTURES,
     "additional_config": {"nvfp4": {"kv_cache": "keep"}},
 }
 _SAME_ROW = 0.97  # cosine; NVFP4 leaves about 0.995, unrelated rows of 32 are below 0.9
@@ -49,6 +57,7 @@ _SAME_LENGTH = 0.15
 _REASON_CHARS = 240
 # Far above what rounding does, in BF16 too.
 LEAST_CHANGE = 0.2
+Look = Callable[[torch.nn.Module], None] | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,8 @@ class Sweep:
             embed if architecture.kind == "encoder" else partial(serve, media=media)
         )
         self._references: list[tuple[list[torch.Tensor], _Reference]] = []
+        self._told: dict[str, Layers | ValueError] = {}
+        self._shows = media.options() if media else {}
 
     def class_name(self) -> str:
         """The model class that config.json asks for."""
@@ -140,6 +151,21 @@ class Sweep:
             raise ValueError((said.getvalue().strip() or "no message").splitlines()[-1])
         return folder
 
+    def ask_check(self, road: str) -> None:
+        """Keep what `check` says of a road, for ``measure`` to compare with an engine; before any
+        engine of this process."""
+        is_encoder = self.architecture.kind == "encoder"
+        try:
+            found: Any = ask_check(
+                self._folder(road), self.architecture.dtype, is_encoder, **self._shows
+            )
+        except ValueError as error:  # of no account where an engine ends with one too
+            found = error
+        self._told[road] = found
+
+    def _folder(self, road: str) -> Path:
+        return self.plain if road == "online" else self.work / road
+
     def stock_error(self, **options: Any) -> str:
         """Why stock vLLM does not serve the model in 16 bits, in one line; "" where it does.
 
@@ -154,10 +180,16 @@ class Sweep:
     def measure(self, road: str, **options: Any) -> Measured:
         """road: "online", or a dialect that ``quantise`` has written; options: of :func:`serve`.
 
-        Raises ValueError where another picture, or sound, is nothing to the model.
+        Raises ValueError where another picture, or sound, is nothing to the model, and where the
+        engine holds other layers than `check` told.
         """
-        folder = self.plain if road == "online" else self.work / road
+        folder = self._folder(road)
+        layers: dict[str, tuple[str, str]] = {}
+        if road in self._told and not options:
+            options["look"] = lambda model: layers.update(held_by(model))
         answer, held = self._serve(folder, self.architecture.dtype, **options)
+        if layers:
+            compare(self._told[road], layers)
         matrices = held if road == "online" else stored_matrices(folder, self.plain)
         expected = self._reference(matrices)
         share = quantised_share(matrices, self.plain)
@@ -216,12 +248,14 @@ def serve(
     dtype: str,
     adapter: Path | None = None,
     media: Media | None = None,
+    look: Look = None,
     **options: Any,
 ) -> tuple[Forced, list[torch.Tensor]]:
     """(what an engine makes of PROMPT and FORCED, the matrices [N, K] that it holds quantised).
 
     adapter: of LoRA, for the request
     media:   two pictures or sounds are asked about too, each with PROMPT
+    look:    is shown the engine's model
     options: keywords of ``LLM``; quantization=None for stock vLLM. Of several ranks, and with an
              adapter, no matrices are returned.
     """
@@ -237,16 +271,21 @@ def serve(
         answer = replace(alone, shown=tuple(shown))
         if adapter is not None or options.get("tensor_parallel_size", 1) > 1:
             return answer, []
-        return answer, _held_by(llm)
+        return answer, _held_by(llm, look)
 
 
-def _held_by(llm: Any) -> list[torch.Tensor]:
+def _held_by(llm: Any, look: Look) -> list[torch.Tensor]:
     """The matrices of :func:`quantised_matrices` in an engine of this process."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return list(quantised_matrices(executor.driver_worker.worker.model_runner.model))
+    model = executor.driver_worker.worker.model_runner.model
+    if look is not None:
+        look(model)
+    return list(quantised_matrices(model))
 
 
-def embed(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.Tensor]]:
+def embed(
+    folder: Path, dtype: str, look: Look = None, **options: Any
+) -> tuple[Forced, list[torch.Tensor]]:
     """As :func:`serve`, of a model that gives embeddings: [1, H] of PROMPT and of FORCED, in place
     of log-probabilities."""
     defaults: dict[str, Any] = {"dtype": dtype, "runner": "pooling", "max_logprobs": 20}
@@ -256,7 +295,7 @@ def embed(folder: Path, dtype: str, **options: Any) -> tuple[Forced, list[torch.
         one, other = (torch.tensor([output.outputs.embedding]) for output in outputs)
         if one.isnan().any() or other.isnan().any():
             raise RuntimeError("embeddings that are not numbers")
-        return Forced(one, other), _held_by(llm)
+        return Forced(one, other), _held_by(llm, look)
 
 
 def ask_forced(llm: Any, adapter: Path | None = None, request: Any = None) -> Forced:
@@ -291,29 +330,6 @@ def ask_transformers(folder: Path, auto: str) -> Forced:
         logits = model.eval()(torch.tensor([PROMPT + FORCED])).logits[0, :-1].float()
     logprobs = torch.log_softmax(logits, dim=-1)
     return Forced(logprobs[: len(PROMPT) - 1], logprobs[len(PROMPT) - 1 :])
-
-
-def quantised_matrices(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Each matrix [N, K] that the plugin holds in fewer than 16 bits, dequantised, float32."""
-    from vllm_nvfp4.kernels import ops
-    from vllm_nvfp4.kernels.layout import PackedWeight
-    from vllm_nvfp4.layers.weights import experts_of, unpack_weight
-    from vllm_nvfp4.numerics.formats import FORMATS
-
-    layer: Any
-    for layer in model.modules():
-        if hasattr(layer, "nvfp4_shape"):
-            yield unpack_weight(layer).dequantize()
-        elif hasattr(layer, "row_scale"):
-            yield layer.weight.float() * layer.row_scale.float()[:, None]
-        elif hasattr(layer, "nvfp4_intermediate_size") and hasattr(layer, "w13_weight"):
-            inner, hidden = layer.nvfp4_intermediate_size, layer.moe_config.hidden_dim
-            fmt = FORMATS[layer.nvfp4_format]
-            gated = 2 if layer.moe_config.is_act_and_mul else 1
-            for stem, shape in (("w13", (gated * inner, hidden)), ("w2", (hidden, inner))):
-                for codes, block_scale, global_scale in zip(*experts_of(layer, stem), strict=True):
-                    packed = PackedWeight(codes, block_scale, global_scale, *shape, fmt)
-                    yield ops.backend("cpu").unpack_weight(packed).dequantize()
 
 
 def write_twin(folder: Path, matrices: Iterable[torch.Tensor], target: Path) -> int:
