@@ -21,8 +21,8 @@ from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.drafts import hand_on_the_embedding, make_predictable
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.model_sweep import PROMPT, Measured, Sweep, serve, stored_matrices
-from vllm_nvfp4.testing.model_sweep import write_twin as write_dequantised
 from vllm_nvfp4.testing.tiny_models import build_tokenizer
+from vllm_nvfp4.testing.twin import write_twin as write_dequantised
 
 ROAD = "modelopt"
 RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
