@@ -279,7 +279,7 @@ def test_what_vllm_builds_without_quantisation_is_in_the_table():
 
 
 @pytest.mark.checks_written
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm47_flash", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm47_flash", "qwen3_vl_moe", "whisper"])
 def test_vllm_has_a_place_for_every_tensor(models, tmp_path, capfd, family):
     target = tmp_path / "out"
     assert main(["quantize", str(models(family)), "-o", str(target), "--method", "rtn"]) == 0
