@@ -85,11 +85,11 @@ def scores_of(model: Any, samples: Any, reference: list[Any] | None) -> tuple[An
     return Scores(**fields), states
 
 
-def compared(scores: Any, base: Any) -> dict[str, float]:
-    """The quality columns of a row."""
-    from vllm_nvfp4.quality.statistics import text_rows
+def compared(scores: Any, base: Any, block: int | None = None) -> dict[str, float]:
+    """The quality columns of a row. block: as in statistics.text_rows"""
+    from vllm_nvfp4.quality.statistics import BLOCK, text_rows
 
-    rows = {row.metric: row for row in text_rows(scores, base)}
+    rows = {row.metric: row for row in text_rows(scores, base, block=block or BLOCK)}
     ratio, kl = rows["perplexity, %"], rows["KL, mean"]
     return {
         "ppl": rows["perplexity"].value,
@@ -145,8 +145,8 @@ def stored_matches(folder: Path, method: str, model: Path) -> bool:
 
 
 def texts_of(args: argparse.Namespace, calibration: Path, others: slice = slice(1, None, 2)) -> Any:
-    """The tokens that every model is scored on, [eval_samples, length], of every second article;
-    ``others`` are written to the file ``calibration``."""
+    """The tokens that every model is scored on, [eval_samples, length], of every second article,
+    all there are with 0 samples; ``others`` are written to the file ``calibration``."""
     import torch
     from transformers import AutoTokenizer
 
@@ -154,6 +154,7 @@ def texts_of(args: argparse.Namespace, calibration: Path, others: slice = slice(
     calibration.write_text("\n\n".join(texts[others]))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenizer("\n\n".join(texts[::2]), verbose=False).input_ids
+    args.eval_samples = args.eval_samples or len(tokens) // args.length
     return torch.tensor(tokens[: args.eval_samples * args.length]).view(-1, args.length)
 
 

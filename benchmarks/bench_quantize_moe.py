@@ -11,9 +11,10 @@ quantised, or for comparison the MLPs of the same layers of MODEL: weights only,
 dequantised in float32; every calibrated method sees the same tokens. llm-compressor
 shows each expert all tokens (`all`, its default) or those routed to it (`routed`). ppl_ratio and kl
 are against the model in 16 bits; over_gptq is the perplexity over that of our gptq on the same
-model, paired by token; *_se are standard errors by a bootstrap over blocks of tokens. cpu_s is the
+model, paired by token; *_se are standard errors by a bootstrap over whole windows. cpu_s is the
 CPU time of all threads, of a peer's without the imports. DIR keeps checkpoints and scores: a run
-that was stopped goes on.
+that was stopped goes on. `--eval-samples 0`, the default, scores all there is; the layers before
+the first mixture, which no method changes, are run once for all models.
 """
 
 from __future__ import annotations
@@ -52,43 +53,119 @@ FIELDS = (
 )
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(args: argparse.Namespace, samples: Any) -> Iterator[dict[str, Any]]:
     import torch
 
     from vllm_nvfp4.testing.engine import plain_model, reference_model
 
-    samples = bench_quantize_peers.prepare(args, make_upcycled_moe.CALIBRATION)
+    first = json.loads((args.model / "config.json").read_text())["first_k_dense_replace"]
     for kind, folder in (("moe", args.model), ("dense", args.dense)):
         runs = [run for run in RUNS if run[0] == kind and is_asked(args, run)]
         if folder is None or not runs:
             continue
         asked = copy.copy(args)
         asked.model, asked.moe = folder, args.model
-        load = lambda folder=folder: plain_model(folder, torch.float32)  # noqa: E731
-        base, reference = scored(args.work / f"{kind}.pt", load, samples, None)
-        yield {"model": kind, "maker": "16 bits", **compared(base, base, base)}
-        best: Any = None
-        for _, maker, method, tokens in runs:
-            target = args.work / "-".join(filter(None, (kind, maker, method, tokens)))
+        targets = {}
+        for run in runs:
+            _, maker, method, tokens = run
+            target = args.work / "-".join(filter(None, run))
             extra = options(asked, kind, maker, tokens)
             seconds = bench_quantize_peers.make(asked, maker, method, target, extra)
-            load = lambda target=target: reference_model(target, torch.float32)  # noqa: E731
-            scores, _ = scored(target.with_suffix(".pt"), load, samples, reference)
-            best = best or scores
-            names = {"model": kind, "maker": maker, "method": method, "tokens": tokens}
-            yield {**names, **compared(scores, base, best), "cpu_s": seconds}
+            targets[run] = target, seconds
+        models: dict[Path, Callable[[], Any]] = {
+            args.work / kind: lambda folder=folder: plain_model(folder, torch.float32)
+        }
+        for target, _ in targets.values():
+            models[target] = lambda target=target: reference_model(target, torch.float32)
+        base, *scores = scored(models, first, samples, args.work / "before")
+        yield {"model": kind, "maker": "16 bits", **compared(base, base, base, args.length)}
+        for (run, (_, seconds)), of_run in zip(targets.items(), scores, strict=True):
+            names = dict(zip(("model", "maker", "method", "tokens"), run, strict=True))
+            quality = compared(of_run, base, scores[0], args.length)
+            yield {**names, **quality, "cpu_s": seconds}
 
 
-def scored(path: Path, load: Callable[[], Any], samples: Any, reference: Any) -> tuple[Any, Any]:
-    """What bench_quantize.scores_of gives of a model, kept in a file."""
+def run_layers(model: Any, part: slice, **inputs: Any) -> Any:
+    """The hidden states behind some of a model's layers; behind the last one, through its norm."""
+    import torch
+
+    decoder = model.get_decoder()
+    layers, norm = decoder.layers, decoder.norm
+    decoder.layers = layers[part]
+    if part.stop is not None:
+        decoder.norm = torch.nn.Identity()
+    try:
+        return decoder(**inputs, use_cache=False).last_hidden_state
+    finally:
+        decoder.layers, decoder.norm = layers, norm
+
+
+def state_before(path: Path, model: Any, first: int, tokens: Any) -> Any:
+    """What goes into layer ``first``, [1, length, hidden size], kept in a file: alike in all
+    models, since no layer before it is quantised."""
     import torch
 
     if not path.is_file():
-        made = bench_quantize.scores_of(load(), samples, reference)
-        torch.save(made, path.with_suffix(".part"))
+        path.parent.mkdir(exist_ok=True)
+        state = run_layers(model, slice(0, first), input_ids=tokens[None])
+        torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
-    found: tuple[Any, Any] = torch.load(path, weights_only=False)
-    return found
+    return torch.load(path)
+
+
+def scored(
+    models: dict[Path, Callable[[], Any]], first: int, samples: Any, before: Path
+) -> list[Any]:
+    """The Scores of each model against the first, window by window and all models on one, kept in
+    files; a run that was stopped goes on behind the last window that they have."""
+    import numpy as np
+    import torch
+
+    from vllm_nvfp4.quality.engine import Scores
+    from vllm_nvfp4.quality.recorder import score
+
+    found = {path: scores_of(path) for path in models}
+    lacking = [p for p in models if len(found[p]) < len(samples)]
+    done = min((len(found[p]) for p in lacking), default=len(samples))
+    base = next(iter(models))
+    loaded = {p: models[p]() for p in dict.fromkeys((base, *lacking))} if lacking else {}
+    for i in range(done, len(samples)):
+        with torch.inference_mode():
+            theirs = None
+            state = state_before(before / f"{i}.pt", loaded[base], first, samples[i])
+            for path, model in loaded.items():
+                hidden = run_layers(model, slice(first, None), inputs_embeds=state)
+                if i == done:
+                    check_whole(path, model, samples[i], hidden)
+                logits = model.get_output_embeddings()(hidden[0, :-1])
+                theirs = logits if theirs is None else theirs
+                if path in lacking:
+                    found[path][i:] = [score(logits, samples[i, 1:], theirs)]
+        if i % 16 == 15 or i == len(samples) - 1:
+            for path in lacking:
+                scores_file(path).write_text(json.dumps(found[path]))
+    names = ("nll", "kl", "same")
+    return [
+        Scores(**{n: np.array([window[n] for window in found[p][: len(samples)]]) for n in names})
+        for p in models
+    ]
+
+
+def scores_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.scores.json")
+
+
+def scores_of(path: Path) -> list[dict[str, list[float]]]:
+    """Of the windows that were scored already."""
+    file = scores_file(path)
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def check_whole(path: Path, model: Any, tokens: Any, hidden: Any) -> None:
+    """That a model as a whole computes what its last layers make of the common states."""
+    whole = model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
+    if (whole - hidden).abs().max() > 1e-3 * whole.abs().max():
+        raise SystemExit(f"{path}: a layer before the first mixture is not the source's")
 
 
 def options(args: argparse.Namespace, kind: str, maker: str, tokens: str) -> list[str]:
@@ -108,17 +185,17 @@ def is_asked(args: argparse.Namespace, run: tuple[str, str, str, str]) -> bool:
     return method in args.methods and (maker == "vllm-nvfp4" or getattr(args, maker) is not None)
 
 
-def compared(scores: Any, base: Any, best: Any) -> dict[str, Any]:
+def compared(scores: Any, base: Any, best: Any, length: int) -> dict[str, Any]:
     """The quality columns of a row."""
-    found: dict[str, Any] = bench_quantize.compared(scores, base)
-    beside = bench_quantize.compared(scores, best)
+    found: dict[str, Any] = bench_quantize.compared(scores, base, length)
+    beside = bench_quantize.compared(scores, best, length)
     found |= {"over_gptq": beside["ppl_ratio"], "over_gptq_se": beside["ppl_ratio_se"]}
     return {**found, "finite": math.isfinite(found["ppl"])}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    bench_quantize.add_text_arguments(parser, eval_samples=8)
+    bench_quantize.add_text_arguments(parser, eval_samples=0)
     parser.add_argument("--dense", type=Path, help="the model that MOE was made of")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--llmcompressor", type=Path, help="its environment's Python")
@@ -130,9 +207,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    samples = bench_quantize_peers.prepare(args, make_upcycled_moe.CALIBRATION)
     notes = [*common.header(), *bench_quantize_peers.peer_versions(args)]
     notes += bench_quantize.text_notes(args, "every fourth article of the same wheel")
-    rows = common.write_rows(args.csv, notes, FIELDS, measure(args))
+    rows = common.write_rows(args.csv, notes, FIELDS, measure(args, samples))
     return 0 if all(row["finite"] for row in rows) else 1
 
 

@@ -126,12 +126,13 @@ def test_an_engine_that_ends_leaves_its_log(capfd):
     assert not log.path.exists()
 
 
-def test_standard_error_is_that_of_independent_blocks():
+@pytest.mark.parametrize("block", [BLOCK, 4 * BLOCK])
+def test_standard_error_is_that_of_independent_blocks(block):
     generator = np.random.default_rng(0)
     # Constant within a block: the worst case of dependence, and its error is known.
-    blocks = generator.normal(2.0, 0.5, (40, 4))
-    nll = blocks.repeat(BLOCK, axis=1)
-    row = text_rows(Scores(nll), None)[0]
+    blocks = generator.normal(2.0, 0.5, (40, 4 * BLOCK // block))
+    nll = blocks.repeat(block, axis=1)
+    row = text_rows(Scores(nll), None, block=block)[0]
     expected = np.exp(nll.mean()) * blocks.std(ddof=1) / np.sqrt(blocks.size)
     assert row.standard_error == pytest.approx(expected, rel=0.1)
 

@@ -33,9 +33,12 @@ class Row:
     standard_error: float | None
 
 
-def text_rows(scores: Scores, reference: Scores | None, seed: int = 0) -> list[Row]:
-    """The rows that a text gives. Without a reference the perplexity alone."""
-    blocks = _Blocks(scores.nll.shape, seed)
+def text_rows(
+    scores: Scores, reference: Scores | None, seed: int = 0, block: int = BLOCK
+) -> list[Row]:
+    """The rows that a text gives. Without a reference the perplexity alone. block: tokens that are
+    drawn together"""
+    blocks = _Blocks(scores.nll.shape, seed, block)
     ppl, ppl_draws = _perplexity(blocks, scores.nll)
     if reference is None or scores.kl is None or scores.same is None:
         return [Row("perplexity", None, ppl, None, _deviation(ppl_draws))]
@@ -73,10 +76,10 @@ def _deviation(draws: np.ndarray) -> float:
 class _Blocks:
     """Blocks of consecutive tokens of each window, and how often each resample has them."""
 
-    def __init__(self, shape: tuple[int, ...], seed: int) -> None:
+    def __init__(self, shape: tuple[int, ...], seed: int, block: int) -> None:
         windows, length = shape
-        per_window = -(-length // BLOCK)
-        within = np.minimum(np.arange(length) // BLOCK, per_window - 1)
+        per_window = -(-length // block)
+        within = np.minimum(np.arange(length) // block, per_window - 1)
         self._of_token = (np.arange(windows)[:, None] * per_window + within).ravel()
         count = windows * per_window
         self._sizes = np.bincount(self._of_token, minlength=count)
