@@ -47,7 +47,9 @@ def _no_check_of_what_is_written(request, monkeypatch):
     """`quantize` asks vLLM about each checkpoint, in a process of its own that imports it: once for
     each family, in the tests that are marked so."""
     if not request.node.get_closest_marker("checks_written"):
-        monkeypatch.setattr("vllm_nvfp4.cli._quantize_check.check_written", lambda *_: None)
+        module = "vllm_nvfp4.cli._quantize_check"
+        monkeypatch.setattr(f"{module}.check_written", lambda *_: None)
+        monkeypatch.setattr(f"{module}.without_plain", lambda _, table, kept, say: (table, kept))
 
 
 @functools.cache

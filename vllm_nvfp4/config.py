@@ -201,6 +201,8 @@ class NvFp4Config(QuantizationConfig):
             has_scales = self.dialect.kv_cache.dtype is not None
             has_scales |= self.census is not None and self.census.has_kv_scales
             return kv_cache.kv_cache_method(self, has_scales)
+        if isinstance(layer, VocabParallelEmbedding):  # lm_head's class too
+            layer.nvfp4_is_asked = True  # type: ignore[assignment]
         if isinstance(layer, ParallelLMHead):
             prefix = prefix or "lm_head"
             return lm_head_method(self.vocabulary, self.lm_head_spec(prefix), prefix)

@@ -72,9 +72,28 @@ def test_a_stack_of_which_nothing_is_quantised_stays_one(tmp_path):
     assert measured.deviation < measured.tolerance
 
 
+@pytest.mark.checks_written
+@pytest.mark.parametrize(("family", "is_plain"), [("gpt-oss", True), ("qwen3", False)])
+def test_formats_are_for_what_vllm_s_class_quantises(family, is_plain, tmp_path, capfd):
+    """gpt-oss has an lm_head and an embedding that ask no quantization config."""
+    sweep = Sweep(ARCHITECTURES[family], tmp_path, main)
+    build_tokenizer().save_pretrained(sweep.plain)
+    out = tmp_path / "out"
+    arguments = ["quantize", str(sweep.plain), "-o", str(out), "--method", "rtn"]
+    assert main([*arguments, "--target-bits", "5", "--embedding"]) == 0
+    said = "".join(capfd.readouterr())
+    assert ("builds them without quantisation" in said) is is_plain
+    tables = ("lm_head.weight", "model.embed_tokens.weight")
+    headers = read_headers(out)
+    assert {headers[name].dtype == "BF16" for name in tables} == {is_plain}
+    measured = sweep.measure("out")
+    assert measured.deviation < measured.tolerance
+
+
 ENCODERS = {
     "BertModel": "BertConfig",
     "RobertaModel": "RobertaConfig",
+    "XLMRobertaModel": "XLMRobertaConfig",
     "ModernBertModel": "ModernBertConfig",
 }
 PROMPTS = [[1, 5, 17, 40, 3, 99, 2], [1, 200, 31, 2]]

@@ -18,6 +18,7 @@ from vllm_nvfp4.checkpoints.online import LEFT_OUT
 from vllm_nvfp4.checkpoints.online_layers import (
     BY_VLLM,
     NO_LINEAR_LAYER,
+    PLAIN_TABLES,
     TABLES,
     OnlineLayers,
     layer_key,
@@ -45,7 +46,7 @@ def _why_kept(module: Any, leaf: str) -> str | None:
     if "bias" in leaf:
         return NO_LINEAR_LAYER
     if isinstance(module, VocabParallelEmbedding):
-        return TABLES
+        return TABLES if getattr(module, "nvfp4_is_asked", False) else PLAIN_TABLES
     is_linear = isinstance(module, LinearBase) or versions.is_moe_layer(module)
     method = getattr(module, "quant_method", None)
     if is_linear and getattr(method, "uses_meta_device", False):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm_nvfp4.checkpoints.model_class import ModelClass
 
 TABLES = "embeddings"
+# The same, where vLLM's class asks no quantization config: whatever is stored is widened.
+PLAIN_TABLES = "embeddings that vLLM builds without quantisation"
 NO_LINEAR_LAYER = "no linear layers"
 BY_VLLM = "vLLM's model"
 BY_CLASS, BY_NAMES = "transformers' class", "names alone"
@@ -57,7 +59,8 @@ class OnlineLayers:
         key = layer_key(record.name)
         if record.spec.kind is not LayerKind.ONLINE or key in self.quantised:
             return record
-        part = EMBEDDING if self.kept.get(key) == TABLES else record.part
+        is_table = self.kept.get(key) in (TABLES, PLAIN_TABLES)
+        part = EMBEDDING if is_table else record.part
         return replace(record, spec=UNQUANTIZED, part=part)
 
 

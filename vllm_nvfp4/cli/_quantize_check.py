@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from vllm_nvfp4.checkpoints.online_layers import PLAIN_TABLES, layer_key
+from vllm_nvfp4.checkpoints.source import Kept, Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat.messages import message_of
 
@@ -41,6 +44,33 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
         "The checkpoint is written and has not got its name; the same command with --no-check "
         "gives it that. Please report the model.",
     )
+
+
+def without_plain(
+    source: Source, vocabulary: Sequence[str], kept: Sequence[Kept], say: Callable[[str], None]
+) -> tuple[list[str], list[Kept]]:
+    """(Those of lm_head's and the embedding's weights that a format can be chosen for; ``kept``,
+    with the reason of the others): what vLLM's class of the model builds without quantisation is
+    served in 16 bits however it is stored, and stock vLLM does not load it.
+
+    say: prints a line where vLLM cannot be asked; then they all can
+    """
+    try:
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("it is not installed here")
+        from vllm_nvfp4.checking.check import check
+
+        report = check(source.folder)
+        if report.errors:
+            raise ValueError(str(report.errors[0]))
+    except ValueError as error:
+        listed = " and ".join(sorted(vocabulary))
+        say(f"vLLM is not asked whether its class of the model quantises {listed}: {error}")
+        return [*vocabulary], [*kept]
+    plain = {n for n in vocabulary if report.kept.get(layer_key(n)) == PLAIN_TABLES}
+    reason = f"vLLM's {report.architecture} builds them without quantisation"
+    told = [replace(k, reason=reason) if k.name in plain else k for k in kept]
+    return [n for n in vocabulary if n not in plain], told
 
 
 def transformers_line(folder: Path) -> str:

@@ -293,6 +293,7 @@ def _quantize(
     from vllm_nvfp4.checkpoints.source import Source
     from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
+    from vllm_nvfp4.cli._quantize_check import without_plain
     from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
     from vllm_nvfp4.cli._quantize_source import gguf_folder, source_folder
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
@@ -313,9 +314,12 @@ def _quantize(
         arguments |= {"target_bits": args.target_bits, "max_kl": args.max_kl, "seed": args.seed}
     vocabulary = source.vocabulary(args.embedding) if is_measured else []
     linear, kept = source.quantizable(args.ignore, args.towers)
-    chosen = linear.union(vocabulary)
 
     with step(TITLE, sys.stderr) as current:
+        if vocabulary and not args.no_check:
+            current.begin("Asking vLLM's class of the model")
+            vocabulary, kept = without_plain(source, vocabulary, kept, current.say)
+        chosen = linear.union(vocabulary)
         precision = _precision(args, source, method, calibration, current)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
         quantizer: Any = DataFree(method)
