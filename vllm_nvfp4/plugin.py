@@ -163,6 +163,8 @@ def _patch_engine_args() -> None:
             self.quantization is None and Options.resolve(self.additional_config).auto
         )
         token, outer = _asked.set(asked), _additional_config.set(self.additional_config)
+        if asked:
+            _patch_positions()
         try:
             model_config = create_model_config(self)
             if asked:
@@ -174,6 +176,28 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
+
+
+def _patch_positions() -> None:
+    """Take an XLM-RoBERTa whose config.json does not say what its positions are.
+
+    transformers 5 writes no position_embedding_type, since it has absolute ones alone, and vLLM
+    asks for it without a default (its own class of the model has one).
+    """
+    from vllm.model_executor.models import config as of_models
+
+    rules: Any = getattr(of_models, "JinaRobertaModelConfig", None)
+    verify = getattr(rules, "verify_and_update_model_config", None)
+    if verify is None or hasattr(verify, "__wrapped__"):
+        return
+
+    @functools.wraps(verify)
+    def verify_with_default(model_config: Any) -> None:
+        if not hasattr(model_config.hf_config, "position_embedding_type"):
+            model_config.hf_config.position_embedding_type = "absolute"
+        verify(model_config)
+
+    rules.verify_and_update_model_config = staticmethod(verify_with_default)
 
 
 def _leave_out_prefix_caching(engine_args: Any, model_config: Any) -> None:

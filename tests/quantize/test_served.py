@@ -4,17 +4,21 @@ against stock vLLM on the same weights dequantised."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from families import SIZES
+from safetensors.torch import save_file
 
 from vllm_nvfp4.checkpoints.headers import read_headers
 from vllm_nvfp4.checkpoints.quantizer import DataFree
 from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.testing.architectures import ARCHITECTURES
+from vllm_nvfp4.testing.checkpoints import edit_json
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.model_sweep import Sweep, stored_matrices, write_twin
 from vllm_nvfp4.testing.tiny_models import build_tokenizer
@@ -116,6 +120,10 @@ def write_encoder(folder: Path, name: str) -> Path:
 
 
 def embeddings(folder: Path, **options) -> torch.Tensor:
+    if options.get("quantization", "nvfp4") is None:  # what stock vLLM asks an XLM-RoBERTa for
+        edit_json(
+            folder / "config.json", lambda c: c.setdefault("position_embedding_type", "absolute")
+        )
     with engine(folder, runner="pooling", dtype="float32", **options) as llm:
         prompts = [{"prompt_token_ids": p} for p in PROMPTS]
         return torch.tensor([o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)])
@@ -136,3 +144,43 @@ def test_embeddings_are_those_of_the_dequantised_weights(name, dialect, tmp_path
     before = embeddings(plain, quantization=None)
     assert (found - expected).abs().max() < 1e-4
     assert (found - before).abs().max() > 0.01
+
+
+def add_parts(folder: Path) -> None:
+    """Make an encoder a sentence encoder: mean of the tokens, then a projection."""
+    names = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(names.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name in [*names][1:]:
+        (folder / name).mkdir()
+    pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    dense = {"in_features": 64, "out_features": 48, "bias": False}
+    dense["activation_function"] = "torch.nn.modules.linear.Identity"
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) / 8
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+
+
+def test_the_parts_of_a_sentence_encoder_go_along(tmp_path):
+    """Without them vLLM takes the first token's state, of another size, without a word."""
+    plain = write_encoder(tmp_path / "plain", "XLMRobertaModel")
+    without = embeddings(plain, quantization=None)
+    add_parts(plain)
+    for copy in ("onnx", ".cache"):
+        (plain / copy).mkdir()
+        (plain / copy / "model.onnx").write_bytes(b"other form")
+    (plain / "tf_model.h5").write_bytes(b"other form")
+    target = tmp_path / "out"
+    assert main(["quantize", str(plain), "-o", str(target), "--method", "rtn"]) == 0
+    assert not [*target.rglob("*.onnx"), *target.rglob("*.h5"), *target.rglob(".cache")]
+    twin = tmp_path / "twin"
+    write_twin(plain, stored_matrices(target, plain), twin)
+    for part in ("1_Pooling", "2_Dense"):
+        shutil.copytree(plain / part, twin / part)
+    found = embeddings(target)
+    assert found.shape[1] == 48 != without.shape[1]
+    assert (found - embeddings(twin, quantization=None)).abs().max() < 1e-4

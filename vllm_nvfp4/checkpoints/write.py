@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from vllm_nvfp4.checkpoints.written import (
 
 INDEX_NAME = "model.safetensors.index.json"
 # Rewritten here, or read by other tools only; every other file goes along as it is.
-_NOT_COPIED = ("*.safetensors", INDEX_NAME, "config.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+_NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.bin.index.json"),
+    *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
+)
 # Headers, config and tokenizer beside the weights.
 _SPARE_BYTES = 64 << 20
 
@@ -315,6 +318,25 @@ class _Job:
             found = stored.config(list(ignored))
         config["quantization_config"] = found
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in self.source.folder.iterdir():
-            if path.is_file() and not matches(path.name, _NOT_COPIED):
-                shutil.copyfile(path, self.folder / path.name)
+        for path in _companions(self.source.folder):
+            target = self.folder / path.relative_to(self.source.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    """The files that go along: tokenizer, templates, processors, and of folders below what is no
+    copy of the model in another form. The parts of a sentence encoder that modules.json lists, its
+    pooling and last projections, are loaded by engines as they are, weights too."""
+    try:
+        listed = json.loads((folder / "modules.json").read_text())
+        listed = listed["modules"] if isinstance(listed, dict) else listed
+        parts = {str(Path(m["path"])) for m in listed if m["path"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        parts = set()
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        is_part = not parts.isdisjoint(map(str, inner.parents))
+        is_hidden = any(name.startswith(".") for name in inner.parts[:-1])
+        if path.is_file() and not is_hidden and (is_part or not matches(path.name, _NOT_COPIED)):
+            yield path
