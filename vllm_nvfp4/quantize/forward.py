@@ -22,6 +22,7 @@ import torch
 from vllm_nvfp4.checkpoints.model_class import BLOCK, ExpertPlace, ModelClass
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.quantize.head import Head
+from vllm_nvfp4.quantize.row_counts import FewRowCounts
 
 _NEEDED = "a decoder that transformers builds with one module for each stored layer"
 _REMEDY = "Use --method mse, which needs no forward pass."
@@ -264,7 +265,7 @@ class LayerwiseModel:
         args, options = self._calls[index]
         if cache is not None:
             options = options | {"past_key_values": cache, "use_cache": True}
-        with torch.inference_mode():
+        with torch.inference_mode(), FewRowCounts():
             output = layer(hidden.to(self._device), *args, **options)
         return (output[0] if isinstance(output, tuple) else output).cpu()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_nvfp4.quantize.row_counts import with_zero_rows
+
 # Tokens whose float32 copy is in memory at a time.
 _TOKENS = 4096
 # Columns of a symmetric product that are computed together with all that are not to their left.
@@ -39,5 +41,5 @@ def difference_moment(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torc
     parts = (t.split(_TOKENS) for t in (a, b, x))
     for theirs, mine, inputs in zip(*parts, strict=True):
         difference = theirs.to(inputs.device).float() - mine.to(inputs.device).float()
-        total += difference.to(inputs.dtype).T @ inputs
+        total += with_zero_rows(difference.to(inputs.dtype)).T @ with_zero_rows(inputs)
     return total.div_(len(x))
