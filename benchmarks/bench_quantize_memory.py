@@ -11,14 +11,22 @@ search over the scales of every layer takes long on few cores, and takes the sam
 peak_rss_mib counts the pages of the mapped source file that happen to be in memory, which the
 system takes back when it needs to; peak_anonymous_mib is what the process holds beside files.
 match: layer 0's o_proj is bit for bit what the definition of the method gives.
+
+    python benchmarks/bench_quantize_memory.py --said MODEL... --csv FILE
+
+is another question: the memory that the command says before it begins (said_mib) beside the peak
+that it had (peak_rss_mib), for methods with and without a text. MODEL is a folder of 16-bit
+safetensors; match: the two are within 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -32,6 +40,9 @@ import common
 import make_random_checkpoint
 import torch
 
+SAID_FIELDS = ("model", "method", "samples", "said_mib", "peak_rss_mib", "said_over_peak", "match")
+_SAID_SAMPLES = {"rtn": (0,), "mse": (0,), "hessian": (8,), "gptq": (8, 16)}
+_MOST_WRONG = 0.05
 FIELDS = (
     *("model", "method", "layers", "linear_weights", "source_mib", "peak_rss_mib"),
     *("peak_anonymous_mib", "cpu_seconds", "wall_seconds", "match"),
@@ -74,10 +85,10 @@ def write_source(shape: Any, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def quantize(source: Path, target: Path, method: str) -> dict[str, float]:
+def quantize(source: Path, target: Path, method: str, *options: str) -> dict[str, float]:
     """Run the command, and watch its memory every 20 ms."""
     command = [sys.executable, "-m", "vllm_nvfp4.cli.main", "quantize", "--no-check", str(source)]
-    command += ["-o", str(target), "--method", method]
+    command += ["-o", str(target), "--method", method, *options]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(common.ROOT)}
     peaks = {"VmHWM": 0, "RssAnon": 0}
@@ -91,10 +102,13 @@ def quantize(source: Path, target: Path, method: str) -> dict[str, float]:
                     peaks[name] = max(peaks[name], int(rest.split()[0]))
             time.sleep(0.02)
         log.seek(0)
+        lines = log.read()
         if process.returncode:
-            raise SystemExit(log.read())
+            raise SystemExit(lines)
+    said = re.search(r"^memory: about (\d+) MiB", lines, re.M)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
+        "said_mib": float(said[1]) if said else float("nan"),
         "peak_rss_mib": peaks["VmHWM"] / 1024,
         "peak_anonymous_mib": peaks["RssAnon"] / 1024,
         "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
@@ -141,6 +155,18 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
+def measure_said(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for model, (method, counts) in itertools.product(args.said, _SAID_SAMPLES.items()):
+        for count in counts:
+            options = ["--samples", str(count)] if count else []
+            with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+                found = quantize(model, Path(temporary) / method, method, *options)
+            share = found["said_mib"] / found["peak_rss_mib"]
+            names = {"model": model.name, "method": method, "samples": count}
+            is_near = abs(share - 1) <= _MOST_WRONG
+            yield {**names, **found, "said_over_peak": f"{share:.3f}", "match": is_near}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     models = [name for name in make_random_checkpoint.FAMILIES if name.endswith("8B")]
@@ -148,10 +174,16 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=("rtn", "mse"), default=("rtn", "mse"))
     parser.add_argument("--layers", type=int, help="decoder layers; default: the model's own")
     parser.add_argument("--mse-layers", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, required=True, help="folder with 16 GB free")
+    parser.add_argument("--said", type=Path, nargs="+", metavar="MODEL", help="see above")
+    parser.add_argument("--scratch", type=Path, help="folder with 16 GB free")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = common.write_rows(args.csv, common.header(), FIELDS, measure(args), digits=".0f")
+    fields, found = FIELDS, measure(args)
+    if args.said:
+        fields, found = SAID_FIELDS, measure_said(args)
+    elif args.scratch is None:
+        parser.error("--scratch: needed without --said")
+    rows = common.write_rows(args.csv, common.header(), fields, found, digits=".0f")
     return 0 if all(row["match"] for row in rows) else 1
 
 

@@ -29,6 +29,9 @@ _WIDE, _HIDDEN = 3, 8
 # The busiest expert's share of a layer's tokens, over the mean's; bytes of the mask by which
 # transformers' experts find their tokens, for each token, choice and expert.
 _BUSY, _MASK = 3, 8
+# What 16-bit products keep of each shape that they meet (row_counts.py), libraries once they are
+# first used, and the gaps between what a layer frees.
+_FIRST_USE_BYTES = 64 << 20
 # Where formats are chosen: transformers with a model's code; float32 copies of lm_head or the
 # embedding while it is read, and while it is rounded; copies of a fused layer with its changes;
 # of one sample's logits.
@@ -71,7 +74,7 @@ def calibrated_bytes(
             states += itemsize * int(2 * expert) + _MASK * chosen * (experts + 1)
         rounding = max(_WEIGHT_COPIES * n * k + _MOMENT_COPIES * k * k for n, k in fused)
         most = max(most, itemsize * size + 4 * rounding + num_tokens * states)
-    return max(most, data_free_bytes(source, units))
+    return max(most + _FIRST_USE_BYTES, data_free_bytes(source, units))
 
 
 def kept_bytes(
