@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import vision_classes
 from stored_forms import store
 
 from vllm_nvfp4.checking import check
@@ -172,6 +173,18 @@ def test_scales_of_the_kv_cache_find_their_place_under_each_name(stem, tmp_path,
     assert report.is_right, [str(f) for f in (*report.errors, *report.dropped)]
     assert not report.left_out
     assert sum(layer.count for layer in of_part(report, "linear") if "nvfp4" in layer.form) == 8
+
+
+def test_a_model_of_pictures_without_its_processor_is_said(tmp_path):
+    vision_classes.install()
+    folder = write_architecture(tmp_path / "model", ARCHITECTURES["gemma3-vision"])
+    report = report_on(folder)
+    assert report.will_load
+    assert "preprocessor_config.json" in report.notes[0]
+    assert from_json(json.loads(json.dumps(report.to_json()))).notes == report.notes
+    assert report_on(folder, "--limit-mm-per-prompt", '{"image": 0}').notes == ()
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert report_on(folder).notes == ()
 
 
 def test_the_command(tmp_path, capsys):

@@ -27,6 +27,7 @@ from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
 _LEAN = "--lean"
+_MODALITIES = ("image", "video", "audio")
 _EXPERT = re.compile(r"(\bexperts\.(?:[A-Za-z_]\w*\.)?)\d+(?=\.)")
 
 
@@ -153,7 +154,28 @@ def _examine_models(config: Any) -> Callable[[float], Report]:
         seconds,
         tuple(sorted(online.quantised)) if online else (),
         online.kept if online else {},
+        tuple(_notes(model_config)),
     )
+
+
+def _notes(model_config: Any) -> Iterable[str]:
+    """A model that takes pictures or sound loads without what prepares these, and its engine ends
+    while it starts."""
+    from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+    limits = getattr(model_config, "multimodal_config", None)
+    folder = Path(model_config.model)
+    if limits is None or not folder.is_dir():
+        return
+    names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
+    is_limited = not all(limits.get_limit_per_prompt(m) for m in _MODALITIES)
+    if not is_limited and not any((folder / name).is_file() for name in names):
+        zero = json.dumps(dict.fromkeys(_MODALITIES, 0))
+        yield (
+            f"{folder}: found neither {' nor '.join(names)}, which an engine needs for pictures "
+            "and sound. Copy them from the original model, or serve text alone: "
+            f"--limit-mm-per-prompt '{zero}'"
+        )
 
 
 def _load_draft(draft: Any, target: Any, config: Any) -> Any:

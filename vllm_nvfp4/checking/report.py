@@ -53,6 +53,7 @@ class Report:
     left_out: layers in the files that this model does not ask for, numbers folded: how many
     devices:  that the model is cut over; the bytes are those of the first
     seconds:  that the check took, without the imports
+    notes:    what else ends an engine that is to take more than text
     while_loading, kept: of a checkpoint in 16 bits, the stored layers that are quantised while it
               loads, and the others with the reason; one name for all experts of a block
     """
@@ -68,6 +69,7 @@ class Report:
     seconds: float
     while_loading: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def will_load(self) -> bool:
@@ -107,6 +109,7 @@ class Report:
         if self.layers:
             each = "" if self.devices == 1 else f" on each of {self.devices} devices"
             yield f"{self.held_bytes / 1e9:.3f} GB of weights{each}"
+        yield from self.notes
         if self.errors:
             yield "It will not load."
         elif self.dropped:
@@ -129,4 +132,5 @@ def from_json(value: Mapping[str, Any]) -> Report:
         seconds=value["seconds"],
         while_loading=tuple(value["while_loading"]),
         kept=value["kept"],
+        notes=tuple(value["notes"]),
     )

@@ -30,6 +30,8 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
     except ValueError as error:
         what, found = "vLLM's model", str(error)
     else:
+        for note in report.notes:
+            say(f"warning: {note}")
         if report.is_right:
             say(f"checked: {report.architecture} of vLLM has a place for every tensor")
             return
