@@ -14,9 +14,7 @@ match: layer 0's o_proj is bit for bit what the definition of the method gives.
 
     python benchmarks/bench_quantize_memory.py --said MODEL... --csv FILE
 
-is another question: the memory that the command says before it begins (said_mib) beside the peak
-that it had (peak_rss_mib), for methods with and without a text. MODEL is a folder of 16-bit
-safetensors; match: the two are within 5 %.
+sets what the command says before it begins beside its peak, for 16-bit folders; match: within 5 %.
 """
 
 from __future__ import annotations

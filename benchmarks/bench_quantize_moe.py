@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, samples: Any) -> Iterator[dict[str, Any]]:
 
 
 def run_layers(model: Any, part: slice, **inputs: Any) -> Any:
-    """The hidden states behind some of a model's layers; behind the last one, through its norm."""
+    """What some of a model's layers give; the last one through the norm."""
     import torch
 
     decoder = model.get_decoder()
@@ -116,8 +116,7 @@ def state_before(path: Path, model: Any, first: int, tokens: Any) -> Any:
 def scored(
     models: dict[Path, Callable[[], Any]], first: int, samples: Any, before: Path
 ) -> list[Any]:
-    """The Scores of each model against the first, window by window and all models on one, kept in
-    files; a run that was stopped goes on behind the last window that they have."""
+    """The Scores of each model against the first, window by window, kept in files."""
     import numpy as np
     import torch
 
@@ -156,13 +155,13 @@ def scores_file(path: Path) -> Path:
 
 
 def scores_of(path: Path) -> list[dict[str, list[float]]]:
-    """Of the windows that were scored already."""
+    """Of earlier runs."""
     file = scores_file(path)
     return json.loads(file.read_text()) if file.is_file() else []
 
 
 def check_whole(path: Path, model: Any, tokens: Any, hidden: Any) -> None:
-    """That a model as a whole computes what its last layers make of the common states."""
+    """That a whole model computes the same."""
     whole = model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
     if (whole - hidden).abs().max() > 1e-3 * whole.abs().max():
         raise SystemExit(f"{path}: a layer before the first mixture is not the source's")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 16-bit folder that ``vllm-nvfp4 quantize`` reads: MODEL itself, or what its .gguf becomes."""
+"""The 16-bit folder that ``quantize`` reads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def gguf_folder(target: Path) -> Path:
-    """Where the 16-bit form of a .gguf file is kept until ``target`` is whole."""
+    """Where a .gguf file's 16-bit form is kept."""
     return target.parent / f".{target.name}.gguf-as-bf16"
 
 
 def source_folder(model: str, target: Path) -> Path:
-    """The folder of a name, a path or a .gguf file."""
+    """Of a name, a path or a .gguf file."""
     from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
     from vllm_nvfp4.checkpoints.locate import find_folder
 
