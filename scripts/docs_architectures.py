@@ -38,15 +38,16 @@ def paragraph() -> str:
     good = [r for r in rows if all(_is_number(r[road]) for road in ROADS)]
     refused = [r for r in rows if all(r[road].startswith("refused") for road in ROADS)]
     others = [r["architecture"] for r in rows if r not in good and r not in refused]
-    shown = sum(_is_number(r[SHOWN]) for r in rows)
+    shown = sum(_is_number(r.get(SHOWN) or "") for r in rows)
+    seen = f"; {shown} of them after a picture, or sound, too" if shown else ""
     exact, rounded = _worst(good, "float32"), _worst(good, "bfloat16")
     text = (
         f"`make models`, two CPU cores, vLLM 0.32: of {len(rows)} architectures as tiny models "
         f"with random weights, {len(good)} give stock vLLM's log-probabilities, or "
         "embeddings, on the same weights dequantised, online and in both dialects that "
         f"`quantize` writes, in prefill and in decode: to {exact:.0e} in float32, and to "
-        f"{rounded:.2f} in BF16 where vLLM's kernels want it; {shown} of them after a picture, "
-        f"or sound, too. Stock vLLM refuses {len(refused)} on a CPU. "
+        f"{rounded:.2f} in BF16 where vLLM's kernels want it{seen}. Stock vLLM "
+        f"refuses {len(refused)} on a CPU. "
     )
     if others:
         text += f"In part: {', '.join(others)}. "
