@@ -50,6 +50,8 @@ _BYTES_OF_STATE = 4  # float32, vLLM's choice for most families and its largest
 _BYTES_OF_WINDOW = 2
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOICE_KEYS = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "top_k_experts")
+_HEAD_KEYS = ("num_attention_heads", "decoder_attention_heads")
+_CONTEXT_KEYS = ("max_position_embeddings", "max_target_positions", "seq_length")
 
 
 def shape_from_headers(
@@ -78,7 +80,7 @@ def shape_from_headers(
         raise ValueError(f"{name}: no token embedding in its headers; plan needs a language model.")
     own = [x for x in inventory.layers if _is_of_decoder(x, table)]
     linears = _linears([x for x in own if x is not table], text, is_online)
-    heads = _number(text, "num_attention_heads") or 1
+    heads = _first(text, _HEAD_KEYS) or 1
     kept = ask(config) if ask else ()
     # What has to be assumed of the cache matters only where vLLM does not tell.
     assumed: list[str] = []
@@ -106,7 +108,7 @@ def shape_from_headers(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=table.shape[0],
-        max_context=_number(text, "max_position_embeddings") or _number(text, "seq_length") or 8192,
+        max_context=_first(text, _CONTEXT_KEYS) or 8192,
         windows=windows,
         tie_word_embeddings=inventory.tied_embeddings or not head,
         linears=tuple(linears),
@@ -138,14 +140,15 @@ def _first(text: Mapping[str, Any], keys: Sequence[str]) -> int:
 
 def _table_of(layers: Sequence[LayerRecord], text: Mapping[str, Any]) -> LayerRecord | None:
     """The token embedding, known by its name, or by the vocabulary and the hidden size."""
-    named = [x for x in layers if x.part == EMBEDDING and len(x.shape) == 2]
     size = (_number(text, "vocab_size"), _number(text, "hidden_size"))
+    named = [x for x in layers if x.part == EMBEDDING and len(x.shape) == 2]
+    named.sort(key=lambda x: x.shape[0] != size[0])  # tables of positions may stand before it
     return next(iter(named or [x for x in layers if x.part == LINEAR and x.shape == size]), None)
 
 
 def _head_sizes(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple[int, int]:
     """(key-value heads, elements of each) of the layers whose keys and values are the largest."""
-    heads = _number(text, "num_attention_heads") or 1
+    heads = _first(text, _HEAD_KEYS) or 1
     kv = _number(text, "num_key_value_heads") or heads
     sizes = {(kv, _number(text, "head_dim") or max(hidden // heads, 1))}
     if dim := _number(text, "global_head_dim"):
