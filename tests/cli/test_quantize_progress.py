@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.units import by_layer
 from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
 from vllm_nvfp4.serving import progress
 

@@ -8,7 +8,8 @@ import torch
 from made_once import made_once
 from quantizing import interrupted_at, noted_moments, write_with_tokenizer
 
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.units import by_layer
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.reference import rounded_activations

@@ -16,8 +16,9 @@ from made_once import made_once
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.model_class import UNQUANTIZED
-from vllm_nvfp4.checkpoints.source import FUSED, Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import FUSED, by_layer
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 

@@ -20,8 +20,9 @@ from vllm_nvfp4.checkpoints import write
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
 from vllm_nvfp4.checkpoints.quantizer import DataFree
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import by_layer
 from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.checkpoints.work import work_folder, work_in
 from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable

@@ -12,8 +12,9 @@ from made_once import made_once
 from quantizing import write_with_tokenizer
 from safetensors.torch import load_file
 
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import by_layer
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.quantize import memory, routed
 from vllm_nvfp4.quantize.calibrated import Calibrated

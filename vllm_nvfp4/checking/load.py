@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_nvfp4.checking.trace import LoadTrace, OneDevice, Region, WithoutMemory, num_elements
+from vllm_nvfp4.checkpoints.dtypes import TORCH_DTYPES
 from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat import versions
@@ -22,26 +23,6 @@ from vllm_nvfp4.compat.messages import message_of
 _EXPERT = re.compile(r"^(.*\bexperts\.(?:[A-Za-z_]\w*\.)?)(\d+)(\..*)$")
 # Errors of a load are looked for one after another, each with a load of its own.
 _MOST_ERRORS = 20
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
 
 
 @dataclass

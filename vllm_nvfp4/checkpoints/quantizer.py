@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_nvfp4.checkpoints.source import Unit
+from vllm_nvfp4.checkpoints.units import Unit
 from vllm_nvfp4.numerics.formats import NVFP4
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row, quantize_nvfp4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight

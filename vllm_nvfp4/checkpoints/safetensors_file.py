@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from vllm_nvfp4.checkpoints.source import DTYPES, TensorInfo
+from vllm_nvfp4.checkpoints.dtypes import dtype_name
+from vllm_nvfp4.checkpoints.source import TensorInfo
 
 
 class SafetensorsWriter:
@@ -55,7 +56,7 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor; it must be the one, and of the dtype and shape, announced."""
         expected_name, info = self._left.pop(0) if self._left else ("nothing more", None)
-        dtype = DTYPES[tensor.dtype][0] if tensor.dtype in DTYPES else str(tensor.dtype)
+        dtype = dtype_name(tensor.dtype)
         found = TensorInfo(dtype, tuple(tensor.shape))
         if name != expected_name or found != info:
             raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of 16-bit safetensors weights, and which of them are quantised together."""
+"""A folder of 16-bit safetensors weights, and which of them are to be quantised."""
 
 from __future__ import annotations
 
@@ -18,47 +18,17 @@ from safetensors import safe_open
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.expert_parts import Part, biases_of, split
 from vllm_nvfp4.checkpoints.files import file_in_folder
-from vllm_nvfp4.checkpoints.headers import read_file_header
+from vllm_nvfp4.checkpoints.headers import DTYPE_BITS, read_file_header
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, part_of
-from vllm_nvfp4.checkpoints.model_class import BLOCK, Kind, ModelClass, Place
+from vllm_nvfp4.checkpoints.model_class import Kind, ModelClass, Place
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import fused_name
 from vllm_nvfp4.numerics.formats import NVFP4
 
-# Layers of one parent and one input that serving engines fuse: their shards share one global scale.
-# All that any of vLLM's classes fuses; where two fuse differently, what either does.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj"),
-    ("gate_proj", "up_proj", "dense_h_to_4h"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("query", "key", "value"),
-    ("query_net", "key_net", "value_net"),
-    ("q", "k", "v"),
-    ("wq", "wk", "wv"),
-    ("fc1", "fc3"),
-    ("c_fc_0", "c_fc_1"),
-)
-# The order in which a decoder layer computes; each shard's name stands for its whole group.
-_COMPUTED = ("q_proj", "o_proj", "gate_proj", "w1", "down_proj", "w2")
 # A layer with fewer outputs than this share of its inputs is a gate or the like: it takes no room,
 # and much depends on it.
 _FEW_ROWS = 16
 _16_BIT = ("BF16", "F16", "F32")
-# safetensors' name of each dtype, and its bits.
-DTYPES = {
-    torch.uint8: ("U8", 8),
-    torch.float8_e4m3fn: ("F8_E4M3", 8),
-    torch.bfloat16: ("BF16", 16),
-    torch.float16: ("F16", 16),
-    torch.float32: ("F32", 32),
-    torch.float64: ("F64", 64),
-    torch.int32: ("I32", 32),
-    torch.int64: ("I64", 64),
-    torch.bool: ("BOOL", 8),
-}
-_BITS = dict(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -70,9 +40,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        if self.dtype not in _BITS:
-            raise ValueError(f"safetensors dtype {self.dtype}; known are {', '.join(_BITS)}")
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 class Source:
@@ -225,9 +193,9 @@ class Source:
     ) -> set[str]:
         """Engines have no fused layer, and no experts of a block, of which a part is quantised."""
         ignored = {k.name for k in kept if k.reason == _IGNORED}
-        fused = {_fused_name(name) for name in ignored}
+        fused = {fused_name(name) for name in ignored}
         modules = {places[name].module for name in ignored} - {""}
-        also = {n for n in linear if _fused_name(n) in fused or places[n].module in modules}
+        also = {n for n in linear if fused_name(n) in fused or places[n].module in modules}
         kept += [
             Kept(n, Kind.LINEAR.value, _IGNORED, self.tensors[n].num_bytes) for n in sorted(also)
         ]
@@ -287,7 +255,7 @@ class Source:
         of a fused layer alike."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in sorted(linear):
-            groups[_fused_name(name)].append(name)
+            groups[fused_name(name)].append(name)
         good: set[str] = set()
         for names in groups.values():
             rows = sum(self.tensors[n].shape[0] for n in names)
@@ -344,67 +312,3 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(
         fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
     )
-
-
-def fused_with(leaf: str) -> tuple[str, ...]:
-    """The leaves of the fused layer that a linear layer of this name is a shard of."""
-    return next((shards for shards in FUSED if leaf in shards), (leaf,))
-
-
-def _fused_name(name: str) -> str:
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    return f"{parent}.{'+'.join(fused_with(leaf))}"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is written to one file: a decoder layer, or all that belongs to none.
-
-    prefix: what its tensors' names begin with, "" for the rest
-    groups: tensor names in the order of the file; the quantised shards of one fused layer together
-    """
-
-    prefix: str
-    groups: tuple[tuple[str, ...], ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for group in self.groups for name in group]
-
-
-def whole(names: Iterable[str], quantized: set[str]) -> list[Unit]:
-    """Everything in one unit."""
-    return [Unit("", _groups(names, quantized))]
-
-
-def by_layer(
-    names: Iterable[str], quantized: set[str], linear: set[str] | None = None
-) -> list[Unit]:
-    """The rest first, then the decoder layers in the order of their numbers.
-
-    linear: what could be quantised, and shows which layers there are; default ``quantized``
-    """
-    found: dict[tuple[int, str], list[str]] = {}
-    shown = quantized if linear is None else linear
-    prefixes = {m[1] for n in shown if (m := BLOCK.match(n))}
-    for name in names:
-        match = BLOCK.match(name)
-        key = (int(match[2]), match[1]) if match and match[1] in prefixes else (-1, "")
-        found.setdefault(key, []).append(name)
-    return [Unit(key[1], _groups(found[key], quantized)) for key in sorted(found)]
-
-
-def _groups(names: Iterable[str], quantized: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Tensor names: those that are kept, then the others in the order in which a decoder layer
-    computes them, the shards of a fused layer together."""
-    groups: dict[str, list[str]] = {}
-    rank: dict[str, int] = {}
-    for name in names:
-        key, rank[name] = name, -1
-        if name in quantized:
-            leaf = name.removesuffix(".weight").rpartition(".")[2]
-            key = _fused_name(name)
-            first = fused_with(leaf)[0]
-            rank[key] = (*_COMPUTED, first).index(first)
-        groups.setdefault(key, []).append(name)
-    return tuple(tuple(groups[key]) for key in sorted(groups, key=rank.__getitem__))

@@ -20,15 +20,8 @@ import torch
 
 from vllm_nvfp4.checkpoints.quantizer import DataFree, Quantizer
 from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
-from vllm_nvfp4.checkpoints.source import (
-    Kept,
-    Source,
-    TensorInfo,
-    Unit,
-    by_layer,
-    matches,
-    whole,
-)
+from vllm_nvfp4.checkpoints.source import Kept, Source, TensorInfo, matches
+from vllm_nvfp4.checkpoints.units import Unit, by_layer, whole
 from vllm_nvfp4.checkpoints.work import work_in
 from vllm_nvfp4.checkpoints.written import (
     FORMATS,

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from vllm_nvfp4.checkpoints.source import Source, by_layer
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.units import by_layer
 from vllm_nvfp4.quantize.methods import DATA_FREE, follows_exact
 from vllm_nvfp4.serving.progress import Step
 

@@ -61,7 +61,7 @@ def plan_memory(
     limit: bytes that the process may take; None for what the machine has. Raises ValueError where
     that is too little.
     """
-    from vllm_nvfp4.checkpoints.source import by_layer
+    from vllm_nvfp4.checkpoints.units import by_layer
     from vllm_nvfp4.quantize import memory, sensitivity
     from vllm_nvfp4.quantize.forward import forward_dtype
 

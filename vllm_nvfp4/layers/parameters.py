@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
+from vllm_nvfp4.checkpoints.dtypes import TORCH_DTYPES
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerSpec, Role, TensorSpec
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.layers.cut import CutWeightParameter, FollowsCut, RowCut, WholeScaleParameter
@@ -71,15 +72,6 @@ class RowScaleParameter(FollowsCut, ChannelQuantScaleParameter):
         super().load_qkv_weight(loaded_weight.reshape(-1, 1), **kwargs)
 
 
-_TORCH_DTYPES = {
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
-
-
 _HAVE_ROWS = (Role.CODES, Role.BLOCK_SCALE, Role.WEIGHT, Role.ROW_SCALE)
 
 
@@ -108,7 +100,7 @@ def make_parameter(tensor: TensorSpec, spec: LayerSpec, cut: LinearCut) -> Follo
 
 def _parameter(tensor: TensorSpec, spec: LayerSpec, cut: LinearCut, loader: Any) -> FollowsCut:
     (n, k), num_shards = cut.shape, cut.num_shards
-    dtype = _TORCH_DTYPES[tensor.dtypes[0]]
+    dtype = TORCH_DTYPES[tensor.dtypes[0]]
     if tensor.role in (Role.CODES, Role.BLOCK_SCALE, Role.WEIGHT):
         divisor = {
             Role.CODES: 2,
@@ -164,7 +156,7 @@ def make_expert_parameter(
     shards, n, k = shape
     divisor = {Role.CODES: 2, Role.BLOCK_SCALE: spec.scale_block, Role.WEIGHT: 1}
     if tensor.role in divisor:
-        dtype = params_dtype if tensor.role is Role.WEIGHT else _TORCH_DTYPES[tensor.dtypes[0]]
+        dtype = params_dtype if tensor.role is Role.WEIGHT else TORCH_DTYPES[tensor.dtypes[0]]
         size = (cut.num_experts, shards * n, k // divisor[tensor.role])
         data = torch.empty(size, dtype=dtype)
         if tensor.role is Role.BLOCK_SCALE:

@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_nvfp4.checkpoints.convert import dequantize_layer
+from vllm_nvfp4.checkpoints.dtypes import dtype_name
 from vllm_nvfp4.checkpoints.forms import form_of
-from vllm_nvfp4.checkpoints.source import DTYPES
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role, describe
 from vllm_nvfp4.layers.cut import CutWeightParameter, FollowsCut, RowCut
 
@@ -203,4 +203,4 @@ def _dtype(tensor: torch.Tensor) -> str:
     """As safetensors names it."""
     if tensor.dtype is torch.float8_e8m0fnu:
         return "F8_E8M0"
-    return DTYPES[tensor.dtype][0] if tensor.dtype in DTYPES else str(tensor.dtype)
+    return dtype_name(tensor.dtype)

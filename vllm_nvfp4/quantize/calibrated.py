@@ -15,8 +15,9 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.quantizer import DataFree
-from vllm_nvfp4.checkpoints.source import Source, Unit
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import Unit
 from vllm_nvfp4.numerics.hadamard import hadamard, rotate_blocks
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.numerics.weight import BlockScaledWeight

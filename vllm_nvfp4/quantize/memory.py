@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_nvfp4.checkpoints.source import Source, Unit
+from vllm_nvfp4.checkpoints.source import Source
+from vllm_nvfp4.checkpoints.units import Unit
 from vllm_nvfp4.quantize.routed import moment_bytes
 from vllm_nvfp4.quantize.sensitivity import LENGTH
 

@@ -27,8 +27,9 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.quantizer import quantize_in_pieces
-from vllm_nvfp4.checkpoints.source import Source, Unit, by_layer
+from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.checkpoints.units import Unit, by_layer
 from vllm_nvfp4.numerics.quantize import nvfp4_global_scale, quantize_fp8_per_row
 from vllm_nvfp4.quantize.calibration import Calibration
 from vllm_nvfp4.quantize.changes import Changes, layer_changes
