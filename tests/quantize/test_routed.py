@@ -53,6 +53,7 @@ def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseMod
         ("glm47_flash", 1),
         ("qwen3_next", 3),
         ("gemma4_moe", 1),
+        ("gemma4_e", 3),
         ("mamba2", 1),
         ("gpt_oss", 1),
         ("llama4", 1),

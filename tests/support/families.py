@@ -190,6 +190,24 @@ FAMILIES = {
         },
         ("model.embed_tokens", "model.layers.#.router.proj"),
     ),
+    "gemma4_e": Family(  # inputs of each layer's own, layers that share keys and values
+        "Gemma4TextConfig",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "num_hidden_layers": 4,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 288,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        (
+            "model.embed_tokens",
+            "model.embed_tokens_per_layer",
+            "model.per_layer_model_projection",
+        ),
+    ),
     "llama4": Family(
         "Llama4TextConfig",
         {

@@ -170,7 +170,13 @@ class LayerwiseModel:
         decoder = self._class.decoder
         short = copy.deepcopy(decoder.config)
         short.num_hidden_layers = 1
-        return _from_config(type(decoder), short)
+        built = _from_config(type(decoder), short)
+        whole = {n: p for n, p in decoder.named_parameters() if not n.startswith("layers.")}
+        for name, parameter in built.named_parameters():
+            # A table with a part for each layer, as Gemma has for inputs of its layers.
+            if name in whole and parameter.shape != whole[name].shape:
+                parameter.data = parameter.data.new_empty(whole[name].shape)
+        return built
 
     def _embed(self, decoder: Any, config: Any, samples: torch.Tensor) -> list[torch.Tensor]:
         recorders = [_Recorder(layer) for layer in self._layers]
