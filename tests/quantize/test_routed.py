@@ -54,6 +54,7 @@ def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseMod
         ("qwen3_next", 3),
         ("gemma4_moe", 1),
         ("gemma4_e", 3),
+        ("falcon_h1", 1),
         ("mamba2", 1),
         ("gpt_oss", 1),
         ("llama4", 1),

@@ -173,6 +173,18 @@ FAMILIES = {
         {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 32},
         ("lm_head", "backbone.embeddings", "backbone.layers.#.mixer.conv#d"),
     ),
+    "falcon_h1": Family(  # a table that no checkpoint holds in each mixer
+        "FalconH1Config",
+        {
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 32,
+        },
+        ("lm_head", "model.embed_tokens", "model.layers.#.mamba.conv#d"),
+    ),
     "gemma4_moe": Family(
         "Gemma4TextConfig",
         {

@@ -21,6 +21,7 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import BLOCK, ExpertPlace, ModelClass
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.quantize.first_layers import first_layers, tables_of_layers, unstored
 from vllm_nvfp4.quantize.head import Head
 from vllm_nvfp4.quantize.row_counts import FewRowCounts
 
@@ -110,7 +111,8 @@ class LayerwiseModel:
             self._stem = next(n for n, m in modules if m is decoder.layers)
             self._stored_as = self._stored_names()
             self._prefixes = [self._find_prefix(i) for i in range(len(self._layers))]
-            first = self._first_layer_only()
+            self._tables = tables_of_layers(decoder)
+            first = first_layers(decoder, 1)
         except (ValueError, KeyError, AttributeError, StopIteration, ImportError, OSError) as error:
             raise self._unknown(str(error).split("\n")[0]) from error
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -164,19 +166,6 @@ class LayerwiseModel:
             return None
         module = place.module.removeprefix(f"{self._stem}.{index}.")
         return replace(place, module=module)
-
-    def _first_layer_only(self) -> torch.nn.Module:
-        """The decoder with its first layer alone: its embedding and rotary tables are real."""
-        decoder = self._class.decoder
-        short = copy.deepcopy(decoder.config)
-        short.num_hidden_layers = 1
-        built = _from_config(type(decoder), short)
-        whole = {n: p for n, p in decoder.named_parameters() if not n.startswith("layers.")}
-        for name, parameter in built.named_parameters():
-            # A table with a part for each layer, as Gemma has for inputs of its layers.
-            if name in whole and parameter.shape != whole[name].shape:
-                parameter.data = parameter.data.new_empty(whole[name].shape)
-        return built
 
     def _embed(self, decoder: Any, config: Any, samples: torch.Tensor) -> list[torch.Tensor]:
         recorders = [_Recorder(layer) for layer in self._layers]
@@ -248,9 +237,11 @@ class LayerwiseModel:
     ) -> torch.nn.Module:
         """A module of the class with the stored tensors, of those that begin with ``prefix``."""
         state = module.state_dict()
-        buffers = {name for name, _ in module.named_buffers()} - set(state)
-        if buffers:
-            raise self._unknown(f"{prefix}{min(buffers)}, which no checkpoint holds")
+        for name, buffer in unstored(module).items():
+            table = self._tables.get(name)
+            if table is None or table.shape != buffer.shape:
+                raise self._unknown(f"{prefix}{name}, which no checkpoint holds")
+            buffer.copy_(table)
         for name, tensor in state.items():
             self._fill(tensor, prefix + name, weights)
         return module.requires_grad_(False).eval()
@@ -386,11 +377,6 @@ def forward_dtype(device: str) -> torch.dtype:
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
-
-
-def _from_config(decoder: Any, config: Any) -> Any:
-    kind = "sdpa" if decoder._supports_sdpa else "eager"
-    return decoder._from_config(config, attn_implementation=kind, dtype=torch.float32)
 
 
 def _return_freed() -> None:

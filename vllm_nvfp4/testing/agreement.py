@@ -68,6 +68,9 @@ def _told(folder: Path, dtype: str, is_encoder: bool, options: Any) -> dict[str,
     from vllm_nvfp4.checkpoints.online_layers import by_class
     from vllm_nvfp4.checkpoints.validate import validate
 
+    config, quant_config = read_config(folder)
+    if quant_config is None:  # first: vLLM puts classes of its own into transformers' registers
+        told_by_class = by_class(folder, validate(folder, config, None).layers).quantised
     given: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": not is_encoder}
     given |= {"runner": "pooling"} if is_encoder else {"limit_mm_per_prompt": NO_PICTURES}
     loaded = load_alone(
@@ -75,10 +78,8 @@ def _told(folder: Path, dtype: str, is_encoder: bool, options: Any) -> dict[str,
     )
     if loaded.refused or loaded.empty:
         raise ValueError(f"it will not load: {loaded.refused or loaded.empty}")
-    config, quant_config = read_config(folder)
     if quant_config is None:
         told = online_layers(loaded, read_headers(folder)).quantised
-        told_by_class = by_class(folder, validate(folder, config, None).layers).quantised
         if others := sorted(told ^ told_by_class):
             raise ValueError(f"transformers' class says otherwise of {_some(others)}")
     return {name: (fmt, path) for name, fmt, path in layer_paths(loaded.model)}
