@@ -48,6 +48,7 @@ CSV = common.ROOT / "benchmarks" / "results" / "models.csv"
 _TIME_LIMIT = 420
 # What an engine, a model of transformers and `quantize` import.
 _NOTHING = "none to quantise"
+_NOT_CALIBRATED = "architecture for calibration"
 _MODULES = (
     "transformers", "transformers.models.auto.modeling_auto", "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.uniproc_executor",
@@ -127,6 +128,9 @@ def check_features(
     for name in features(sweep.architecture.name):
         if name not in failed and (cell := attempt(name, lambda name: FEATURES[name](sweep))):
             note(**{name: cell})
+        elif _NOT_CALIBRATED in failed[name]:
+            note(**{name: "refused"})
+            reasons.append(f"{name}: {failed[name]}")
         elif sweep.stock_error(**stock_options(sweep, name)) == failed[name]:
             note(**{name: REFUSED})
             reasons.append(f"{name}, stock vLLM in 16 bits: {failed[name]}")

@@ -80,6 +80,11 @@ def test_layer_by_layer_is_the_whole_model(models, family, layer):
     assert torch.allclose(hidden, seen[0], rtol=1e-3, atol=1e-4)
 
 
+def test_layers_that_take_other_hidden_states_are_refused(models):
+    with pytest.raises(CheckpointError, match="hidden states of 4 dimensions"):
+        layerwise(models("gemma3n"), torch.zeros(1, 8, dtype=torch.long))
+
+
 def _vision(models):
     from transformers import AutoModelForImageTextToText
 

@@ -185,6 +185,29 @@ FAMILIES = {
         },
         ("lm_head", "model.embed_tokens", "model.layers.#.mamba.conv#d"),
     ),
+    "gemma3n": Family(
+        "Gemma3nTextConfig",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 32,
+            "intermediate_size": [128, 128],
+            "vocab_size_per_layer_input": 288,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 16,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (
+            "model.altup_projections.#",
+            "model.altup_unembed_projections.#",
+            "model.embed_tokens",
+            "model.embed_tokens_per_layer",
+            "model.layers.#.altup.correction_coefs",
+            "model.layers.#.altup.prediction_coefs",
+            "model.per_layer_model_projection",
+        ),
+    ),
     "gemma4_moe": Family(
         "Gemma4TextConfig",
         {

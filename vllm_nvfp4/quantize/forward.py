@@ -188,6 +188,8 @@ class LayerwiseModel:
                 first = recorders[0].input
                 if first is None:
                     raise self._unknown("a decoder that does not run its first layer")
+                if first.dim() != 3:  # as Gemma-3n's, of which layers have four at once
+                    raise self._unknown(f"hidden states of {first.dim()} dimensions")
                 hidden.append(first.cpu().to(self._dtype))
         calls = [_joined(recorder.calls) for recorder in recorders]
         self._calls = [(self._cast(args), self._cast(options)) for args, options in calls]
