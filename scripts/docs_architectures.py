@@ -39,6 +39,7 @@ def paragraph() -> str:
     refused = [r for r in rows if all(r[road].startswith("refused") for road in ROADS)]
     others = [r["architecture"] for r in rows if r not in good and r not in refused]
     shown = sum(_is_number(r.get(SHOWN) or "") for r in rows)
+    calibrated = sum(_is_number(r.get("gptq") or "") for r in rows)
     seen = f"; {shown} of them after a picture, or sound, too" if shown else ""
     exact, rounded = _worst(good, "float32"), _worst(good, "bfloat16")
     text = (
@@ -51,6 +52,8 @@ def paragraph() -> str:
     )
     if others:
         text += f"In part: {', '.join(others)}. "
+    if calibrated:
+        text += f"{calibrated} of the most used are calibrated by gptq too. "
     text += f"[The table]({TABLE}) has tensor parallelism, LoRA and MTP too."
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
