@@ -34,6 +34,7 @@ from typing import Any
 
 import common
 
+from vllm_nvfp4.compat import lean
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, Architecture, features
 
 SHOWN = "picture or sound"
@@ -184,10 +185,6 @@ def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[st
     }
 
 
-def _here(function: Callable[[], Any]) -> Any:
-    return function()
-
-
 def prepare() -> None:
     """Everything that the rows' processes share, before the first of them is forked."""
     os.environ |= {
@@ -203,9 +200,7 @@ def prepare() -> None:
     importlib.import_module("vision_classes").install()
     for name in _MODULES:
         importlib.import_module(name)
-    # vLLM looks at a model's class in a process of its own, so as not to touch a GPU before its
-    # time; that process would import all of vLLM again.
-    vars(sys.modules["vllm.model_executor.models.registry"])["_run_in_subprocess"] = _here
+    lean.look_here()
     if (number := threading.active_count()) > 1:
         raise RuntimeError(f"{number} threads before a fork: {threading.enumerate()}")
 

@@ -56,20 +56,23 @@ class AutoRoundDialect:
         self.kv_cache = KvCacheSpec("fp8" if is_fp8 else None)
         self._default = _spec(config, config)
         extra = as_table(config.get("extra_config"), _WHERE, "extra_config")
-        self._extra = {
-            name: _spec(as_table(entry, _WHERE, f"extra_config.{name}"), config)
-            for name, entry in extra.items()
-        }
+        self._extra: dict[str, LayerSpec] = {}  # by a layer's name
+        self._by_pattern: dict[str, LayerSpec] = {}  # by a regular expression
         self._patterns = Patterns(_WHERE)
-        for name in filter(_OF_PATTERNS.intersection, self._extra):
-            self._patterns.add(_anywhere(name))
+        for name, entry in extra.items():
+            spec = _spec(as_table(entry, _WHERE, f"extra_config.{name}"), config)
+            if _OF_PATTERNS.isdisjoint(name):
+                self._extra[name] = spec
+            else:
+                self._by_pattern[f".*?(?:{name})"] = spec
+                self._patterns.add(f".*?(?:{name})")
         key = "block_name_to_quantize"
         blocks = config.get(key)
         names = blocks.split(",") if isinstance(blocks, str) else _flat(blocks)
         self._blocks = as_texts(names, _WHERE, key)
 
     def has_microscaled_layers(self) -> bool:
-        specs = (self._default, *self._extra.values())
+        specs = (self._default, *self._extra.values(), *self._by_pattern.values())
         return any(spec.kind is LayerKind.MICROSCALED for spec in specs)
 
     def layer_spec(self, name: str) -> LayerSpec:
@@ -87,9 +90,8 @@ class AutoRoundDialect:
     def _own(self, name: str) -> LayerSpec | None:
         if name in self._extra:
             return self._extra[name]
-        patterns = filter(_OF_PATTERNS.intersection, self._extra)
-        found = (p for p in patterns if self._patterns.matches(_anywhere(p), name))
-        return self._extra.get(next(found, ""))
+        specs = self._by_pattern.items()
+        return next((spec for p, spec in specs if self._patterns.matches(p, name)), None)
 
     def named_layers(self) -> tuple[str, ...]:
         return ()
@@ -98,17 +100,11 @@ class AutoRoundDialect:
         """The configuration says it all."""
 
     def rename(self, mapper: Any) -> None:
-        patterns = {n: spec for n, spec in self._extra.items() if _OF_PATTERNS.intersection(n)}
-        names = {n: spec for n, spec in self._extra.items() if n not in patterns}
-        self._extra = mapper.apply_dict(names) | patterns
+        self._extra = mapper.apply_dict(self._extra)
         # Blocks are parts of names: a tensor of theirs has one that the mapper knows.
         tensor = ".0.weight"
         renamed = mapper.apply_list([block + tensor for block in self._blocks])
         self._blocks = [name.removesuffix(tensor) for name in renamed]
-
-
-def _anywhere(pattern: str) -> str:
-    return f".*?(?:{pattern})"
 
 
 def _refuse_rotations(config: Mapping[str, Any]) -> None:

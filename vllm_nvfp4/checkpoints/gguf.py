@@ -10,12 +10,15 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.gguf_fp4 import FP4_TYPES, SCALES, Converted, write_fp4_folder
 from vllm_nvfp4.checkpoints.gguf_header import check_gguf
 from vllm_nvfp4.checkpoints.gguf_rope import add_rope_scaling
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 
 def gguf_to_folder(gguf: Path, target: Path) -> None:
@@ -34,7 +37,7 @@ def gguf_to_folder(gguf: Path, target: Path) -> None:
         )  # fmt: skip
     with _readers(gguf):
         _convert(gguf, target)
-        add_rope_scaling(gguf, target)
+        add_rope_scaling(gguf, _reader_of(gguf), target)
 
 
 def holds_fp4(gguf: Path) -> bool:
@@ -52,12 +55,19 @@ def write_fp4(gguf: Path, target: Path, finish: Callable[[Path], None] | None) -
         folder = Path(temporary) / target.name
         folder.mkdir()
         with _readers(gguf):
-            found = write_fp4_folder(gguf, folder)
-            add_rope_scaling(gguf, folder)
+            reader = _reader_of(gguf)
+            found = write_fp4_folder(gguf, reader, folder)
+            add_rope_scaling(gguf, reader, folder)
         if finish is not None:
             finish(folder)
         folder.rename(target)
     return found
+
+
+def _reader_of(gguf: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    return GGUFReader(gguf)
 
 
 def _weight_of(scale: str) -> str:

@@ -23,6 +23,7 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from gguf import GGUFReader
 
 # ggml's types -> (ModelOpt's algorithm, elements of a group, groups of a block)
 FP4_TYPES = {39: ("MXFP4", 32, 1), 40: ("W4A16_NVFP4", 16, 4)}
@@ -40,15 +41,13 @@ class Converted:
     algos: dict[str, str] = field(default_factory=dict)
 
 
-def write_fp4_folder(gguf: Path, target: Path) -> Converted:
+def write_fp4_folder(gguf: Path, reader: GGUFReader, target: Path) -> Converted:
     """Write config, tokenizer and one safetensors file to the new folder ``target``; all of it is
     in memory. Raises CheckpointError for a tensor without a place, and a place without one;
     the readers raise more, for what they do not know."""
-    from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    reader = GGUFReader(gguf)
     places = _Places(gguf, reader.fields["general.architecture"].contents())
     scales = {t.name: t.data for t in reader.tensors if t.name.endswith(SCALES)}
     found = Converted()

@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _FACTORS = "rope_freqs.weight"
 # Of every Llama from 3.1 on; the factor is the tensor's largest value.
@@ -25,13 +28,11 @@ _LLAMA3 = {
 }
 
 
-def add_rope_scaling(gguf: Path, folder: Path) -> None:
+def add_rope_scaling(gguf: Path, reader: GGUFReader, folder: Path) -> None:
     """Write Llama 3's scaling to the folder's config.json where the GGUF file has it. Raises
     CheckpointError for another, with which every position would be wrong."""
     import numpy as np
-    from gguf import GGUFReader
 
-    reader = GGUFReader(gguf)
     architecture = reader.fields["general.architecture"].contents()
     kind = reader.fields.get(f"{architecture}.rope.scaling.type")
     name = "none" if kind is None else kind.contents()

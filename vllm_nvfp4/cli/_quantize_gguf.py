@@ -12,22 +12,13 @@ from pathlib import Path
 _OF_ROUNDING = ("method", "format", "calibration", "target_bits", "max_kl", "ignore", "towers")
 
 
-def is_fp4_gguf(model: str) -> bool:
-    """Whether ``model`` is a whole GGUF file that holds such weights."""
-    from vllm_nvfp4.checkpoints.gguf import holds_fp4
-
-    path = Path(model).expanduser()
-    return path.suffix == ".gguf" and path.is_file() and holds_fp4(path)
-
-
-def take_over(args: argparse.Namespace, target: Path) -> None:
+def take_over(path: Path, args: argparse.Namespace, target: Path) -> None:
     """Make the folder ``target``: codes and scales as they are, all else in BF16. Raises ValueError
     for a flag that wants weights to be rounded, CheckpointError for what cannot be taken over."""
     from vllm_nvfp4.checkpoints.gguf import write_fp4
     from vllm_nvfp4.cli._quantize_check import check_written
     from vllm_nvfp4.serving.progress import step
 
-    path = Path(args.model).expanduser()
     given = [name for name in _OF_ROUNDING if getattr(args, name)]
     given += ["kv_cache"] * (args.kv_cache != "keep") + ["activation"] * (args.activation != "16")
     if given:

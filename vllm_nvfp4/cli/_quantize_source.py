@@ -7,6 +7,12 @@ import shutil
 from pathlib import Path
 
 
+def gguf_file(model: str) -> Path | None:
+    """The .gguf file that ``model`` is the path of."""
+    path = Path(model).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def gguf_folder(target: Path) -> Path:
     """Where a .gguf file's 16-bit form is kept."""
     return target.parent / f".{target.name}.gguf-as-bf16"
@@ -17,8 +23,8 @@ def source_folder(model: str, target: Path) -> Path:
     from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
     from vllm_nvfp4.checkpoints.locate import find_folder
 
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
+    path = gguf_file(model)
+    if path is None:
         return find_folder(model)
     folder = gguf_folder(target)
     # Beside the folder, whose companions all go along to the checkpoint.

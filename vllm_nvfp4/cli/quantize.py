@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.cli._arguments import any_whole, number, whole
 from vllm_nvfp4.cli._files import check_can_write, check_text
-from vllm_nvfp4.cli._quantize_gguf import is_fp4_gguf, take_over
+from vllm_nvfp4.cli._quantize_gguf import take_over
+from vllm_nvfp4.cli._quantize_source import gguf_file, gguf_folder, source_folder
 from vllm_nvfp4.cli._quantize_text import kept_lines, plan_memory, print_summary
 from vllm_nvfp4.quantize.methods import CALIBRATED, DATA_FREE, follows_exact
 
@@ -157,9 +158,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     target = Path(args.output).expanduser().absolute()
     _check_paths(args, target)
-    if is_fp4_gguf(args.model):
-        take_over(args, target)
-        return 0
+    if (gguf := gguf_file(args.model)) is not None:
+        from vllm_nvfp4.checkpoints.gguf import holds_fp4
+
+        if holds_fp4(gguf):
+            take_over(gguf, args, target)
+            return 0
     # oneDNN keeps a compiled product for each shape, 1024 of them; an expert's number of tokens
     # comes once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -203,8 +207,7 @@ def _check_paths(args: argparse.Namespace, target: Path) -> None:
     """What can be wrong with files, before torch takes its seconds to be imported."""
     from vllm_nvfp4.checkpoints.locate import find_folder
 
-    model = Path(args.model).expanduser()
-    if not (model.suffix == ".gguf" and model.is_file()):
+    if gguf_file(args.model) is None:
         find_folder(args.model)
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or choose another folder")
@@ -295,7 +298,6 @@ def _quantize(
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
     from vllm_nvfp4.cli._quantize_check import without_plain
     from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
-    from vllm_nvfp4.cli._quantize_source import gguf_folder, source_folder
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
     from vllm_nvfp4.serving.progress import step
 

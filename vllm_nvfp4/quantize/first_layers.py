@@ -5,15 +5,18 @@ is there, rotary tables and the like."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 
-def first_layers(decoder: Any, number: int) -> Any:
-    """The decoder with its first layers alone, in float32: parameters hold nothing yet."""
+def first_layers(decoder: Any) -> Any:
+    """The decoder with its first layer alone, in float32, and with the second where layers have
+    what no checkpoint holds. Parameters hold nothing yet."""
     config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers = number
+    are_compared = any(unstored(layer) for layer in decoder.layers)
+    config.num_hidden_layers = min(1 + are_compared, len(decoder.layers))
     kind = "sdpa" if decoder._supports_sdpa else "eager"
     built = type(decoder)._from_config(config, attn_implementation=kind, dtype=torch.float32)
     whole = {n: p for n, p in decoder.named_parameters() if not n.startswith("layers.")}
@@ -24,12 +27,9 @@ def first_layers(decoder: Any, number: int) -> Any:
     return built
 
 
-def tables_of_layers(decoder: Any) -> dict[str, torch.Tensor]:
-    """What no checkpoint holds of a layer, by its name there: what the class makes alike for the
-    first two."""
-    if not any(unstored(layer) for layer in decoder.layers):
-        return {}
-    first, *others = (unstored(layer) for layer in first_layers(decoder, 2).layers)
+def common_tables(layers: Iterable[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """What no checkpoint holds of a layer, by its name there, and is alike in all of these."""
+    first, *others = map(unstored, layers)
     return {
         name: table
         for name, table in first.items()

@@ -21,12 +21,12 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import BLOCK, ExpertPlace, ModelClass
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.quantize.first_layers import first_layers, tables_of_layers, unstored
+from vllm_nvfp4.quantize.first_layers import common_tables, first_layers, unstored
 from vllm_nvfp4.quantize.head import Head
+from vllm_nvfp4.quantize.methods import OTHER_METHOD
 from vllm_nvfp4.quantize.row_counts import FewRowCounts
 
 _NEEDED = "a decoder that transformers builds with one module for each stored layer"
-_REMEDY = "Use --method mse, which needs no forward pass."
 Load = Callable[[str], torch.Tensor]
 # Stored only where lm_head does not share the embedding's weight.
 HEAD_NAME = "lm_head.weight"
@@ -94,7 +94,7 @@ class LayerwiseModel:
         samples: torch.Tensor,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        remedy: str = _REMEDY,
+        remedy: str = OTHER_METHOD,
         model_class: ModelClass | None = None,
     ) -> None:
         self._device, self._dtype, self._remedy = device, dtype, remedy
@@ -111,8 +111,8 @@ class LayerwiseModel:
             self._stem = next(n for n, m in modules if m is decoder.layers)
             self._stored_as = self._stored_names()
             self._prefixes = [self._find_prefix(i) for i in range(len(self._layers))]
-            self._tables = tables_of_layers(decoder)
-            first = first_layers(decoder, 1)
+            first = first_layers(decoder)
+            self._tables = common_tables(first.layers)
         except (ValueError, KeyError, AttributeError, StopIteration, ImportError, OSError) as error:
             raise self._unknown(str(error).split("\n")[0]) from error
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

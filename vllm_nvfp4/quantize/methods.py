@@ -3,6 +3,8 @@
 
 DATA_FREE = ("rtn", "mse")
 CALIBRATED = ("hessian", "gptq", "mr-gptq")
+# What an error of the calibrated ones advises.
+OTHER_METHOD = "Use --method mse, which needs no forward pass."
 
 
 def follows_exact(method: str) -> bool:

@@ -24,6 +24,7 @@ import torch
 
 from vllm_nvfp4.checkpoints.model_class import ExpertPlace
 from vllm_nvfp4.checkpoints.spec import CheckpointError
+from vllm_nvfp4.quantize.methods import OTHER_METHOD
 from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 
 # An expert with fewer tokens than this takes its layer's moments in part: K x K numbers are not to
@@ -31,7 +32,6 @@ from vllm_nvfp4.quantize.moments import difference_moment, second_moment
 FEW_TOKENS = 256
 # Tokens that a layer's experts are compared on with the module's own forward.
 _COMPARED = 8
-_OTHER_METHOD = "Use --method mse, which needs no forward pass."
 _OTHER_TEXT = "Give another text (--calibration), or use --method mse, which needs none."
 
 
@@ -65,7 +65,7 @@ class Routing:
                 found,
                 "hidden states, indices of experts and their weights, or hidden states for each "
                 "expert",
-                _OTHER_METHOD,
+                OTHER_METHOD,
             )
         x, index, weights = (t.flatten(0, -2) for t in tensors)
         return cls(x, index, weights)
@@ -179,7 +179,7 @@ class Stack:
                 "experts as transformers' classes of mixtures have them",
             )
 
-    def error(self, found: str, needed: str, remedy: str = _OTHER_METHOD) -> CheckpointError:
+    def error(self, found: str, needed: str, remedy: str = OTHER_METHOD) -> CheckpointError:
         return CheckpointError(self._name, "routed experts", found, needed, remedy)
 
 
