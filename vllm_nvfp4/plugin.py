@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.compat import versions
+from vllm_nvfp4.compat import batch_invariance, engine_death, positions, tower_marks, versions
 from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
 
 _registered = False
@@ -49,7 +46,7 @@ def register() -> None:
     _patch_engine_args()
     _patch_kv_cache_dtype()
     _patch_legacy_modelopt()
-    _patch_batch_invariance()
+    batch_invariance.install()
     _patch_cpu_routing()
     _patch_cpu_dispatch()
     _registered = True
@@ -67,14 +64,14 @@ def _lazy_config_class(name: str) -> type:
         def __new__(cls, *args: Any) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
-            _patch_tower_marks()
+            tower_marks.install()
             return NvFp4Config(*args)
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
-            _patch_tower_marks()
+            tower_marks.install()
             return NvFp4Config.for_options(config, Options.resolve(_additional_config.get()))
 
         @staticmethod
@@ -153,7 +150,7 @@ def _patch_engine_args() -> None:
             options = Options.resolve(config.additional_config)
             config.additional_config[METHOD_NAME] = options.non_default()
             fusion.install(config, options)
-            _patch_engine_death()
+            engine_death.install()
         return config
 
     @functools.wraps(create_model_config)
@@ -164,7 +161,7 @@ def _patch_engine_args() -> None:
         )
         token, outer = _asked.set(asked), _additional_config.set(self.additional_config)
         if asked:
-            _patch_positions()
+            positions.install()
         try:
             model_config = create_model_config(self)
             if asked:
@@ -176,28 +173,6 @@ def _patch_engine_args() -> None:
 
     engine_args.create_engine_config = create_engine_config_with_options
     engine_args.create_model_config = create_model_config_that_asked
-
-
-def _patch_positions() -> None:
-    """Take an XLM-RoBERTa whose config.json does not say what its positions are.
-
-    transformers 5 writes no position_embedding_type, since it has absolute ones alone, and vLLM
-    asks for it without a default (its own class of the model has one).
-    """
-    from vllm.model_executor.models import config as of_models
-
-    rules: Any = getattr(of_models, "JinaRobertaModelConfig", None)
-    verify = getattr(rules, "verify_and_update_model_config", None)
-    if verify is None or hasattr(verify, "__wrapped__"):
-        return
-
-    @functools.wraps(verify)
-    def verify_with_default(model_config: Any) -> None:
-        if not hasattr(model_config.hf_config, "position_embedding_type"):
-            model_config.hf_config.position_embedding_type = "absolute"
-        verify(model_config)
-
-    rules.verify_and_update_model_config = staticmethod(verify_with_default)
 
 
 def _leave_out_prefix_caching(engine_args: Any, model_config: Any) -> None:
@@ -247,40 +222,6 @@ def _patch_kv_cache_dtype() -> None:
     arguments.resolve_kv_cache_dtype_string = resolve_for_the_device
 
 
-def _patch_engine_death() -> None:
-    """End a server whose engine has died with status 1 and one line.
-
-    vLLM ends it with status 0, which a service manager takes for the user's wish. In the server's
-    process alone, and only once it serves with this method.
-    """
-    launcher = versions.server_launcher()
-    if launcher is None or hasattr(launcher.terminate_if_errored, "__wrapped__"):
-        return
-    terminate = launcher.terminate_if_errored
-
-    @functools.wraps(terminate)
-    def terminate_with_status(server: Any, engine: Any) -> None:
-        was_ending = server.should_exit
-        terminate(server, engine)
-        if was_ending or not server.should_exit:
-            return
-        shutdown = server.shutdown
-
-        async def shutdown_and_fail(*args: Any, **kwargs: Any) -> None:
-            await shutdown(*args, **kwargs)
-            raise RuntimeError(
-                "the engine process of this server has died, so the server ends; the first error "
-                "above says why; if there is none, the process was killed, as for lack of memory"
-            )
-
-        server.shutdown = shutdown_and_fail
-
-    # Handlers of requests have the function under its name too.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and vars(module).get("terminate_if_errored") is terminate:
-            module.terminate_if_errored = terminate_with_status  # type: ignore[attr-defined]
-
-
 def _checkpoint_error(error: Any) -> CheckpointError | None:
     """The CheckpointError that pydantic wrapped into a page of its own words, if there is one."""
     causes = (detail.get("ctx", {}).get("error") for detail in error.errors())
@@ -306,43 +247,6 @@ def _patch_legacy_modelopt() -> None:
         return normalize(self, config)
 
     convertor._normalize_quantization_config = normalize_legacy
-
-
-def _patch_tower_marks() -> None:
-    """Say to the config of a model which of its parts vLLM marks as encoders and connectors.
-
-    The mark is a context around their construction, and its only trace is on the model, which a
-    config does not see.
-    """
-    from vllm.model_executor.models.interfaces import SupportsMultiModal
-
-    mark: Any = getattr(SupportsMultiModal, "_mark_tower_model", None)
-    if mark is None or getattr(mark, "nvfp4_tells", False):
-        return
-
-    @contextlib.contextmanager
-    def mark_and_tell(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with mark(self, vllm_config, *args, **kwargs):
-            yield
-        if (tell := getattr(vllm_config.quant_config, "towers_are_marked", None)) is not None:
-            tell(self)
-
-    mark_and_tell.nvfp4_tells = True  # type: ignore[attr-defined]
-    SupportsMultiModal._mark_tower_model = mark_and_tell  # type: ignore[method-assign]
-
-
-def _patch_batch_invariance() -> None:
-    """Let ``VLLM_BATCH_INVARIANT=1`` run on a CPU.
-
-    There vLLM registers its Triton reductions for CPU tensors, and the first mean ends with a
-    TypeError: Triton has no CPU backend. torch's own take each row by itself on a CPU, and so do
-    the products of this plugin and vLLM's attention (tests/layers/test_batch_invariance.py).
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or (module := versions.batch_invariant_module()) is None:
-        return
-    module.enable_batch_invariant_mode = lambda: None
 
 
 def _patch_cpu_routing() -> None:

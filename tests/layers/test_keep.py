@@ -107,7 +107,7 @@ def test_marks_reach_the_config():
     """vLLM's own marker, through the plugin's patch."""
     from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-    from vllm_nvfp4 import plugin
+    from vllm_nvfp4.compat import tower_marks
 
     told = []
     mm = SimpleNamespace(get_limit_per_prompt=lambda modality: 1)
@@ -115,8 +115,8 @@ def test_marks_reach_the_config():
         quant_config=SimpleNamespace(towers_are_marked=told.append),
         model_config=SimpleNamespace(get_multimodal_config=lambda: mm),
     )
-    plugin._patch_tower_marks()
-    plugin._patch_tower_marks()  # once is enough
+    tower_marks.install()
+    tower_marks.install()  # once is enough
 
     class Model(torch.nn.Module):
         _mark_tower_model = SupportsMultiModal._mark_tower_model
