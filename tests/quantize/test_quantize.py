@@ -395,9 +395,13 @@ def test_memory_is_estimated_before_the_run_and_does_not_grow_with_layers(models
     units = by_layer(source.tensors, quantized)
     # The embedding is the largest tensor: its bytes, and 30 % for codes.
     assert data_free_bytes(source, units) == int(1.3 * 288 * 64 * 2)
-    few, many = (calibrated_bytes(source, units, quantized, n, 2) for n in (100, 1100))
+    few, many = (calibrated_bytes(source, units, quantized, n, 2, True) for n in (100, 1100))
     assert many > few > data_free_bytes(source, units)
-    assert calibrated_bytes(source, units[:2], quantized, 100, 2) == few
+    assert calibrated_bytes(source, units[:2], quantized, 100, 2, True) == few
+    # Of the source's own layers, `hessian` holds nothing: two hidden states and the inputs of the
+    # four products: 64 and 128, attention and MLP alike.
+    one = calibrated_bytes(source, units, quantized, 1100, 2, False)
+    assert many - one == 1100 * 2 * (2 * 64 + 2 * (64 + 128))
     # lm_head rounded for the choice of its format, and every layer's inputs beside it.
     tables = source.vocabulary(with_embedding=True)
     plain = sensitivity_bytes(source, units, quantized, 100, 2)

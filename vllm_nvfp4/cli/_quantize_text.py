@@ -72,7 +72,9 @@ def plan_memory(
     else:
         num_tokens = calibration.num_samples * calibration.length
         itemsize = forward_dtype(device).itemsize
-        extra = memory.calibrated_bytes(source, units, quantized, num_tokens, itemsize)
+        extra = memory.calibrated_bytes(
+            source, units, quantized, num_tokens, itemsize, follows_exact
+        )
         wanted = memory.kept_bytes(source, units, quantized, follows_exact)
     if is_measured:
         num_tokens = sensitivity.num_samples(calibration is not None) * sensitivity.LENGTH

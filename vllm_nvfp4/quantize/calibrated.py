@@ -390,8 +390,7 @@ class Calibrated:
                 layer = self._model.layer(index, stored)
                 output = self._run_stored(layer, index, stored)
             self._hidden = output
-            if exact is not None:
-                self._exact_hidden = exact
+            self._exact_hidden = output if exact is None else exact
         self._found, self._fp8, self._input_amax = {}, {}, {}
         self._output, self._exact = None, ExactLayer()
 

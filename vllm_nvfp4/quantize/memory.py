@@ -25,8 +25,8 @@ _CODES = 0.3
 # them); its second moment with factors and inverse.
 _WEIGHT_COPIES, _MOMENT_COPIES = 8, 6
 # Tensors as wide as the widest module's output, and as the hidden state (two of them float32), that
-# a layer's forward pass holds at a time.
-_WIDE, _HIDDEN = 3, 8
+# a layer's forward pass holds at a time; hidden states of the source's own layers beside them.
+_WIDE, _HIDDEN, _EXACT_HIDDEN = 3, 6, 2
 # The busiest expert's share of a layer's tokens, over the mean's; bytes of the mask by which
 # transformers' experts find their tokens, for each token, choice and expert.
 _BUSY, _MASK = 3, 8
@@ -49,9 +49,15 @@ def data_free_bytes(source: Source, units: Sequence[Unit]) -> int:
 
 
 def calibrated_bytes(
-    source: Source, units: Sequence[Unit], quantized: set[str], num_tokens: int, itemsize: int
+    source: Source,
+    units: Sequence[Unit],
+    quantized: set[str],
+    num_tokens: int,
+    itemsize: int,
+    follows_exact: bool,
 ) -> int:
-    """The same for a method with a text. itemsize: bytes of a number in a hidden state."""
+    """The same for a method with a text. itemsize: bytes of a number in a hidden state;
+    follows_exact: the method looks at the unquantised model's inputs too"""
     most = 0
     for unit in units:
         groups = [group for group in unit.groups if group[0] in quantized]
@@ -66,8 +72,10 @@ def calibrated_bytes(
         fused = [(sum(shape[0] for shape in group), group[0][1]) for group in shapes + one]
         hidden = min(cols for _, cols in fused)
         wide = max(max(rows, cols) for rows, cols in fused)
-        inputs = sum(cols for _, cols in fused[: len(shapes)])
-        states = itemsize * (inputs + _WIDE * wide + _HIDDEN * hidden)
+        states = itemsize * (_WIDE * wide + _HIDDEN * hidden)
+        if follows_exact:
+            inputs = sum(cols for _, cols in fused[: len(shapes)])
+            states += itemsize * (inputs + _EXACT_HIDDEN * hidden)
         if routed:
             experts, chosen = len(routed) // 2, source.model_class.experts_per_token
             share = min(1.0, _BUSY * chosen / max(experts, 1))
