@@ -2,12 +2,14 @@
 """Settings for all tests; read before torch is imported."""
 
 import functools
+import gc
 import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
+import forked_ranks
 import lesser_cpu
 import pytest
 import vision_classes
@@ -37,9 +39,34 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -engines[item.path])
 
 
+_freeze, _thaw = gc.freeze, gc.unfreeze
+_frozen_for = None
+
+
+def pytest_sessionfinish():
+    _thaw()
+
+
+def _leave_out_what_stays(item):
+    """Have collections of garbage pass over what is there before a file's tests, or an engine's.
+
+    vLLM collects a dozen times for an engine, and a calibrated method once for a model, each time
+    through the objects of all modules that are imported: longer than a tiny model's answers take.
+    vLLM's own freezing would keep an engine for ever, and its thawing would bring the modules back.
+    """
+    global _frozen_for
+    gc.freeze = gc.unfreeze = lambda: None
+    if item.path != _frozen_for or item.get_closest_marker("vllm"):
+        _frozen_for = item.path
+        gc.collect()
+        _freeze()
+
+
 def pytest_runtest_setup(item):
+    _leave_out_what_stays(item)
     if item.get_closest_marker("vllm"):
         _inspect_models_here()
+        forked_ranks.install()
 
 
 @pytest.fixture(autouse=True)
