@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,7 +25,6 @@ from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
-_LEAN = "--lean"
 _MODALITIES = ("image", "video", "audio")
 _EXPERT = re.compile(r"(\bexperts\.(?:[A-Za-z_]\w*\.)?)\d+(?=\.)")
 
@@ -38,24 +36,18 @@ def check(model: Path | str, flags: Sequence[str] = ()) -> Report:
     flags: of `vllm serve`, such as --tensor-parallel-size 2
     Raises ValueError for a model that is nowhere, and for wrong flags.
     """
-    result = _run([_LEAN, str(model), *flags])
-    if not _lines(result) or lean.is_missed(_lines(result)[-1]):
-        result = _run([str(model), *flags])
-    if result.returncode or not (lines := _lines(result)):
-        said = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise ValueError(said[-1])
-    return from_json(json.loads(lines[-1]))
-
-
-def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environ = dict(os.environ)
     cpu_metadata.apply(environ)
-    command = [sys.executable, "-m", "vllm_nvfp4.checking.check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environ)
+    said, ended = lean.ask("vllm_nvfp4.checking.check", [str(model), *flags], environ, _last_report)
+    if ended.returncode or said is None:
+        lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        raise ValueError(lines[-1])
+    return from_json(json.loads(said))
 
 
-def _lines(result: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in result.stdout.splitlines() if line.startswith('{"schema"')]
+def _last_report(printed: str) -> str | None:
+    lines = [line for line in printed.splitlines() if line.startswith('{"schema"')]
+    return lines[-1] if lines else None
 
 
 def examine(engine_args: Any) -> Report:
@@ -268,9 +260,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the report on argv's model as one line of JSON; 1 with one line of error."""
     log_errors_alone()
     cpu_metadata.apply()
-    if is_lean := argv[0] == _LEAN:
-        lean.leave_out()
-    model, *flags = argv[is_lean:]
+    model, *flags = lean.begin(argv)
     try:
         arguments = engine_arguments(model, flags)
         lean.look_here()

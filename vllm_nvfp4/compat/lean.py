@@ -7,15 +7,54 @@ all the rest. They are told that it is not.
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+FLAG = "--lean"
 
 # Asked for in a `try`, or by find_spec: for traces, for other executors, and for assisted decoding.
 _OPTIONAL = ("opentelemetry", "pandas", "pyarrow", "ray", "scipy", "sklearn")
 
 
+def ask(
+    module: str,
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    answer: Callable[[str], str | None],
+    timeout: float | None = None,
+) -> tuple[str | None, subprocess.CompletedProcess[str]]:
+    """(What a module says that is run in a process of its own, or None; how that process ended).
+
+    module:    of this package; its ``main`` begins with :func:`begin`
+    answer:    finds the answer in what the process has printed
+    Where it ends by a traceback, or what it says may be for want of an optional package, it is
+    asked again with all of them. Raises subprocess.TimeoutExpired after ``timeout`` seconds of one
+    process.
+    """
+    command = [sys.executable, "-m", module]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout}
+    ended = subprocess.run([*command, FLAG, *arguments], env=environ, **options)
+    said = answer(ended.stdout)
+    words = ended.stderr if said is None else said
+    has_failed = said is None and (ended.returncode != 1 or "Traceback" in words)
+    if has_failed or is_missed(words):
+        ended = subprocess.run([*command, *arguments], env=environ, **options)
+        said = answer(ended.stdout)
+    return said, ended
+
+
+def begin(argv: Sequence[str]) -> Sequence[str]:
+    """The arguments without FLAG, which is followed. To be called before vLLM is imported."""
+    if argv[0] != FLAG:
+        return argv
+    leave_out()
+    return argv[1:]
+
+
 def leave_out() -> None:
-    """Import none of the optional packages from now on. To be called before vLLM is imported."""
+    """Import none of the optional packages from now on."""
     for name in _OPTIONAL:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 

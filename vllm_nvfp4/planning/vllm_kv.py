@@ -18,12 +18,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat import cpu_metadata, lean
 from vllm_nvfp4.planning.shapes import Kept
 
 SECONDS = 300.0
@@ -46,17 +46,16 @@ def ask_vllm(config: Mapping[str, Any]) -> tuple[Kept, ...]:
     with tempfile.TemporaryDirectory(prefix="vllm-nvfp4-config-") as name:
         (Path(name) / "config.json").write_text(json.dumps(plain))
         environ = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        command = [sys.executable, "-m", "vllm_nvfp4.planning.vllm_kv", name]
         try:
-            done = subprocess.run(
-                command, env=environ, capture_output=True, text=True, timeout=SECONDS
-            )
+            said, _ = lean.ask("vllm_nvfp4.planning.vllm_kv", [name], environ, _found, SECONDS)
         except subprocess.TimeoutExpired:
             return ()
-    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if done.returncode or not found:
-        return ()
-    return tuple(Kept(**entry) for entry in json.loads(found[-1].removeprefix(_MARK)))
+    return () if said is None else tuple(Kept(**entry) for entry in json.loads(said))
+
+
+def _found(printed: str) -> str | None:
+    lines = [line for line in printed.splitlines() if line.startswith(_MARK)]
+    return lines[-1].removeprefix(_MARK) if lines else None
 
 
 def kept_by(folder: Path) -> list[Kept]:
@@ -95,6 +94,14 @@ def kept_of(spec: Any) -> Kept:
     return Kept(window or 0, spec.page_size_bytes // spec.block_size, 0)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """Print what the layers of argv's model keep, as one line of JSON."""
     cpu_metadata.apply()
-    print(_MARK + json.dumps([asdict(kept) for kept in kept_by(Path(sys.argv[1]))]))
+    (folder,) = lean.begin(argv)
+    lean.look_here()
+    print(_MARK + json.dumps([asdict(kept) for kept in kept_by(Path(folder))]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
