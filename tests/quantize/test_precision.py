@@ -307,9 +307,9 @@ def test_a_run_that_goes_on_does_not_measure_again(llama, tmp_path, monkeypatch)
     def stop(self, report):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write._Job, "complete", stop)
-    assert quantize(llama, target, *options) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(write._Job, "complete", stop)
+        assert quantize(llama, target, *options) == 130
     assert (work_folder(target) / "sensitivity.json").is_file()
 
     def measure(*arguments):
