@@ -35,7 +35,7 @@ def draw(
             folder / f"memory.{suffix}",
             [_bar(row) for row in rows],
             f"{name}: {load_words}, {bits}-bit KV cache",
-            f"GB (10$^9$ bytes) {each},\ncomputed, not measured",
+            f"GB (10⁹ bytes) {each},\ncomputed, not measured",
         )
     ]
     if series := _limits(asked, rows):

@@ -74,7 +74,7 @@ def memory_stack(
     path: Path,
     bars: Sequence[MemoryBar],
     title: str = "",
-    ylabel: str = "memory, GB (10$^9$ bytes)",
+    ylabel: str = "memory, GB (10⁹ bytes)",
 ) -> Path:
     """Memory by part, GB (10^9), one column each; a line marks the capacity.
 
@@ -285,10 +285,14 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
         if title:
             figure.suptitle(title, fontsize=11)
         # Without a date the same numbers give the same file.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        metadata = {".svg": unsaid, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
         figure.savefig(path, metadata=metadata)
     if path.suffix.lower() == ".svg":
-        # A hundredth of a point is less than is seen, and indentation is for nobody.
-        short = re.sub(r"(\d\.\d\d)\d+|^ +", r"\1", path.read_text(), flags=re.MULTILINE)
-        path.write_text(short)
+        # A hundredth of a point is less than is seen, and indentation and turns by 0 for nobody;
+        # the font of all texts is said once.
+        useless = r"""(\d\.\d\d)\d+|^ +| transform="rotate\(-0 [^"]*"|; font-family: [^;"]*"""
+        short = re.sub(useless, r"\1", path.read_text(), flags=re.MULTILINE)
+        font = f"text{{font-family: {', '.join(_RC['font.sans-serif'])}, sans-serif}}"
+        path.write_text(short.replace('"text/css">', f'"text/css">{font}', 1))
     return path
