@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from vllm_nvfp4.checkpoints.gguf import gguf_to_folder
-from vllm_nvfp4.checkpoints.gguf_header import check_gguf
+from vllm_nvfp4.checkpoints.gguf_parts import check_gguf
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 STRING, ARRAY, UINT8, UINT32 = 8, 9, 0, 4

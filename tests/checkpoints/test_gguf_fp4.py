@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files with weights in FP4, made of other tools' checkpoints and back bit for bit."""
 
+import json
+import shutil
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_files import TYPE, write_gguf
 from safetensors.torch import load_file
-from serving_cases import compare
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from serving_cases import compare, compare_to, gpt_oss_answer
 
 from vllm_nvfp4.checkpoints.gguf import gguf_to_folder, holds_fp4, write_fp4
 from vllm_nvfp4.checkpoints.gguf_fp4 import split_blocks
@@ -17,8 +19,8 @@ from vllm_nvfp4.checkpoints.write import write_nvfp4
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.numerics.formats import MXFP4, NVFP4
 from vllm_nvfp4.numerics.weight import BlockScaledWeight
-from vllm_nvfp4.testing.checkpoints import extract_fixture
-from vllm_nvfp4.testing.tiny_models import build_tokenizer
+from vllm_nvfp4.testing.checkpoints import edit_json, extract_fixture, to_gpt_oss_mxfp4
+from vllm_nvfp4.testing.tiny_models import write_model
 
 # What llama.cpp keeps for itself, or leaves out.
 LOST = (".input_scale", ".k_scale", ".v_scale")
@@ -46,23 +48,52 @@ def test_codes_and_scales_come_back_bit_for_bit(name, tmp_path, capsys):
     assert same_bits(tmp_path / "out", source)
 
 
-def test_experts_come_back_one_by_one_with_their_own_scales(tmp_path):
-    # The inner size of an expert is one that transformers does not read and takes for 768.
-    config = Qwen3MoeConfig(
-        vocab_size=288, hidden_size=64, intermediate_size=128, moe_intermediate_size=768,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-        num_experts=3, num_experts_per_tok=2, max_position_embeddings=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
-    build_tokenizer().save_pretrained(tmp_path / "plain")
-    write_nvfp4(tmp_path / "plain", tmp_path / "source", method="rtn")
-    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf")
-    write_fp4(path, tmp_path / "out", None)
-    assert same_bits(tmp_path / "out", tmp_path / "source")
-    scales = {t.item() for n, t in load_file(tmp_path / "out" / "model.safetensors").items()
-              if "up_proj.weight_scale_2" in n}  # fmt: skip
-    assert len(scales) == 3
+@pytest.fixture
+def experts(tmp_path):
+    write_nvfp4(write_model(tmp_path / "plain", "qwen3_moe"), tmp_path / "source", method="rtn")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("split", [0, 10])
+def test_experts_come_back_one_by_one_with_their_own_scales(split, experts, tmp_path):
+    write_fp4(write_gguf(experts, tmp_path / "model.gguf", split=split), tmp_path / "out", None)
+    assert same_bits(tmp_path / "out", experts)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert len({t.item() for n, t in tensors.items() if "0.mlp" in n and "_proj.weight_scale_2" in n
+                and "up_" in n}) == 4  # fmt: skip
+    # A size that transformers leaves out, as it does a head's of gpt-oss below.
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["moe_intermediate_size"] == 64
+
+
+def test_parts_that_are_not_all_there(experts, tmp_path):
+    first = write_gguf(experts, tmp_path / "model.gguf", split=30)
+    second = first.with_name(first.name.replace("00001-of", "00002-of"))
+
+    def refusal(path):
+        with pytest.raises(CheckpointError) as error:
+            holds_fp4(path)
+        return str(error.value)
+
+    assert f"found part 2 of 2; needed the first part. Name {first}" in refusal(second)
+    shutil.copy(first, other := tmp_path / "model.gguf")
+    assert "name: found model.gguf; needed a name that ends in -00001-of-00002.gguf" in refusal(
+        other
+    )
+    whole = second.read_bytes()
+    number = whole.index(b"split.no") + 12
+    second.write_bytes(whole[:number] + b"\0\0" + whole[number + 2 :])
+    assert "split.no: found 0; needed 1" in refusal(first)
+    second.unlink()
+    assert f"parts: found no file {second.name}; needed all 2 parts" in refusal(first)
+
+
+@pytest.mark.vllm
+def test_gpt_oss_is_served_as_transformers_has_it(tmp_path):
+    """Attention sinks, biases of experts, a sliding window and YaRN of the file's own numbers."""
+    source = to_gpt_oss_mxfp4(write_model(tmp_path / "source", "gpt_oss"))
+    edit_json(source / "config.json", lambda c: c["rope_parameters"].update(factor=8.0))
+    write_fp4(write_gguf(source, tmp_path / "model.gguf"), tmp_path / "out", None)
+    compare_to(gpt_oss_answer(source), tmp_path / "out", atol=1e-4)
 
 
 @pytest.mark.vllm

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF file as a Hugging Face folder, through transformers and its reader of GGUF: in BF16, or
-with the weights in FP4 that it has."""
+with the weights in FP4 that it has. Of a file in parts, the first is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.gguf_fp4 import FP4_TYPES, SCALES, Converted, write_fp4_folder
-from vllm_nvfp4.checkpoints.gguf_header import check_gguf
+from vllm_nvfp4.checkpoints.gguf_header import Head
+from vllm_nvfp4.checkpoints.gguf_parts import as_one_file, check_gguf, tensor_types
 from vllm_nvfp4.checkpoints.gguf_rope import add_rope_scaling
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
@@ -28,21 +29,22 @@ def gguf_to_folder(gguf: Path, target: Path) -> None:
     or its architecture, is not one that transformers reads, and for weights with a scale beside
     them, which transformers leaves out.
     """
-    types = _checked(gguf)
+    heads = _checked(gguf)
+    types = tensor_types(heads)
     scaled = (n for n in types if n.endswith(SCALES[0]) and _weight_of(n) in types)
     if scale := next(scaled, None):
         raise CheckpointError(
             str(gguf), scale, f"a scale of {_weight_of(scale)}", "weights without",
             "Start from the safetensors that the file was made from.",
         )  # fmt: skip
-    with _readers(gguf):
-        _convert(gguf, target)
-        add_rope_scaling(gguf, _reader_of(gguf), target)
+    with _readers(gguf), as_one_file(heads, target.parent) as file:
+        _convert(gguf, file, target)
+        add_rope_scaling(gguf, _reader_of(file), target)
 
 
 def holds_fp4(gguf: Path) -> bool:
-    """Whether weights are in NVFP4 or MXFP4. Raises CheckpointError for a file in pieces."""
-    return not FP4_TYPES.keys().isdisjoint(_checked(gguf).values())
+    """Whether weights are in NVFP4 or MXFP4. Raises CheckpointError for a damaged file."""
+    return not FP4_TYPES.keys().isdisjoint(tensor_types(_checked(gguf)).values())
 
 
 def write_fp4(gguf: Path, target: Path, finish: Callable[[Path], None] | None) -> Converted:
@@ -54,9 +56,9 @@ def write_fp4(gguf: Path, target: Path, finish: Callable[[Path], None] | None) -
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        with _readers(gguf):
-            reader = _reader_of(gguf)
-            found = write_fp4_folder(gguf, reader, folder)
+        with _readers(gguf), as_one_file(check_gguf(gguf), Path(temporary)) as file:
+            reader = _reader_of(file)
+            found = write_fp4_folder(gguf, file, reader, folder)
             add_rope_scaling(gguf, reader, folder)
         if finish is not None:
             finish(folder)
@@ -64,17 +66,17 @@ def write_fp4(gguf: Path, target: Path, finish: Callable[[Path], None] | None) -
     return found
 
 
-def _reader_of(gguf: Path) -> GGUFReader:
+def _reader_of(file: Path) -> GGUFReader:
     from gguf import GGUFReader
 
-    return GGUFReader(gguf)
+    return GGUFReader(file)
 
 
 def _weight_of(scale: str) -> str:
     return scale.removesuffix(SCALES[0]) + ".weight"
 
 
-def _checked(gguf: Path) -> dict[str, int]:
+def _checked(gguf: Path) -> list[Head]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise CheckpointError(
@@ -107,14 +109,14 @@ def _readers(gguf: Path) -> Iterator[None]:
             ) from error
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _convert(gguf: Path, file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(gguf.parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    folder = str(file.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf.name, dtype=torch.bfloat16, output_loading_info=True
+        folder, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True
     )
     model, report = loaded
     is_tied = model.config.tie_word_embeddings

@@ -5,8 +5,8 @@
     MXFP4  1 x E8M0 | 16 bytes of codes, for one group of g = 32
 Byte j of a group holds element j in its low nibble and j + g/2 in the high one. Beside X.weight,
 X.scale (float32, one value or one for each expert) multiplies, and X.input_scale is not used. All
-other tensors become BF16. transformers says what a tensor is called and which of its rows
-llama.cpp has put elsewhere. Source: gguf 0.19 (quants.py), llama.cpp's conversion/base.py.
+other tensors become BF16, and experts one by one. transformers says what a tensor is called and
+which of its rows llama.cpp has put elsewhere. Source: gguf 0.19, llama.cpp's conversion/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvfp4.checkpoints.gguf_config import model_config
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
 # ggml's types -> (ModelOpt's algorithm, elements of a group, groups of a block)
 FP4_TYPES = {39: ("MXFP4", 32, 1), 40: ("W4A16_NVFP4", 16, 4)}
 SCALES = (".scale", ".input_scale")
-_EXPERTS = re.compile(r"(blk\.\d+\.ffn_(gate|up|down)_exps)\.weight")
-_OF_STACK = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EXPERTS = re.compile(r"(blk\.\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
+_OF_STACK = {
+    "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
+    "gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"),
+    "down_proj": ("down_proj.weight",),
+    "down_proj_bias": ("down_proj.bias",),
+}
 _START_AGAIN = "Serve the safetensors that the file was made from."
 
 
@@ -41,14 +47,15 @@ class Converted:
     algos: dict[str, str] = field(default_factory=dict)
 
 
-def write_fp4_folder(gguf: Path, reader: GGUFReader, target: Path) -> Converted:
+def write_fp4_folder(gguf: Path, file: Path, reader: GGUFReader, target: Path) -> Converted:
     """Write config, tokenizer and one safetensors file to the new folder ``target``; all of it is
-    in memory. Raises CheckpointError for a tensor without a place, and a place without one;
-    the readers raise more, for what they do not know."""
+    in memory. gguf: what the user names; file: all of it, which ``reader`` reads. Raises
+    CheckpointError for a tensor without a place, and a place without one; the readers raise more,
+    for what they do not know."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    places = _Places(gguf, reader.fields["general.architecture"].contents())
+    places = _Places(gguf, file, reader)
     scales = {t.name: t.data for t in reader.tensors if t.name.endswith(SCALES)}
     found = Converted()
     for tensor in reader.tensors:
@@ -56,7 +63,7 @@ def write_fp4_folder(gguf: Path, reader: GGUFReader, target: Path) -> Converted:
             scale = scales.get(tensor.name.removesuffix(".weight") + SCALES[0])
             _convert(tensor, scale, places, found)
     places.check_whole(found.tensors)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
     model = places.model
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(target)
@@ -90,43 +97,49 @@ def split_blocks(data: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
 class _Places:
     """Where transformers' model has the tensors of a GGUF file."""
 
-    def __init__(self, gguf: Path, architecture: str) -> None:
+    def __init__(self, gguf: Path, file: Path, reader: GGUFReader) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers import modeling_gguf_pytorch_utils as reader
+        from transformers import AutoModelForCausalLM
+        from transformers import modeling_gguf_pytorch_utils as legacy
 
         self.gguf = gguf
-        parsed = reader.load_gguf_checkpoint(str(gguf))
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        parsed = legacy.load_gguf_checkpoint(str(file))
         with torch.device("meta"):
+            config = model_config(reader, parsed["config"])
             self.model: Any = AutoModelForCausalLM.from_config(config)
-        processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)
+        architecture = reader.fields["general.architecture"].contents()
+        processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
         self._processor = processor(config=parsed["config"])
-        self._names = reader.get_gguf_hf_weights_map(self.model, self._processor)
+        self._names = legacy.get_gguf_hf_weights_map(self.model, self._processor)
 
     def of(self, name: str, data: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """(name in the model, its rows in the model's order) of a tensor, each expert's by itself;
         nothing for what the model does without."""
-        if (match := _EXPERTS.fullmatch(name)) and data.ndim == 3:
-            stack = self._names.get(match[1]) or self._names.get(name)
+        if match := _EXPERTS.fullmatch(name):
+            # Every family has the name of this one, whatever it makes of the other two.
+            stack = self._named(f"{match[1]}.ffn_down_exps.weight")
             if stack is None:
                 raise self.refuse(name, "experts", "a model whose experts transformers finds")
             prefix = stack.removesuffix(".weight").rpartition(".")[0]
             for number, expert in enumerate(data):
-                yield f"{prefix}.{number}.{match[2]}_proj.weight", expert
+                yield f"{prefix}.{number}.{match[2]}_proj.{match[3]}", expert
             return
         placed = self._processor.process(
             weights=data, name=name, tensor_key_mapping=self._names, parsed_parameters={}
         )
-        if placed.name in self._names:
-            yield self._names[placed.name], placed.weights
+        if (known := self._named(placed.name)) is not None:
+            yield known, placed.weights
+
+    def _named(self, name: str) -> str | None:
+        """The model's name of a tensor; llama.cpp writes .weight after parameters without it."""
+        return self._names.get(name) or self._names.get(name.removesuffix(".weight"))
 
     def check_whole(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise CheckpointError for a parameter that no tensor is for."""
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
         for name, _ in self.model.named_parameters():
             prefix, _, leaf = name.rpartition(".")
-            parts = [f"{prefix}.0.{part}.weight" for part in _OF_STACK.get(leaf, ())]
+            parts = [f"{prefix}.0.{part}" for part in _OF_STACK.get(leaf, ())]
             if name not in tied and not all(n in tensors for n in parts or [name]):
                 raise self.refuse(name, "no tensor", "one for each of the model's")
 

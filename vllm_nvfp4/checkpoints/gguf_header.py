@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,37 @@ _MAX_ELEMENTS = 8 << 20
 _MAX_NAME = 1 << 16
 _MAX_DIMS = 4
 _MAX_EXPERTS = 100_000  # of all layers
+_AGAIN = "Download the file again."
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a head. kind: ggml's type; offset: of its data, from where all data begins"""
+
+    kind: int
+    dims: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of one file.
+
+    entries: the value of each, None for an array; spans: where it stands in the file, key included
+    alignment, begin: of the data
+    """
+
+    path: Path
+    version: int
+    entries: Mapping[str, Any]
+    spans: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, TensorEntry]
+    alignment: int
+    begin: int
+
+    def refuse(self, what: str, found: object, needed: str, todo: str) -> CheckpointError:
+        return CheckpointError(str(self.path), f"GGUF, {what}", found, needed, todo)
 
 
 class _Reader:
@@ -41,9 +74,7 @@ class _Reader:
         self.num_elements = 0
 
     def refuse(self, what: str, found: object, needed: str) -> CheckpointError:
-        return CheckpointError(
-            str(self.path), f"GGUF, {what}", found, needed, "Download the file again."
-        )
+        return CheckpointError(str(self.path), f"GGUF, {what}", found, needed, _AGAIN)
 
     def skip(self, size: int, what: str) -> int:
         """Step over ``size`` bytes; returns where they begin."""
@@ -86,32 +117,32 @@ class _Reader:
             raise self.refuse(what, f"an array of type {kind}", "one of numbers or strings")
 
 
-def check_gguf(path: Path) -> dict[str, int]:
-    """The type of each tensor by its name. Raises CheckpointError unless every part of the head
-    lies in the file, every tensor's bytes too, and the layers that it announces are not more than
-    its tensors."""
+def read_head(path: Path) -> Head:
+    """Raises CheckpointError unless every part of the head lies in the file, and every tensor's
+    bytes too."""
     size = path.stat().st_size
     if size < _HEAD_BYTES:
-        raise CheckpointError(
-            str(path), "GGUF", f"{size} bytes", "a whole GGUF file", "Download the file again."
-        )
+        raise CheckpointError(str(path), "GGUF", f"{size} bytes", "a whole GGUF file", _AGAIN)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _check(_Reader(path, data))
+        return _read(_Reader(path, data))
 
 
-def _check(reader: _Reader) -> dict[str, int]:
+def _read(reader: _Reader) -> Head:
     magic, version = bytes(reader.data[:4]), struct.unpack_from("<I", reader.data, 4)[0]
     if magic != b"GGUF" or version not in _VERSIONS:
         raise reader.refuse("head", f"{magic!r} version {version}", "a whole GGUF file, 2 or 3")
     reader.offset = 8
     num_tensors, num_entries = reader.number("Q", "tensors"), reader.number("Q", "entries")
     entries: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(num_entries):  # an entry has bytes: the loop ends with the file
+        begin = reader.offset
         key = reader.string("a key")
         if key in entries:
             raise reader.refuse(key, "it twice", "each key once")
         entries[key] = reader.value(reader.number("I", key), key)
-    tensors: dict[str, tuple[int, int, int]] = {}
+        spans[key] = begin, reader.offset
+    tensors: dict[str, TensorEntry] = {}
     for _ in range(num_tensors):
         name = reader.string("a tensor's name")
         if name in tensors:
@@ -121,16 +152,15 @@ def _check(reader: _Reader) -> dict[str, int]:
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise reader.refuse("general.alignment", alignment, "a power of two")
     begin = -(-reader.offset // alignment) * alignment
-    for name, (_, offset, num_bytes) in tensors.items():
-        if begin + offset + num_bytes > len(reader.data):
+    for name, tensor in tensors.items():
+        end = begin + tensor.offset + tensor.num_bytes
+        if end > len(reader.data):
             needed = f"an end within the file's {len(reader.data)}"
-            raise reader.refuse(name, f"an end at byte {begin + offset + num_bytes}", needed)
-    _check_sizes(reader, entries, len(tensors))
-    return {name: kind for name, (kind, _, _) in tensors.items()}
+            raise reader.refuse(name, f"an end at byte {end}", needed)
+    return Head(reader.path, version, entries, spans, tensors, alignment, begin)
 
 
-def _tensor(reader: _Reader, name: str) -> tuple[int, int, int]:
-    """(type, offset, bytes) of a tensor's data."""
+def _tensor(reader: _Reader, name: str) -> TensorEntry:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     num_dims = reader.number("I", name)
@@ -143,16 +173,19 @@ def _tensor(reader: _Reader, name: str) -> tuple[int, int, int]:
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if dims and dims[0] % block:
         raise reader.refuse(name, f"rows of {dims[0]}", f"a multiple of {block}")
-    return kind, offset, math.prod(dims) // block * block_bytes
+    return TensorEntry(kind, tuple(dims), offset, math.prod(dims) // block * block_bytes)
 
 
-def _check_sizes(reader: _Reader, entries: dict[str, Any], num_tensors: int) -> None:
+def check_sizes(head: Head, num_tensors: int) -> None:
+    """Raises CheckpointError where the layers that a model's head announces are more than its
+    tensors, or its experts more than any model's."""
+    entries = head.entries
     architecture = entries.get("general.architecture")
     if not isinstance(architecture, str):
-        raise reader.refuse("general.architecture", architecture, "a name")
+        raise head.refuse("general.architecture", architecture, "a name", _AGAIN)
     key = f"{architecture}.block_count"
     layers, experts = entries.get(key), entries.get(f"{architecture}.expert_count", 0)
     if type(layers) is not int or not 0 < layers <= num_tensors:
-        raise reader.refuse(key, layers, f"a number up to its {num_tensors} tensors")
+        raise head.refuse(key, layers, f"a number up to its {num_tensors} tensors", _AGAIN)
     if type(experts) is not int or not 0 <= experts * layers <= _MAX_EXPERTS:
-        raise reader.refuse(f"{architecture}.expert_count", experts, "a number of experts")
+        raise head.refuse(f"{architecture}.expert_count", experts, "a number of experts", _AGAIN)

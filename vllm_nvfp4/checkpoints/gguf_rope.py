@@ -2,8 +2,8 @@
 """The scaling of rotary positions in a GGUF file, which transformers leaves out as it reads one.
 
 Llama 3's is the tensor rope_freqs.weight, float32 [d/2], that divides the frequencies of a head's
-d elements; others stand in ``rope.scaling.type``. Source: llama.cpp's conversion/llama.py;
-transformers' modeling_rope_utils (llama3).
+d elements; others stand in ``rope.scaling.type`` and beside it. Source: llama.cpp's
+conversion/llama.py; transformers' modeling_rope_utils (llama3).
 """
 
 from __future__ import annotations
@@ -26,18 +26,33 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# The numbers of a scaling: a file's key -> transformers'.
+_NUMBERS = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_attn_factor": "attention_factor",
+}
 
 
 def add_rope_scaling(gguf: Path, reader: GGUFReader, folder: Path) -> None:
-    """Write Llama 3's scaling to the folder's config.json where the GGUF file has it. Raises
-    CheckpointError for another, with which every position would be wrong."""
+    """Write the scaling of a GGUF file to the folder's config.json: Llama 3's, or of the type that
+    the model's family has by default (gpt-oss). Raises CheckpointError for another, with which
+    every position would be wrong."""
     import numpy as np
 
     architecture = reader.fields["general.architecture"].contents()
-    kind = reader.fields.get(f"{architecture}.rope.scaling.type")
-    name = "none" if kind is None else kind.contents()
-    if name != "none":
-        raise _refusal(gguf, f"{architecture}.rope.scaling.type", name)
+    begin = f"{architecture}.rope.scaling."
+    stated = {
+        key.removeprefix(begin): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(begin)
+    }
+    kind = stated.pop("type", "none")
+    if kind != "none":
+        _add_of_family(gguf, begin, kind, stated, folder / "config.json")
+        return
     factors = next((t.data for t in reader.tensors if t.name == _FACTORS), None)
     if factors is None or (factors == 1).all():
         return
@@ -49,6 +64,24 @@ def add_rope_scaling(gguf: Path, reader: GGUFReader, folder: Path) -> None:
     if not np.allclose(factors.reshape(-1), llama3_factors(scaling, 2 * factors.size), rtol=1e-4):
         raise _refusal(gguf, _FACTORS, "other factors than Llama 3's")
     config["rope_parameters" if old else "rope_scaling"] = scaling
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_of_family(gguf: Path, begin: str, kind: str, stated: dict[str, Any], path: Path) -> None:
+    """What a file does not state, as whether YaRN's bounds are whole numbers, is the family's."""
+    from transformers import CONFIG_MAPPING
+
+    config = json.loads(path.read_text())
+    usual = getattr(CONFIG_MAPPING[config["model_type"]](), "rope_parameters", None) or {}
+    if usual.get("rope_type") != kind:
+        raise _refusal(gguf, f"{begin}type", kind)
+    stated.pop("finetuned", None)
+    if unknown := stated.keys() - _NUMBERS.keys():
+        raise _refusal(gguf, begin + min(unknown), stated[min(unknown)])
+    own = config.get("rope_parameters") or {}
+    own = {"rope_theta": own["rope_theta"]} if "rope_theta" in own else {}
+    numbers = {_NUMBERS[key]: value for key, value in stated.items()}
+    config["rope_parameters"] = {**usual, **own, **numbers}
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -66,5 +99,7 @@ def llama3_factors(scaling: dict[str, Any], head_size: int) -> list[float]:
 
 
 def _refusal(gguf: Path, what: str, found: str) -> CheckpointError:
-    needed = "none, or Llama 3's: transformers reads no scaling of rotary positions from GGUF"
+    needed = (
+        "none, Llama 3's or the family's own: transformers leaves scalings of rotary positions out"
+    )
     return CheckpointError(str(gguf), what, found, needed, "Start from the model's safetensors.")
