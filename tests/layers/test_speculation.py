@@ -94,18 +94,28 @@ def ask(folder, speculative=None, **options):
     return tokens, *(int(counts.get(f"{spec}_{n}_tokens", 0)) for n in ("accepted", "draft"))
 
 
-@pytest.mark.parametrize("quantization", [None, "nvfp4"])
-def test_an_eagle_3_draft_beside_a_quantised_target(quantization, tmp_path):
-    """In 16 bits, and quantised while it loads."""
+def renamed(tensors, stem, root):
+    for name in [n for n in tensors if n != "lm_head.weight"]:
+        tensors[root + name.replace("midlayer.", stem)] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(("quantization", "root"), [(None, ""), ("nvfp4", ""), (None, "model.")])
+def test_an_eagle_3_draft_beside_a_quantised_target(quantization, root, tmp_path):
+    """In 16 bits, and quantised while it loads; under the names of a draft and of a whole model."""
     target = write_model(tmp_path / "target", "llama")
     edit_tensors(target, make_predictable)
     draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))
     speculative = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 1}
     speculative["quantization"] = quantization
+    edit_tensors(
+        draft, lambda tensors: renamed(tensors, "layers.0." if root else "midlayer.", root)
+    )
     alone, *_ = ask(target)
     tokens, taken, drafted = ask(target, speculative)
     assert tokens == alone
     assert taken == drafted >= NUM_TOKENS // 2
+    if root:
+        return
     edit_tensors(draft, shuffle_first_projection)
     tokens, taken, drafted = ask(target, speculative)
     assert tokens == alone
@@ -138,19 +148,18 @@ SERVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", ["midlayer.", "layers.0."])
-@pytest.mark.parametrize("form", ["stored", "16 bits"])
+@pytest.mark.parametrize(
+    ("form", "stem"),
+    [("stored", "midlayer."), ("stored", "layers.0."), ("stored", "model.layers.0."),
+     ("16 bits", "model.layers.0.")],
+)  # fmt: skip
 def test_an_eagle_3_draft_with_a_configuration_of_its_own(form, stem, tmp_path):
     """vLLM counts its layers on from the target's, and its files call them otherwise."""
     target = write_model(tmp_path / "target", "llama")
     edit_tensors(target, make_predictable)
     draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))
-
-    def rename(tensors):
-        for name in [n for n in tensors if n.startswith("midlayer.")]:
-            tensors[name.replace("midlayer.", stem)] = tensors.pop(name)
-
-    edit_tensors(draft, rename)
+    root = "model." if stem.startswith("model.") else ""
+    edit_tensors(draft, lambda tensors: renamed(tensors, stem.removeprefix(root), root))
     ignored = [f"{stem}self_attn.*", "*.down_proj"]
     served = {"qkv_proj": PLAIN, "o_proj": PLAIN, "gate_up_proj": ONLINE, "down_proj": PLAIN}
     served["fc"] = PLAIN  # outside of the stacks

@@ -53,10 +53,13 @@ def install() -> None:
     @functools.wraps(initialize)
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        if vllm_config.speculative_config is not None:
+        speculative = vllm_config.speculative_config
+        if speculative is not None:
             draft_tables.install()  # a draft is built, and shares, after its target
         model_config = kwargs.get("model_config")
         model = _build(lambda: initialize(*args, **kwargs), vllm_config, model_config)
+        if _is_draft(vllm_config, model_config) and getattr(speculative, "method", "") == "eagle3":
+            _wrap(model, _without_root)
         config = _config_of(model, vllm_config, model_config)
         prepare = getattr(config, "prepare_weights", None)
         if prepare is not None:
@@ -83,8 +86,7 @@ def _build(initialize: Callable[[], Any], vllm_config: Any, model_config: Any) -
         model = initialize()
     for _, mapper in places.mappers_of(model):
         _note_stacked(mapper, is_part=True)
-    is_draft = model_config is not None and model_config is not vllm_config.model_config
-    if (again := places.settle(build, model, is_draft)) is None:
+    if (again := places.settle(build, model, _is_draft(vllm_config, model_config))) is None:
         return model
     logger.info_once(
         "nvfp4: %s has other layers than it asked for while it was built: it is built again by the "
@@ -99,15 +101,24 @@ def _build(initialize: Callable[[], Any], vllm_config: Any, model_config: Any) -
         return initialize()
 
 
+def _is_draft(vllm_config: Any, model_config: Any) -> bool:
+    return model_config is not None and model_config is not vllm_config.model_config
+
+
+def _without_root(weights: Iterable[tuple[str, Any]], model: Any) -> Iterable[tuple[str, Any]]:
+    """vLLM's loaders of EAGLE-3 put "model." before every name, whether a file has it or not."""
+    return ((name.removeprefix("model."), tensor) for name, tensor in weights)
+
+
 def _config_of(model: Any, vllm_config: Any, model_config: Any) -> Any:
     """The quantization config that knows a model's layers and files: the engine's; of a draft, the
     one that it has made for itself, or the engine's where it is in the target's files."""
-    engine, target = vllm_config.quant_config, vllm_config.model_config
-    if model_config is None or model_config is target:
+    engine = vllm_config.quant_config
+    if not _is_draft(vllm_config, model_config):
         return engine
     made = (getattr(part, "quant_config", None) for part in (model, *model.children()))
     own = next((c for c in made if c is not None and c is not engine), None)
-    return own or (engine if model_config.model == target.model else None)
+    return own or (engine if model_config.model == vllm_config.model_config.model else None)
 
 
 def _wrap(model: Any, prepare: Any) -> None:
