@@ -243,7 +243,7 @@ def _wrapped(label: str, width: int) -> str:
 
 
 def _inside(axes: Any, x: float, y: float, text: str) -> None:
-    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     axes.text(x, y, text, ha="center", va="center", bbox=box, zorder=5)
 
 
@@ -289,10 +289,18 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
         metadata = {".svg": unsaid, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
         figure.savefig(path, metadata=metadata)
     if path.suffix.lower() == ".svg":
-        # A hundredth of a point is less than is seen, and indentation and turns by 0 for nobody;
-        # the font of all texts is said once.
-        useless = r"""(\d\.\d\d)\d+|^ +| transform="rotate\(-0 [^"]*"|; font-family: [^;"]*"""
-        short = re.sub(useless, r"\1", path.read_text(), flags=re.MULTILINE)
-        font = f"text{{font-family: {', '.join(_RC['font.sans-serif'])}, sans-serif}}"
-        path.write_text(short.replace('"text/css">', f'"text/css">{font}', 1))
+        path.write_text(_shorter(path.read_text()))
     return path
+
+
+def _shorter(svg: str) -> str:
+    """A hundredth of a point is less than is seen, and indentation and turns by 0 are for nobody;
+    the font of most texts is said once."""
+    font = f"font-size: {_RC['font.size']}px; font-family: 'DejaVu Sans', "
+    for useless in (
+        rf'{font}[^;"]*(; )?|; font-family: [^;"]*| transform="rotate\(-0 [^"]*"',
+        r' style=""|(?<=\d\.\d\d)\d+|^ +| \n(?=[LQ])',
+    ):
+        svg = re.sub(useless, "", svg, flags=re.MULTILINE)
+    once = f"text{{{font}Verdana, Arial, sans-serif}}"
+    return svg.replace('"text/css">', f'"text/css">{once}', 1)
