@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_nvfp4.checkpoints.census import KV_OUTPUTS, OF_ATTENTION, PROJECTION_FIRST, Census
+from vllm_nvfp4.checkpoints.class_names import class_names
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.model_census import take_census_of
 from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, online_spec
@@ -68,6 +69,7 @@ class NvFp4Config(QuantizationConfig):
         # vLLM's is static, and asked of an instance: this one depends on the files.
         self.get_checkpoint_weight_mapper = self._weight_mapper  # type: ignore[method-assign]
         self._options: Options | None = None
+        self._hf_config: Any = None
         self._expert_loading: ExpertLoading | None = None
         model_weights.install()
 
@@ -87,9 +89,18 @@ class NvFp4Config(QuantizationConfig):
         cut_biases(model)
         if self.census is not None:
             weights = widen_for(model, self.census, self.fused)(weights)
-        return (
-            weights if self._expert_loading is None else self._expert_loading.rest(weights, model)
+        if self._expert_loading is not None:
+            weights = self._expert_loading.rest(weights, model)
+        if self.census is None:
+            return weights
+        names = class_names(self.census.headers(), self._hf_config)
+        if names is None:
+            return weights
+        logger.info_once(
+            "nvfp4: the files have the names and stacks of transformers' class, and are turned "
+            "into the hub's while loading"
         )
+        return names.back(weights)
 
     def get_name(self) -> Any:
         return METHOD_NAME
@@ -122,6 +133,7 @@ class NvFp4Config(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Read what the model's own configuration says, and what its files hold, before loading."""
+        self._hf_config = hf_config
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = head_size(text_config)

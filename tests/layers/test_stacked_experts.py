@@ -6,6 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+from vllm_nvfp4.checkpoints import read_config
+from vllm_nvfp4.checkpoints.validate import validate
 from vllm_nvfp4.numerics.quantize import quantize_nvfp4
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
@@ -54,8 +56,25 @@ def packed_rows(name, stack, out):
     return [whole.dequantize()]
 
 
+def left_in_16_bits(name, stack, out):
+    """The layer's o_proj in NVFP4 alone, as AMD Quark leaves transformers' stacks."""
+    out[name] = stack
+    layer = name.replace("mlp.experts.down_proj", "self_attn.o_proj")
+    if layer == name:
+        return []
+    one = quantize_nvfp4(out[f"{layer}.weight"].float(), "rtn")
+    out[f"{layer}.weight"], out[f"{layer}.weight_scale"] = one.codes, one.block_scale
+    out[f"{layer}.weight_scale_2"] = one.global_scale[0]
+    return [one.dequantize()]
+
+
 def gather(tensors):
-    """Experts one by one -> experts.gate_up_proj and experts.down_proj [E, N, K]."""
+    """Experts one by one -> experts.gate_up_proj and experts.down_proj [E, N, K], and Mixtral's
+    block under its name in transformers' class."""
+    for name in [n for n in tensors if "block_sparse_moe" in n]:
+        new = name.replace("block_sparse_moe", "mlp").replace(".w2.", ".down_proj.")
+        new = new.replace(".w1.", ".gate_proj.").replace(".w3.", ".up_proj.")
+        tensors[new] = tensors.pop(name)
     found = defaultdict(dict)
     for name in [n for n in tensors if ".experts." in n]:
         root, _, rest = name.partition(".experts.")
@@ -71,6 +90,8 @@ CASES = {
     "llama4": (MODELOPT, modelopt_turned),
     "granite-moe": (MODELOPT, modelopt_linear),
     "qwen3-moe": (COMPRESSED_TENSORS, packed_rows),
+    "olmoe": (MODELOPT, left_in_16_bits),
+    "mixtral": (MODELOPT, left_in_16_bits),
 }
 
 
@@ -91,6 +112,7 @@ def test_a_stack_is_served(family, tmp_path):
 
     edit_tensors(folder, edit)
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=config))
+    validate(folder, *read_config(folder))
     answer, held = serve(folder, "float32")
     assert sum(m.numel() for m in held) == sum(m.numel() for m in matrices)
     assert write_twin(plain, matrices, tmp_path / "twin") == 0

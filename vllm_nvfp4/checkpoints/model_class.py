@@ -327,21 +327,32 @@ def _is_conv1d(module: torch.nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _build(folder: Path) -> tuple[Any, Any]:
+def build_class(config: Any) -> Any:
+    """transformers' model of a configuration on the meta device; None where it has no class. Raises
+    whatever a model's code raises."""
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        for name in getattr(config, "architectures", None) or []:
+            if (found := getattr(transformers, name, None)) is not None:
+                return found(config).eval()
+        for auto in (AutoModelForCausalLM, AutoModel):
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config).eval()
+    return None
+
+
+def _build(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig
 
     reason = ""
+    names: list[str] = []
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         names = getattr(config, "architectures", None) or []
-        with torch.device("meta"):
-            for name in names:
-                if (found := getattr(transformers, name, None)) is not None:
-                    return found(config).eval(), config
-            for auto in (AutoModelForCausalLM, AutoModel):
-                if type(config) in auto._model_mapping:
-                    return auto.from_config(config).eval(), config
+        if (model := build_class(config)) is not None:
+            return model, config
     except Exception as error:  # of any model's code
         names, reason = [], f": {type(error).__name__}: {str(error).splitlines()[0]}"
     raise CheckpointError(

@@ -238,16 +238,18 @@ def _check_some_quantized(records: Iterable[LayerRecord], dialect: Dialect, cens
         if record_.spec.is_quantized:
             return
         if first is None and record_.part == LINEAR:
-            said = census.modules[record_.name].said
-            first = (record_, said) if said.is_quantized else None
+            # A stack of experts is a tensor of its module's, with a record of its own.
+            module = census.modules.get(record_.name)
+            module = module or census.modules[record_.name.rpartition(".")[0]]
+            first = (record_, module) if module.said.is_quantized else None
     if first is not None:
-        layer, said = first
-        tensors = ", ".join(sorted(census.modules[layer.name].tensors))
+        layer, module = first
+        tensors = ", ".join(sorted(module.tensors))
         raise CheckpointError(
             layer.files[0],
             layer.name,
             f"a {layer.format} weight, with the tensors {tensors}, and no quantised layer at all",
-            f"{describe(said)}, as the quantization config says",
+            f"{describe(module.said)}, as the quantization config says",
             "Remove the quantization config if the weights are meant to be in 16 bits, or restore "
             "the quantised files.",
         )

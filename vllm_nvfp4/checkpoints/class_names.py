@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""16-bit experts stacked as transformers' class of a model keeps them, which engines' models do not
+know: in files of tools that save a model's own state (AMD Quark).
+
+transformers turns the hub's names and tensors into those of its classes as it loads them, and back
+as it saves them. Here the tensors of such files are turned back, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_nvfp4.checkpoints.forms import FLOATS
+from vllm_nvfp4.checkpoints.headers import TensorHeader
+from vllm_nvfp4.checkpoints.model_class import build_class
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ClassNames:
+    """From the names of a class to the hub's. model: transformers', as of build_class"""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+
+        self._model = model
+        # Whether the hub's files have a prefix besides cannot be told from the class.
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        found = [c for c in found if not isinstance(c, PrefixChange)]
+        model._weight_conversions = found
+        back = [c.reverse_transform() for c in found if isinstance(c, WeightConverter)]
+        self._of_one = [c for c in back if len(c.source_patterns) == 1]
+
+    def takes_apart(self, name: str) -> bool:
+        """Whether the class alone has a tensor of this name."""
+        return any(c.rename_source_key(name)[1] is not None for c in self._of_one)
+
+    def back(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
+        """The hub's tensors, those of experts one by one."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        for name, tensor in weights:
+            yield from revert_weight_conversion(self._model, {name: tensor}).items()
+
+
+def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames | None:
+    """Of files with such stacks; None for all others. config: transformers', of the model"""
+    stacks = [
+        name
+        for name, header in headers.items()
+        if len(header.shape) == 3
+        and header.dtype in FLOATS
+        and name.rpartition(".")[0].endswith("experts")
+    ]
+    if not stacks or config is None or (model := build_class(config)) is None:
+        return None
+    names = ClassNames(model)
+    return names if any(map(names.takes_apart, stacks)) else None
