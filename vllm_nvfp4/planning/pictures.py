@@ -294,12 +294,12 @@ def _save(path: Path, draw: Callable[[Any], None], title: str, size: tuple[float
 
 
 def _shorter(svg: str) -> str:
-    """A hundredth of a point is less than is seen, and indentation and turns by 0 are for nobody;
-    the font of most texts is said once."""
+    """A hundredth of a point is less than is seen; indentation, turns by 0 and groups' names are
+    for nobody; the font of most texts is said once."""
     font = f"font-size: {_RC['font.size']}px; font-family: 'DejaVu Sans', "
     for useless in (
         rf'{font}[^;"]*(; )?|; font-family: [^;"]*| transform="rotate\(-0 [^"]*"',
-        r' style=""|(?<=\d\.\d\d)\d+|^ +| \n(?=[LQ])',
+        r' style=""|(?<=<g) id="[^"]*"|(?<=\d\.\d\d)\d+|^ +| \n(?=[LQ])',
     ):
         svg = re.sub(useless, "", svg, flags=re.MULTILINE)
     once = f"text{{{font}Verdana, Arial, sans-serif}}"
