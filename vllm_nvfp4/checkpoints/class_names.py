@@ -26,24 +26,39 @@ class ClassNames:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightConverter
 
-        self._model = model
+        self._model, self._own = model, model.state_dict().keys()
         # Whether the hub's files have a prefix besides cannot be told from the class.
         found = get_model_conversion_mapping(model, add_legacy=False)
         found = [c for c in found if not isinstance(c, PrefixChange)]
         model._weight_conversions = found
-        back = [c.reverse_transform() for c in found if isinstance(c, WeightConverter)]
-        self._of_one = [c for c in back if len(c.source_patterns) == 1]
+        back: list[Any] = [c.reverse_transform() for c in reversed(found)]
+        self._renamings = [c for c in back if not isinstance(c, WeightConverter)]
+        self._converters = [c for c in back if isinstance(c, WeightConverter)]
+        joining = [c for c in self._converters if len(c.source_patterns) > 1]
+        self._of_many = {pattern for c in joining for pattern in c.source_patterns}
 
-    def takes_apart(self, name: str) -> bool:
-        """Whether the class alone has a tensor of this name."""
-        return any(c.rename_source_key(name)[1] is not None for c in self._of_one)
+    def is_own(self, name: str) -> bool:
+        """Whether a tensor of the class has this name, and none of the hub's."""
+        return name in self._own and self._back(name)[0] != name
+
+    def _back(self, name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(name, self._renamings, self._converters, reverse=True)
 
     def back(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
-        """The hub's tensors, those of experts one by one."""
+        """The hub's tensors, those of experts one by one; as it is what the hub has in one with
+        others."""
         from transformers.core_model_loading import revert_weight_conversion
 
+        of_many = {
+            p for c in self._converters if len(c.source_patterns) > 1 for p in c.source_patterns
+        }
         for name, tensor in weights:
-            yield from revert_weight_conversion(self._model, {name: tensor}).items()
+            if self._back(name)[1] in of_many:
+                yield name, tensor
+            else:
+                yield from revert_weight_conversion(self._model, {name: tensor}).items()
 
 
 def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames | None:
@@ -58,4 +73,4 @@ def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames 
     if not stacks or config is None or (model := build_class(config)) is None:
         return None
     names = ClassNames(model)
-    return names if any(map(names.takes_apart, stacks)) else None
+    return names if any(map(names.is_own, stacks)) else None
