@@ -70,7 +70,11 @@ def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames 
         and header.dtype in FLOATS
         and name.rpartition(".")[0].endswith("experts")
     ]
-    if not stacks or config is None or (model := build_class(config)) is None:
+    if not stacks or config is None:
         return None
-    names = ClassNames(model)
-    return names if any(map(names.is_own, stacks)) else None
+    try:
+        model = build_class(config)
+    except Exception:  # of any model's code: its files are the hub's
+        return None
+    names = None if model is None else ClassNames(model)
+    return names if names and any(map(names.is_own, stacks)) else None

@@ -31,6 +31,6 @@ def model_config(reader: GGUFReader, values: dict[str, Any]) -> Any:
         field = reader.fields.get(f"{architecture}.{key}")
         size = None if field is None else field.contents()
         table: Any = GGUF_CONFIG_MAPPING.get(kind, {})
-        if type(size) is int and hasattr(config, attribute) and key not in table:
+        if type(size) is int and attribute in config.to_dict() and key not in table:
             setattr(config, attribute, size)
     return config
