@@ -93,6 +93,7 @@ def test_gpt_oss_is_served_as_transformers_has_it(tmp_path):
     source = to_gpt_oss_mxfp4(write_model(tmp_path / "source", "gpt_oss"))
     edit_json(source / "config.json", lambda c: c["rope_parameters"].update(factor=8.0))
     write_fp4(write_gguf(source, tmp_path / "model.gguf"), tmp_path / "out", None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == 64
     compare_to(gpt_oss_answer(source), tmp_path / "out", atol=1e-4)
 
 
