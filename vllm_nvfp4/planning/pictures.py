@@ -299,7 +299,7 @@ def _shorter(svg: str) -> str:
     font = f"font-size: {_RC['font.size']}px; font-family: 'DejaVu Sans', "
     for useless in (
         rf'{font}[^;"]*(; )?|; font-family: [^;"]*| transform="rotate\(-0 [^"]*"',
-        r' style=""|(?<=<g) id="[^"]*"|(?<=\d\.\d\d)\d+|^ +| \n(?=[LQ])',
+        r' style=""|(?<=<g) id="[^"]*"|(?<=\d\.\d\d)\d+|^ +| \n(?=[LQz])',
     ):
         svg = re.sub(useless, "", svg, flags=re.MULTILINE)
     once = f"text{{{font}Verdana, Arial, sans-serif}}"
