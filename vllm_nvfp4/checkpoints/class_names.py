@@ -73,8 +73,7 @@ def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames 
     if not stacks or config is None:
         return None
     try:
-        model = build_class(config)
-    except Exception:  # of any model's code: its files are the hub's
+        names = None if (model := build_class(config)) is None else ClassNames(model)
+    except Exception:  # of any model's code, or of a transformers without such a mapping
         return None
-    names = None if model is None else ClassNames(model)
     return names if names and any(map(names.is_own, stacks)) else None
