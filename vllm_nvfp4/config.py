@@ -88,7 +88,7 @@ class NvFp4Config(QuantizationConfig):
         """What the model's own loader is to load, of the files' tensors."""
         cut_biases(model)
         if self.census is not None:
-            weights = widen_for(model, self.census, self.fused)(weights)
+            weights = widen_for(model, self.census, self.fused)(self.census.as_read(weights))
         if self._expert_loading is not None:
             weights = self._expert_loading.rest(weights, model)
         if self.census is None:

@@ -422,7 +422,6 @@ def test_online_asks_for_no_names_but_lm_head():
         (fp_quant(hadamard_group_size=48), "a power of two"),
         ({"quant_method": "quark", "x": 1}, "AMD Quark"),
         ({"quant_method": "gguf"}, "BF16 model"),
-        ({"bits": 4, "group_size": 16, "mode": "nvfp4"}, "found 'mlx'.*eight codes in an uint32"),
         ({"quant_method": "awq"}, "one of modelopt, compressed-tensors, fp_quant"),
         ({"bits": 4}, "quant_method: found none"),
     ],
@@ -430,13 +429,6 @@ def test_online_asks_for_no_names_but_lm_head():
 def test_what_is_not_supported_is_named(config, words):
     with pytest.raises(CheckpointError, match=words):
         detect(config)
-
-
-def test_a_folder_of_mlx_is_named(tmp_path):
-    table = {"bits": 4, "group_size": 16, "mode": "nvfp4"}
-    (tmp_path / "config.json").write_text(json.dumps({"quantization": table}))
-    with pytest.raises(CheckpointError, match=r"found 'mlx'.*serve the BF16 model"):
-        detect(read_config(tmp_path)[1])
 
 
 def test_read_config_finds_every_place(tmp_path):

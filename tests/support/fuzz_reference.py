@@ -40,9 +40,13 @@ def quantized_weights(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray 
         codes = next(
             (leaves[k] for k in ("weight_packed", "qweight", "weight") if k in leaves), None
         )
-        if codes is None or codes.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        if codes is None or codes.dtype not in (torch.uint8, torch.float8_e4m3fn, torch.uint32):
             continue
         try:
+            if codes.dtype == torch.uint32:
+                module = module.replace(".switch_mlp.", ".experts.")
+                found[module] = _of_mlx(codes, leaves)
+                continue
             found[module] = _weight(codes, leaves)
         except (KeyError, ValueError):
             found[module] = None
@@ -82,6 +86,21 @@ def _weight(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
     if divisor is not None:
         return value * np.float64(np.float32(1 / np.float64(divisor.float().item())))
     return value
+
+
+def _of_mlx(codes: torch.Tensor, leaves: dict[str, torch.Tensor]) -> np.ndarray:
+    """By the sizes of MLX's tensors alone; of its integers, those of 8 bits."""
+    scale, raw = leaves["scales"], codes.contiguous().view(torch.uint8)
+    num_bytes = raw.shape[-1] // scale.shape[-1]  # of a group
+    if scale.dtype != torch.uint8:
+        groups = raw.numpy().reshape(*scale.shape, -1).astype(np.float32)
+        scale, offset = (leaves[n].float().numpy()[..., None] for n in ("scales", "biases"))
+        return (groups * scale + offset).reshape(raw.shape).astype(np.float64)
+    if num_bytes == 32:
+        return _weight(raw.view(torch.float8_e4m3fn), {"weight_scale": scale})
+    if num_bytes == 8:
+        scale = scale.view(torch.float8_e4m3fn)
+    return _weight(raw, {"weight_scale": scale})
 
 
 def _tile(codes: torch.Tensor, scale: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from vllm_nvfp4.checkpoints.convert import dequantize_layer, fp8_to_rows, to_wei
 from vllm_nvfp4.checkpoints.inventory import Inventory
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role
-from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.checkpoints.validate import take_census, validate
 
 # What a case may take on top of the process as it is: a hundred times its files.
 EXTRA_MEMORY = 512 << 20
@@ -63,10 +64,11 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
     """What the plugin makes of a folder: the inventory, and the weight of each quantised layer."""
     folder = find_folder(str(folder))
     config, quant_config = read_config(folder)
-    dialect = detect(quant_config)
-    inventory = validate(folder, config, quant_config, dialect=dialect)
+    census = take_census(folder, detect(quant_config))
+    inventory = validate(folder, config, quant_config, census=census)
     files = {file for layer in inventory.layers for file in layer.files}
-    tensors = fuzz_reference.stored_tensors(folder, files)
+    tensors = dict(census.as_read(fuzz_reference.stored_tensors(folder, files).items()))
+    tensors |= {n: tensors[s.name].mT for n, s in census.stored_as.items() if s.is_transposed}
     weights = {}
     for layer in inventory.layers:
         spec, name = layer.spec, layer.name
@@ -87,8 +89,11 @@ def load(folder: Path) -> tuple[Inventory, dict[str, torch.Tensor]]:
             weight, row_scale = fp8_to_rows(spec, stored, [len(stored[Role.WEIGHT])], name)
             weights[name] = weight.double() * row_scale.double()[:, None]
         else:
-            weight = _convert(spec, stored, [len(stored[Role.CODES])], name)
-            weights[name] = weight.dequantize(torch.float64)
+            *experts, rows, _ = stored[Role.CODES].shape
+            flat = {r: t.flatten(0, -2) if t.dim() > 2 else t for r, t in stored.items()}
+            weight = _convert(spec, flat, [rows] * prod(experts), name)
+            value = weight.dequantize(torch.float64)
+            weights[name] = value.view(*experts, rows, -1)
     return inventory, weights
 
 

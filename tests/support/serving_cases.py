@@ -20,6 +20,8 @@ EXPERT_FIXTURES = [
     "moe_modelopt/w4a16-qwen2",
     "moe_compressed_tensors/nvfp4a16-qwen3",
     "moe_compressed_tensors/mxfp4a16-qwen2",
+    "moe_mlx/nvfp4-qwen3",
+    "moe_mlx/mxfp4-qwen3",
 ]
 
 

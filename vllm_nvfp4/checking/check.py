@@ -197,7 +197,7 @@ def _errors(loaded: Any) -> Iterable[Finding]:
 def _unused(names: Iterable[str], census: Any) -> tuple[list[Finding], dict[str, int]]:
     """(tensors that a loaded layer is left without, layers of which nothing was loaded)."""
     known = {stored.name: name for name, stored in census.stored_as.items()}
-    unused = {known.get(name, name) for name in names}
+    unused = {known.get(new, new) for name in names for new in census.names_of(name)}
     dropped: list[Finding] = []
     left_out: Counter[str] = Counter()
     here = {

@@ -33,7 +33,7 @@ _WHERE = "config.json (quantization_config)"
 _SIXTEEN = 16
 _FP8 = ("fp8", "float8_e4m3fn")
 _OF_PATTERNS = frozenset("*+?^$()[]{}|\\")  # of no layer's name
-_MXFP8 = LayerSpec(
+MXFP8 = LayerSpec(
     LayerKind.WIDENED,
     tensors=(
         TensorSpec("weight", Role.WEIGHT, ("F8_E4M3",)),
@@ -134,7 +134,7 @@ def _spec(entry: Mapping[str, Any], config: Mapping[str, Any]) -> LayerSpec:
     if kind.startswith("mx_fp") and bits == 4:
         return compressed_tensors.MXFP4_W4A16
     if kind.startswith("mx_fp") and bits == 8:
-        return _MXFP8
+        return MXFP8
     raise CheckpointError(
         _WHERE,
         "data_type",

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_nvfp4.checkpoints.forms import classify
 from vllm_nvfp4.checkpoints.headers import TensorHeader
+from vllm_nvfp4.checkpoints.mlx import MlxDialect, Restored
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -108,6 +109,10 @@ class Census:
         # The tensors of stacked experts, by the names that they have here -> as the files have them
         self.stored_as: dict[str, StoredAs]
         self._headers = headers
+        self._restored: Restored | None = None
+        if isinstance(dialect, MlxDialect):
+            self._restored = Restored(headers, dialect)
+            headers = self._restored.headers
         headers = {KV_OUTPUTS.sub(OF_ATTENTION, n): h for n, h in headers.items()}
         headers, self.stored_as = canonical(headers)
         # Of layers with codes: the scales of others have no groups.
@@ -317,6 +322,14 @@ class Census:
     def headers(self) -> Mapping[str, TensorHeader]:
         """The header of every tensor, as the files have it."""
         return self._headers
+
+    def as_read(self, weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+        """The files' tensors, in the names and forms that ``modules`` are described in."""
+        return weights if self._restored is None else self._restored.tensors(weights)
+
+    def names_of(self, tensor: str) -> tuple[str, ...]:
+        """What a tensor of the files becomes in ``modules``, by their names and ``stored_as``."""
+        return (tensor,) if self._restored is None else self._restored.names[tensor]
 
     @property
     def stray(self) -> tuple[str, ...]:

@@ -214,8 +214,11 @@ def dequantize_layer(
 
 
 def _widened(spec: LayerSpec, tensors: Mapping[Role, torch.Tensor], layer: str) -> torch.Tensor:
-    """W[n, k] = weight[n, k] * scale, one for a square or, in MXFP8, for 32 of a row."""
+    """W[n, k] = weight[n, k] * scale, one for a square or, in MXFP8, for 32 of a row; of integers,
+    for a group of a row, which has an offset too, that is added."""
     weight = tensors[Role.WEIGHT]
+    if (offset := tensors.get(Role.OFFSET)) is not None:
+        return _from_integers(spec, weight, tensors[Role.BLOCK_SCALE], offset, layer)
     is_nan = (weight.view(torch.uint8) & 0x7F) == 0x7F
     _refuse(is_nan, weight, f"{layer}.{_name(spec, Role.WEIGHT)}", "finite weights")
     num_rows, num_cols = weight.shape
@@ -235,3 +238,12 @@ def _widened(spec: LayerSpec, tensors: Mapping[Role, torch.Tensor], layer: str) 
     scale = _positive(tiles, name).view(rows, cols)
     scale = scale.repeat_interleave(side, 0)[:num_rows].repeat_interleave(side, 1)[:, :num_cols]
     return weight.float() * scale
+
+
+def _from_integers(
+    spec: LayerSpec, weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, layer: str
+) -> torch.Tensor:
+    for role, values in ((Role.BLOCK_SCALE, scale), (Role.OFFSET, offset)):
+        _refuse(~values.isfinite(), values, f"{layer}.{_name(spec, role)}", "finite values")
+    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    return (groups * scale.float()[..., None] + offset.float()[..., None]).flatten(-2)

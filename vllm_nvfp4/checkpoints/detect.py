@@ -12,6 +12,7 @@ from vllm_nvfp4.checkpoints.compressed_tensors import CompressedTensorsDialect
 from vllm_nvfp4.checkpoints.fields import as_table, as_text
 from vllm_nvfp4.checkpoints.files import file_in_folder, read_table
 from vllm_nvfp4.checkpoints.fp_quant import FpQuantDialect
+from vllm_nvfp4.checkpoints.mlx import MlxDialect
 from vllm_nvfp4.checkpoints.modelopt import ModelOptDialect
 from vllm_nvfp4.checkpoints.mxfp4 import Mxfp4Dialect
 from vllm_nvfp4.checkpoints.online import OnlineDialect
@@ -20,14 +21,13 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError, Dialect
 
 WHERE = "config.json (quantization_config)"
 LEGACY = "hf_quant_config.json"
-SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "auto-round", "quark")
+SUPPORTED_METHODS = ("modelopt", "compressed-tensors", "fp_quant", "mxfp4", "auto-round", "quark",
+                     "mlx")  # fmt: skip
 
 # Formats that hold FP4 in a way this project does not read, and the way out of each.
 _OTHER_FP4 = {
     "gguf": "Serve the BF16 model (it is quantised while it loads), or quantise that with ModelOpt "
     "or llm-compressor.",
-    "mlx": "MLX packs eight codes in an uint32, for Apple's GPUs: serve the BF16 model (it is "
-    "quantised while it loads), or `vllm-nvfp4 quantize` it.",
 }
 # What MLX says instead of a method, in "quantization" and again in "quantization_config".
 _OF_MLX = {"bits", "group_size"}
@@ -54,6 +54,8 @@ def detect(quant_config: Mapping[str, Any] | None) -> Dialect:
         return Mxfp4Dialect(quant_config)
     if method in autoround.METHODS:
         return autoround.AutoRoundDialect(quant_config)
+    if method == MlxDialect.name:
+        return MlxDialect(quant_config)
     if method == QuarkDialect.name:
         return QuarkDialect(quant_config)
     raise CheckpointError(
@@ -73,7 +75,7 @@ def method_name(quant_config: Mapping[str, Any]) -> str:
         return method
     producer = quant_config.get("producer")
     if _is_of_mlx(quant_config):
-        return "mlx"
+        return MlxDialect.name
     by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
     if by_modelopt or isinstance(quant_config.get("quantization"), Mapping):
         return "modelopt"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
-from vllm_nvfp4.checkpoints import compressed_tensors, modelopt, mxfp4
+from vllm_nvfp4.checkpoints import compressed_tensors, mlx, modelopt, mxfp4
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     Dialect,
@@ -91,7 +91,7 @@ def form_of(tensors: Mapping[str, Stored]) -> LayerSpec | None:
     weight = tensors.get("weight")
     if weight is not None and weight.dtype == "F8_E4M3":
         return _fp8_form(tensors)
-    for spec in _MICROSCALED:
+    for spec in (*_MICROSCALED, mlx.AFFINE):
         needed = [t for t in spec.tensors if not t.optional or t.role is Role.PRE_SCALE]
         if all(t.name in tensors and tensors[t.name].dtype in t.dtypes for t in needed):
             break
@@ -99,13 +99,15 @@ def form_of(tensors: Mapping[str, Stored]) -> LayerSpec | None:
         return None
     if spec.tensor(Role.GLOBAL_SCALE) is None and "weight_scale_2" in tensors:
         return None
-    codes, scale = (spec.tensor(role) for role in (Role.CODES, Role.BLOCK_SCALE))
+    codes = spec.tensor(Role.CODES) or spec.tensor(Role.WEIGHT)
+    scale = spec.tensor(Role.BLOCK_SCALE)
     if codes is None or scale is None:
         return None
     shape, scales = tensors[codes.name].shape, tensors[scale.name].shape
     if len(shape) < 2 or len(scales) != len(shape) or not scales[-1]:
         return None
-    block, rest = divmod(2 * shape[-1], scales[-1])
+    per_byte = 1 if spec is mlx.AFFINE else 2
+    block, rest = divmod(per_byte * shape[-1], scales[-1])
     least = spec.fmt.block_size if spec.fmt else 1
     if rest or not block or block % least or (block != least and scale.dtypes == ("U8",)):
         return None

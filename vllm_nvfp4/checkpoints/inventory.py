@@ -19,7 +19,7 @@ class LayerRecord:
     """One layer as stored.
 
     part:       "linear", "lm_head", "embedding" or "other" (norms, biases, routers, convolutions)
-    format:     "nvfp4", "mxfp4", "fp8", "mxfp8", or the dtype of a layer that is not quantised
+    format:     "nvfp4", "mxfp4", "fp8", "mxfp8", "int", or the dtype of what is not quantised
     shape:      of the weight: [N, K], or whatever the tensor has
     num_bytes:  of all its tensors
     files:      that hold them
@@ -88,6 +88,7 @@ def record(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> L
         # Of weights in FP8, those with a scale for 32 of a row are called by a name of their own.
         is_mx = spec.kind is LayerKind.WIDENED and spec.tensor(Role.BLOCK_SCALE)
         stored = spec.fmt.name if spec.fmt else "mxfp8" if is_mx else "fp8"
+        stored = "int" if spec.tensor(Role.OFFSET) else stored
     return LayerRecord(
         name,
         part_of(name, shape),

@@ -31,6 +31,7 @@ class Role(Enum):
     WEIGHT_SCALE = "weight_scale"  # FP8: scalar; multiplies
     BIAS = "bias"  # [N], added; where a format stacks it with the experts' weights
     ROW_SCALE = "row_scale"  # FP8: [N] or [N, 1], one per output row; multiplies
+    OFFSET = "offset"  # [N, K/block] beside a BLOCK_SCALE; added
     TILE_SCALE = "tile_scale"  # FP8: [N/b, K/b], one per square of b x b; multiplies
 
 

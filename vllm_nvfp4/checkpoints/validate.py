@@ -31,6 +31,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     records_of,
     weight_of,
 )
+from vllm_nvfp4.checkpoints.mlx import MlxDialect, refuse_changed
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
@@ -78,6 +79,8 @@ def validate(
         dialect = detect(quant_config) if dialect is None else dialect
         census = take_census(folder, dialect)
     dialect = census.dialect
+    if dialect.name == MlxDialect.name:
+        refuse_changed(config)
     modules = {name: module.tensors for name, module in census.modules.items()}
     text = as_table(config.get("text_config"), "config.json", "text_config") or config
     _check_layer_numbers(modules, text.get("num_hidden_layers"))
@@ -186,6 +189,7 @@ def _check_shapes(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpe
         )
     needed: dict[Role, tuple[int, ...]] = {
         Role.BLOCK_SCALE: (*rows, cols // max(spec.scale_block, 1)),
+        Role.OFFSET: (*rows, cols // max(spec.scale_block, 1)),
         Role.PRE_SCALE: (cols,),
         Role.HADAMARD: (spec.hadamard_size,) * 2,
     }

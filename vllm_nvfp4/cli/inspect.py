@@ -17,7 +17,6 @@ from math import prod
 from typing import Any
 
 from vllm_nvfp4.checkpoints.detect import read_config
-from vllm_nvfp4.checkpoints.experts import is_expert
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, HEAD, LINEAR, OTHER, Inventory, LayerRecord
 from vllm_nvfp4.checkpoints.online import OnlineDialect
 from vllm_nvfp4.checkpoints.skeleton import folder_or_skeleton
@@ -226,7 +225,7 @@ def four_bit_paths(inventory: Inventory, options: Options, gpu: Gpu) -> dict[str
 
 
 def _are_experts(layer: LayerRecord) -> bool:
-    return is_expert(layer.name) or layer.name.endswith(".experts")
+    return "experts" in layer.name.split(".")
 
 
 def _is_four_bits(layer: LayerRecord) -> bool:

@@ -175,16 +175,18 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
         for leaf, header in module.tensors.items()
     }
     state: dict[str, torch.Tensor] = {}
-    handles = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
+    files = {h.file: safe_open(folder / h.file, "pt") for h in headers.values()}
+    stream = ((n, file.get_tensor(n)) for file in files.values() for n in file.keys())  # noqa: SIM118
+    read = dict(census.as_read(stream))
     for module, stored in census.modules.items():
         spec = stored.spec
         tensors = {}
-        for leaf, header in stored.tensors.items():
+        for leaf in stored.tensors:
             if leaf in KV_SCALES:
                 continue
             name = f"{module}.{leaf}" if module else leaf
             source = census.stored_as.get(name, StoredAs(name))
-            tensor = handles[header.file].get_tensor(source.name)
+            tensor = read[source.name]
             if source.is_transposed and spec.is_quantized:
                 tensor = tensor.mT
             tensors[leaf] = tensor
@@ -193,7 +195,12 @@ def dequantized_state_dict(folder: Path) -> dict[str, torch.Tensor]:
             if "bias" in tensors:
                 state[f"{module}_bias"] = tensors.pop("bias")
             is_plain = not spec.is_quantized
-            state[module] = tensors["weight"] if is_plain else _dequantized_stack(spec, tensors)
+            stack = tensors["weight"] if is_plain else _dequantized_stack(spec, tensors)
+            parent, _, leaf = module.rpartition(".")
+            if f"{parent}.gate_proj" in census.modules:  # of a model that takes them one by one
+                state |= {f"{parent}.{e}.{leaf}.weight": one for e, one in enumerate(stack)}
+            else:
+                state[module] = stack
             tensors = {}
         elif spec.is_quantized and spec.algo != GPT_OSS.algo:
             state[f"{module}.weight"] = dequantize_layer(spec, tensors, module)
@@ -236,7 +243,8 @@ def write_dequantized(folder: Path, target: Path) -> Path:
 
 
 def _forget_quantization(config: dict[str, Any]) -> None:
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "quantization"):
+        config.pop(key, None)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = "float32"
