@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,14 @@ class Census:
             if is_quantized and name not in self._asked:
                 counts[fold(name)] += 1
         return dict(counts)
+
+    def unasked_integers(self) -> Iterator[StoredModule]:
+        """Of the modules in integers, those that no layer asked for; they count as asked."""
+        for name, module in self.modules.items():
+            is_integer = module.stored is not None and module.stored.tensor(Role.OFFSET)
+            if is_integer and name not in self._asked and not self.is_stack(module):
+                self._asked.add(name)
+                yield module
 
     def layer_spec(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> LayerSpec:
         """How a layer of the model is stored, fused or not.

@@ -31,6 +31,7 @@ from vllm_nvfp4.checkpoints.spec import (
     Role,
     TensorSpec,
 )
+from vllm_nvfp4.checkpoints.stacks import PROJECTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +188,9 @@ class Restored:
             needed = "one scale for 16 or 32 elements of 4 bits, or for 32 of 8"
             raise _refuse(scales, f"{module}.scales", shapes, needed)
         if leaf == "weight":
+            if len(header.shape) > 2 and known.rpartition(".")[2] not in PROJECTIONS:
+                found = f"several matrices in one, {list(header.shape)}, which mlx_lm has made"
+                raise _refuse(header, name, found, "matrices as the model has them, or experts")
             return {as_read: self._weight(name, known, mode, ratio)}
         if leaf == "scales" and mode == "nvfp4":
             found = {as_read: replace(header, dtype="F8_E4M3")}

@@ -67,6 +67,9 @@ def widen_for(
         if _is_plain(module)
         for place in _places(getattr(module, "prefix", "") or name, module, census, packed_modules)
     }
+    # A router that the model's own loader renames, which knows weights in 16 bits alone.
+    for stored in census.unasked_integers():
+        places[stored.name] = _Place(stored, torch.get_default_dtype())
     if not places:
         return lambda weights: weights
     for name, count in sorted(Counter(map(fold, places)).items()):
