@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _WHERE = "config.json (quantization)"
 _FLOATS = ("BF16", "F16", "F32")
 _AGAIN = "Convert the model again with mlx_lm.convert."
+_FROM_BF16 = "Serve the BF16 model (it is quantised while it loads), or `vllm-nvfp4 quantize` it."
 AFFINE = LayerSpec(
     LayerKind.WIDENED,
     tensors=(
@@ -74,12 +75,12 @@ class MlxDialect:
         tables = {n: v for n, v in config.items() if isinstance(v, Mapping)}
         self._layers = {_renamed(n): _spec(v, f"{n}: mode") for n, v in tables.items()}
         # (bits, group size) of affine layers, "" for the others
+        self.sizes: dict[str, tuple[Any, Any]]
         self.sizes = {_renamed(n): (v.get("bits"), v.get("group_size")) for n, v in tables.items()}
         self.sizes[""] = config["bits"], config["group_size"]
         if all(spec is AFFINE for spec in (self._default, *self._layers.values())):
             found = f"{str(config['bits'])[:9]}-bit integers alone (affine)"
-            todo = "Serve the BF16 model (it is quantised while it loads), or convert that."
-            raise CheckpointError(_WHERE, "mode", found, "nvfp4, mxfp4 or mxfp8", todo)
+            raise CheckpointError(_WHERE, "mode", found, "nvfp4, mxfp4 or mxfp8", _FROM_BF16)
 
     def has_microscaled_layers(self) -> bool:
         specs = (self._default, *self._layers.values())
@@ -136,6 +137,8 @@ class Restored:
         self._shifts_norms = any(is_turned)
         for name, header in headers.items():
             found = self._headers_of(name, header)
+            if twice := found.keys() & self.headers.keys():
+                raise _refuse(header, name, f"a second {min(twice)}", "each tensor once")
             self.headers |= found
             self.names[name] = tuple(found)
 
@@ -173,7 +176,7 @@ class Restored:
                 self._dialect.note(known, UNQUANTIZED)
                 if known != module:
                     found = f"experts in one tensor of {header.dtype}"
-                    raise _refuse(header, name, found, "nvfp4, mxfp4, mxfp8 or affine ones")
+                    raise _refuse(header, name, found, "quantised ones", _FROM_BF16)
             if "conv" in module and header.shape[2:] == (1,):
                 header = replace(header, shape=(header.shape[0], 1, header.shape[1]))
             return {f"{known}.{leaf}" if module else leaf: header}
@@ -190,14 +193,15 @@ class Restored:
         if leaf == "weight":
             if len(header.shape) > 2 and known.rpartition(".")[2] not in PROJECTIONS:
                 found = f"several matrices in one, {list(header.shape)}, which mlx_lm has made"
-                raise _refuse(header, name, found, "matrices as the model has them, or experts")
+                needed = "matrices as the model has them, or experts"
+                raise _refuse(header, name, found, needed, _FROM_BF16)
             return {as_read: self._weight(name, known, mode, ratio)}
         if leaf == "scales" and mode == "nvfp4":
-            found = {as_read: replace(header, dtype="F8_E4M3")}
+            become = {as_read: replace(header, dtype="F8_E4M3")}
             if f"{module}.global_scale" not in self._stored:
                 one = replace(header, dtype="F32", shape=(), end=header.start)
-                found[f"{known}.weight_scale_2"] = one
-            return found
+                become[f"{known}.weight_scale_2"] = one
+            return become
         return {as_read: header}
 
     def _weight(self, name: str, module: str, mode: str, ratio: int) -> TensorHeader:
@@ -222,8 +226,10 @@ def _is_delta_conv(name: str, header: TensorHeader) -> bool:
     return name.endswith(".linear_attn.conv1d.weight") and len(header.shape) == 3
 
 
-def _refuse(header: TensorHeader, what: str, found: str, needed: str) -> CheckpointError:
-    return CheckpointError(header.file, what, found, needed, _AGAIN)
+def _refuse(
+    header: TensorHeader, what: str, found: str, needed: str, todo: str = _AGAIN
+) -> CheckpointError:
+    return CheckpointError(header.file, what, found, needed, todo)
 
 
 def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -248,5 +254,5 @@ def refuse_changed(config: Mapping[str, Any]) -> None:
     kind = str(config.get("model_type"))
     if kind in _REFUSED:
         needed = "weights that nothing was folded into"
-        todo = "Serve the BF16 model, or `vllm-nvfp4 quantize` it."
-        raise CheckpointError("config.json", f"model_type {kind}", _REFUSED[kind], needed, todo)
+        what = f"model_type {kind}"
+        raise CheckpointError("config.json", what, _REFUSED[kind], needed, _FROM_BF16)
