@@ -53,7 +53,7 @@ def test_what_other_tools_wrote_will_load(name, tmp_path):
     assert report.is_right, [str(f) for f in (*report.errors, *report.dropped)]
     assert not report.left_out
     quantised = [layer for layer in report.layers if "16 bits" not in layer.form]
-    assert sum(layer.count for layer in quantised) >= 4
+    assert sum(layer.count for layer in quantised) >= 3
     assert all("kernel" in layer.path or "vLLM" in layer.path for layer in quantised)
 
 

@@ -64,7 +64,7 @@ def test_reloading_the_weights_in_place_gives_the_same_bits(name, tmp_path):
     folder = write_model(tmp_path, "llama") if is_online else extract_fixture(name, tmp_path)
     with engine(folder, **FLOAT32) as llm:
         before = ask_engine(llm, PROMPT, NUM_TOKENS)
-        layer = layer_of(llm, "model.layers.1.self_attn.qkv_proj")
+        layer = layer_of(llm, "model.layers.0.self_attn.qkv_proj")
         pointers = {n: p.data_ptr() for n, p in layer.named_parameters()}
         for parameter in layer.parameters():
             parameter.data.zero_()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,7 @@ class Census:
             for name, tensors in group_by_module(headers).items()
         }
         self._asked: set[str] = set()
+        self._integers: list[StoredModule] | None = None
         # The file's names -> the model's, as far as they are known.
         self._names: dict[str, str] = {name: expert_first(name) for name in self.modules}
         self._by_name: dict[str, StoredModule] = {
@@ -208,6 +209,7 @@ class Census:
     def forget_asked(self) -> None:
         """The model is built again."""
         self._asked.clear()
+        self._integers = None
 
     def named(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> frozenset[str]:
         """The modules, by the files' names, that are called just so, or are shards of it."""
@@ -228,13 +230,20 @@ class Census:
                 counts[fold(name)] += 1
         return dict(counts)
 
-    def unasked_integers(self) -> Iterator[StoredModule]:
-        """Of the modules in integers, those that no layer asked for; they count as asked."""
-        for name, module in self.modules.items():
-            is_integer = module.stored is not None and module.stored.tensor(Role.OFFSET)
-            if is_integer and name not in self._asked and not self.is_stack(module):
-                self._asked.add(name)
-                yield module
+    def unasked_integers(self) -> list[StoredModule]:
+        """Of the modules in integers, those that no layer of the model asked for; they count as
+        asked from here on."""
+        if self._integers is None:
+            self._integers = [
+                module
+                for name, module in self.modules.items()
+                if module.stored is not None
+                and module.stored.tensor(Role.OFFSET)
+                and name not in self._asked
+                and not self.is_stack(module)
+            ]
+            self._asked |= {module.name for module in self._integers}
+        return self._integers
 
     def layer_spec(self, name: str, packed_modules: Mapping[str, Sequence[str]]) -> LayerSpec:
         """How a layer of the model is stored, fused or not.
