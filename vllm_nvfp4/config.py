@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4.checkpoints.census import KV_OUTPUTS, OF_ATTENTION, PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.class_names import class_names
 from vllm_nvfp4.checkpoints.detect import detect
+from vllm_nvfp4.checkpoints.mlx import MlxDialect
 from vllm_nvfp4.checkpoints.model_census import take_census_of
 from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, online_spec
 from vllm_nvfp4.checkpoints.spec import (
@@ -140,6 +141,9 @@ class NvFp4Config(QuantizationConfig):
         self.census = take_census_of(model_name, revision, self.source_config, self.dialect)
         if self.census is not None:
             self.dialect = self.census.dialect
+        elif isinstance(self.dialect, MlxDialect):  # only its sizes say what is in a word
+            todo = "Download it first: hf download"
+            raise CheckpointError(model_name, "headers", "none", "those of an MLX model", todo)
 
     @property
     def options(self) -> Options:
