@@ -22,6 +22,7 @@ from vllm_nvfp4.planning import choose, fit, rows
 from vllm_nvfp4.planning.cards import find_card
 from vllm_nvfp4.planning.find import find_shape, models
 from vllm_nvfp4.planning.shapes import DecoderShape
+from vllm_nvfp4.testing.architectures import ARCHITECTURES
 from vllm_nvfp4.testing.tiny_models import FAMILIES
 
 sys.path.insert(0, str(docs_table.ROOT / "tests" / "support"))
@@ -71,9 +72,10 @@ def _cell(shape: DecoderShape, card: str, count: int) -> str:
 def served_tiny() -> set[str]:
     """The models of whose architecture `make models` served a stored checkpoint right."""
     lines = [x for x in SWEEP.read_text().splitlines() if not x.startswith("#")]
-    rows_of = csv.DictReader(lines)
-    right = [r for r in rows_of if "FAILED" not in (r["modelopt"], r["compressed-tensors"])]
-    return {name.strip() for row in right for name in row["models"].split(",")}
+    stored = ("modelopt", "compressed-tensors")
+    right = [r for r in csv.DictReader(lines) if all(r[road][:1].isdigit() for road in stored)]
+    models_of = [ARCHITECTURES[row["architecture"]].models for row in right]
+    return {name.strip() for names in models_of for name in names.split(",")}
 
 
 def how_far_tested(name: str, entry: dict[str, Any]) -> str:

@@ -65,6 +65,8 @@ class NvFp4Config(QuantizationConfig):
         self.source_config = quant_config
         self.census: Census | None = None  # None: the configuration alone decides
         self.tied_embeddings = False
+        # Part of the model, by its name -> {fused layer: its shards}
+        self.fused_in: dict[str, Mapping[str, Sequence[str]]] = {}
         self._vocabulary: Vocabulary | None = None
         self._kept = Kept()
         # vLLM's is static, and asked of an instance: this one depends on the files.
@@ -89,7 +91,7 @@ class NvFp4Config(QuantizationConfig):
         """What the model's own loader is to load, of the files' tensors."""
         cut_biases(model)
         if self.census is not None:
-            weights = widen_for(model, self.census, self.fused)(self.census.as_read(weights))
+            weights = widen_for(model, self.census, self.fused_at)(self.census.as_read(weights))
         if self._expert_loading is not None:
             weights = self._expert_loading.rest(weights, model)
         if self.census is None:
@@ -175,10 +177,13 @@ class NvFp4Config(QuantizationConfig):
         is_declared = self.dialect.kv_cache.dtype is not None
         return kv_cache.default_scheme(self.options.kv_cache, self._head_size, is_declared)
 
-    @property
-    def fused(self) -> Mapping[str, Sequence[str]]:
-        """Fused layer -> its shards, of the models that are built."""
-        return {**model_weights.stacked(), **self.packed_modules_mapping}
+    def fused_at(self, name: str) -> Mapping[str, Sequence[str]]:
+        """Fused layer -> its shards, of the models that are built. A part of a model may fuse what
+        the model has whole elsewhere, as GLM-4V's tower: what is around a layer goes before."""
+        fused: dict[str, Sequence[str]] = {**model_weights.stacked(), **self.packed_modules_mapping}
+        for part in sorted(p for p in self.fused_in if name.startswith(f"{p}.")):
+            fused |= self.fused_in[part]
+        return fused
 
     def build_again(self) -> None:
         """Forget the layers of a model that is about to be built again."""
@@ -188,7 +193,7 @@ class NvFp4Config(QuantizationConfig):
 
     def found(self, name: str) -> frozenset[str]:
         """The files' modules that a layer, fused or not, is made of."""
-        return self.census.found(name, self.fused) if self.census is not None else frozenset()
+        return self.census.found(name, self.fused_at(name)) if self.census else frozenset()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         if places.has_built(self):
@@ -294,7 +299,7 @@ class NvFp4Config(QuantizationConfig):
     def layer_spec(self, prefix: str) -> LayerSpec:
         """How the layer, fused or not, is stored: as the files show, or as the configuration says
         where there are none."""
-        packed = self.fused
+        packed = self.fused_at(prefix)
         if self.census is None and not self.is_online:
             return _readable(fused_layer_spec(self.dialect, prefix, packed), prefix)
         spec = self.census.layer_spec(prefix, packed) if self.census else UNQUANTIZED

@@ -23,7 +23,8 @@ from vllm_nvfp4.cli import _online, main
 from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.shapes import ROUTER
 from vllm_nvfp4.serving.first_check import in_a_copy
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
+from vllm_nvfp4.testing.architecture import VOCAB_SIZE
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.media import MEDIA
 from vllm_nvfp4.testing.model_sweep import serve, write_twin
 

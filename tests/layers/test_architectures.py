@@ -8,7 +8,8 @@ test_serving and test_experts, experts in stacks by test_stacked_experts.
 import pytest
 
 from vllm_nvfp4.cli.main import main
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
+from vllm_nvfp4.testing.architecture import VOCAB_SIZE
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.media import MEDIA
 from vllm_nvfp4.testing.model_sweep import (
     LEAST_CHANGE,

@@ -24,7 +24,7 @@ from vllm_nvfp4.planning.find import find_shape
 from vllm_nvfp4.planning.headers import shape_from_headers
 from vllm_nvfp4.planning.model import AS_STORED, weights_of
 from vllm_nvfp4.planning.shapes import Kept
-from vllm_nvfp4.testing import architectures
+from vllm_nvfp4.testing import architecture
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture
 from vllm_nvfp4.testing.tiny_models import VOCAB_SIZE, build_model
@@ -141,7 +141,7 @@ def test_a_model_that_transcribes_is_planned_by_its_decoder(tmp_path):
     """Its table of positions stands before that of tokens."""
     shape = find_shape(str(write_architecture(tmp_path, ARCHITECTURES["whisper"])))
     sizes = (shape.vocab_size, shape.hidden_size, shape.max_context, shape.num_attention_heads)
-    assert sizes == (architectures.VOCAB_SIZE, 128, 128, 4)
+    assert sizes == (architecture.VOCAB_SIZE, 128, 128, 4)
 
 
 def test_layers_with_other_heads_are_counted_each_as_it_is(tmp_path):

@@ -22,7 +22,8 @@ from case_layouts import add_kv_scales, as_modelopt_stacks, drop, spread, stack_
 from published import compressed, legacy, modelopt, nvfp4_group
 from stored_forms import stored_as
 
-from vllm_nvfp4.testing.architectures import ARCHITECTURES, VOCAB_SIZE, write_architecture
+from vllm_nvfp4.testing.architecture import VOCAB_SIZE
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors
 from vllm_nvfp4.testing.drafts import add_layer_past_the_end, add_mtp
 from vllm_nvfp4.testing.media import MEDIA
@@ -370,6 +371,9 @@ CASES: dict[str, Case] = {
     "a tower in NVFP4, Qwen2.5-VL's": _with_tower("qwen2.5-vl", "nvfp4", 18),
     "a tower in NVFP4, Gemma-4's": _with_tower("gemma4-vision", "nvfp4", 22),
     "a tower in FP8 by rows, Qwen3-VL's": _with_tower("qwen3-vl", "fp8row", 20),
+    # Its decoder has gate_up_proj whole.
+    "a tower in NVFP4, GLM-4V's": _with_tower("glm4v", "nvfp4", 19),
+    "a tower in 16 bits, GLM-4V's": Case("glm4v", modelopt(["lm_head", "*visual*"]), {"linear": 8}),
     "stars at both ends": Case(
         "gemma4",
         legacy(["lm_head", "*per_layer*"]),

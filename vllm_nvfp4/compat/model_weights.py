@@ -28,19 +28,6 @@ def stacked() -> Mapping[str, Sequence[str]]:
     return _stacked
 
 
-def _note_stacked(mapper: Any, is_part: bool = False) -> None:
-    """is_part: of a part of a model, which the model's own goes before"""
-    fused: dict[str, list[str]] = {}
-    for name, (layer, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
-        shard, leaf = (n.strip(".").rpartition(".")[2] for n in (name, layer))
-        shards = fused.setdefault(leaf, [])
-        if shard not in shards:
-            shards.append(shard)
-    for leaf, shards in fused.items():
-        if not is_part or leaf not in _stacked:
-            _stacked[leaf] = tuple(shards)
-
-
 def install() -> None:
     """Have each model built from now on load ``quant_config.prepare_weights(weights, model)``."""
     from vllm.model_executor.model_loader import base_loader, utils
@@ -73,7 +60,7 @@ def install() -> None:
     @functools.wraps(find_class)
     def get_model_architecture(*args: Any, **kwargs: Any) -> Any:
         found = find_class(*args, **kwargs)
-        _note_stacked(getattr(found[0], "hf_to_vllm_mapper", None))
+        _stacked.update(places.fused_by(getattr(found[0], "hf_to_vllm_mapper", None)))
         return found
 
     utils.get_model_architecture = get_model_architecture
@@ -85,7 +72,8 @@ def _build(initialize: Callable[[], Any], vllm_config: Any, model_config: Any) -
     with places.building() as build:
         model = initialize()
     for _, mapper in places.mappers_of(model):
-        _note_stacked(mapper, is_part=True)
+        for leaf, shards in places.fused_by(mapper).items():
+            _stacked.setdefault(leaf, shards)  # what the model itself says goes before
     if (again := places.settle(build, model, _is_draft(vllm_config, model_config))) is None:
         return model
     logger.info_once(

@@ -73,10 +73,22 @@ def mappers_of(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, mapper
 
 
+def fused_by(mapper: Any) -> dict[str, tuple[str, ...]]:
+    """Fused layer -> its shards, as a mapper of the files' names has them."""
+    fused: dict[str, tuple[str, ...]] = {}
+    for name, (layer, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        shard, leaf = (n.strip(".").rpartition(".")[2] for n in (name, layer))
+        fused[leaf] = tuple(dict.fromkeys((*fused.get(leaf, ()), shard)))
+    return fused
+
+
 def settle(build: _Build, model: Any, is_draft: bool) -> _Build | None:
     """What the model is to be built again by; None where each layer is in its place."""
     names = {id(module): name for name, module in model.named_modules()}
     mappers = [(name, versions.rename_mapper(mapper)) for name, mapper in mappers_of(model) if name]
+    known = list({id(config): config for config, *_ in build.asked}.values())
+    for config in known:
+        config.fused_in |= {name: fused_by(mapper) for name, mapper in mappers_of(model) if name}
     found: dict[str, list[str]] = defaultdict(list)
     is_moved = False
     for config, reference, prefix, found_then in build.asked:
@@ -87,7 +99,6 @@ def settle(build: _Build, model: Any, is_draft: bool) -> _Build | None:
         is_moved |= config.found(name) != found_then
     if not is_moved:
         return None
-    known = list({id(config): config for config, *_ in build.asked}.values())
     moved = {prefix: iter(names_of) for prefix, names_of in found.items()}
     return _Build(names=moved, known=known, mappers=mappers)
 
@@ -96,13 +107,13 @@ def _belongs_elsewhere(
     config: Any, prefix: str, name: str, mappers: Sequence[tuple[str, Any]], is_draft: bool
 ) -> bool:
     """Whether the files mean another layer by a layer's prefix, or none, and it by its name."""
-    census, fused = config.census, config.fused
-    if census is None or census.named(prefix, fused):
+    census, fused_at = config.census, config.fused_at
+    if census is None or census.named(prefix, fused_at(prefix)):
         return False
     if is_draft and config.found(prefix):  # in its target's files, whose layers have such names
         return False
     _learn_names(config, mappers)
-    return bool(census.named(name, fused))
+    return bool(census.named(name, fused_at(name)))
 
 
 def _learn_names(config: Any, mappers: Sequence[tuple[str, Any]]) -> None:

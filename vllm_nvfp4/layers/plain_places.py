@@ -10,7 +10,7 @@ place, under the name that a file in 16 bits would have for it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,17 +55,17 @@ class _Place:
 
 
 def widen_for(
-    model: torch.nn.Module, census: Census, packed_modules: Mapping[str, Sequence[str]]
+    model: torch.nn.Module, census: Census, fused_at: Callable[[str], Mapping[str, Sequence[str]]]
 ) -> Any:
     """What turns a stream of (name, tensor) of the files into what this model is to load.
 
-    packed_modules: fused layer -> its shards, as the files name them
+    fused_at: a layer's name -> {fused layer: its shards, as the files name them}
     """
     places = {
         place.module.name: place
         for name, module in model.named_modules()
         if _is_plain(module)
-        for place in _places(getattr(module, "prefix", "") or name, module, census, packed_modules)
+        for place in _places(getattr(module, "prefix", "") or name, module, census, fused_at)
     }
     # A router that the model's own loader renames, which knows weights in 16 bits alone.
     for stored in census.unasked_integers():
@@ -95,10 +95,10 @@ def _is_plain(module: Any) -> bool:
 
 
 def _places(
-    name: str, layer: Any, census: Census, packed_modules: Mapping[str, Sequence[str]]
+    name: str, layer: Any, census: Census, fused_at: Callable[[str], Mapping[str, Sequence[str]]]
 ) -> Iterator[_Place]:
     """The quantised modules of the files that are this layer, or its shards."""
-    for stored_name in dict.fromkeys((name, *shard_names(name, packed_modules))):
+    for stored_name in dict.fromkeys((name, *shard_names(name, fused_at(name)))):
         module = census.find(stored_name)
         if module is None or census.is_stack(module):
             continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +32,20 @@ class Media:
 
     make: Callable[[Any, Any], Any]
     tokens: Mapping[str, tuple[str, int]]
-    place: Sequence[int] = ()
+    place: Sequence[int] = (300,)
     modality: str = "image"
 
     def write_processor(self, folder: Path, vocabulary: int) -> None:
         """Write processor and tokenizer into a model's folder."""
         import transformers
 
+        _do_without_packages()
         tokenizer = build_tokenizer(vocabulary, self.tokens)
         self.make(transformers, tokenizer).save_pretrained(folder)
 
     def options(self) -> dict[str, Any]:
-        """Keywords of ``LLM`` for an engine that takes it. PIL draws the pictures: the package
-        index has no torchvision for CPUs."""
-        from transformers.models.auto import image_processing_auto as auto
-
-        names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.values()
-        by_pil = [n["torchvision"] for n in names if n and {"torchvision", "pil"} <= n.keys()]
-        vars(auto)["DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS"] = by_pil
+        """Keywords of ``LLM`` for an engine that takes it."""
+        _do_without_packages()
         others = dict.fromkeys(("image", "video", "audio"), 0)
         return {"skip_tokenizer_init": False, "limit_mm_per_prompt": others | {self.modality: 1}}
 
@@ -72,6 +67,18 @@ class Media:
         ]
 
 
+def _do_without_packages() -> None:
+    """PIL draws the pictures: the package index has no torchvision for CPUs. num2words puts into
+    words how many pictures a video has."""
+    from transformers.models.auto import image_processing_auto as auto
+    from transformers.models.smolvlm import processing_smolvlm
+
+    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.values()
+    by_pil = [n["torchvision"] for n in names if n and {"torchvision", "pil"} <= n.keys()]
+    vars(auto)["DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS"] = by_pil
+    vars(processing_smolvlm)["num2words"] = str
+
+
 def _picture(seed: int) -> Any:
     from PIL import Image
 
@@ -84,9 +91,19 @@ def _sine(frequency: int) -> np.ndarray:
     return np.sin(2 * np.pi * frequency * np.arange(_RATE) / _RATE).astype(np.float32)
 
 
-def _gemma3(transformers: Any, tokenizer: Any) -> Any:
-    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-    return transformers.Gemma3Processor(pictures, tokenizer, image_seq_length=4)
+def _made(
+    family: str, pictures: str, sizes: Mapping[str, Any], videos: str = "", **keys: Any
+) -> Callable[[Any, Any], Any]:
+    """How a processor of a family is made: with its own keys, of PIL's processor of pictures, that
+    of videos where the family has one, and a tokenizer."""
+
+    def make(transformers: Any, tokenizer: Any) -> Any:
+        parts = {"image_processor": getattr(transformers, f"{pictures}ImageProcessorPil")(**sizes)}
+        if videos:
+            parts["video_processor"] = getattr(transformers, f"{videos}VideoProcessor")()
+        return getattr(transformers, f"{family}Processor")(tokenizer=tokenizer, **parts, **keys)
+
+    return make
 
 
 def _gemma4(transformers: Any, tokenizer: Any) -> Any:
@@ -96,43 +113,58 @@ def _gemma4(transformers: Any, tokenizer: Any) -> Any:
     return transformers.Gemma4Processor(sounds, pictures, tokenizer, videos, image_seq_length=70)
 
 
-def _pixtral(transformers: Any, tokenizer: Any) -> Any:
-    patch = {"height": 14, "width": 14}
-    pictures = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size=patch)
-    sizes = {"patch_size": 14, "spatial_merge_size": 2}
-    return transformers.PixtralProcessor(pictures, tokenizer, **sizes)
-
-
-def _qwen(transformers: Any, tokenizer: Any, family: str, patch_size: int) -> Any:
-    pictures = transformers.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}, patch_size=patch_size
-    )
-    of_video = "Qwen2VL" if family == "Qwen2_5_VL" else family
-    videos = getattr(transformers, f"{of_video}VideoProcessor")(patch_size=patch_size)
-    processor = getattr(transformers, f"{family}Processor")
-    return processor(image_processor=pictures, tokenizer=tokenizer, video_processor=videos)
-
-
 def _whisper(transformers: Any, tokenizer: Any) -> Any:
     # A second is all that the model hears.
     sounds = transformers.WhisperFeatureExtractor(feature_size=80, chunk_length=1)
     return transformers.WhisperProcessor(sounds, tokenizer)
 
 
-_QWEN_TOKENS = {
-    "image_token": ("<|image_pad|>", 300),
-    "video_token": ("<|video_pad|>", 301),
-    "vision_start_token": ("<|vision_start|>", 302),
-    "vision_end_token": ("<|vision_end|>", 303),
+_SQUARE = {"height": 56, "width": 56}
+_SIZE = {"size": _SQUARE}
+_CLIP = {"size": {"shortest_edge": 56}, "crop_size": _SQUARE}
+_GRID = {"image_grid_pinpoints": [[56, 112]]}
+_TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+_AREA = {"size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}}
+_LLAVA: dict[str, Any] = {
+    "patch_size": 14,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
 }
+_IMAGE = {"image_token": ("<image>", 300)}
+_IMAGE_VIDEO = {**_IMAGE, "video_token": ("<video>", 301)}
+_IDEFICS = {
+    **_IMAGE,
+    "fake_image_token": ("<fake_token_around_image>", 301),
+    "global_image_token": ("<global-img>", 302),
+    "end_of_utterance_token": ("<end_of_utterance>", 303),
+}
+_PIXTRAL = {
+    "image_token": ("[IMG]", 300),
+    "image_break_token": ("[IMG_BREAK]", 301),
+    "image_end_token": ("[IMG_END]", 302),
+}
+_GEMMA = {"boi_token": ("<start_of_image>", 301), "eoi_token": ("<end_of_image>", 302)}
 
 
 def _of_qwen(family: str, patch_size: int) -> Media:
-    make = partial(_qwen, family=family, patch_size=patch_size)
-    return Media(make, _QWEN_TOKENS, (302, 300, 303))
+    videos = "Qwen2VL" if family == "Qwen2_5_VL" else family
+    tokens = {
+        "image_token": ("<|image_pad|>", 300),
+        "video_token": ("<|video_pad|>", 301),
+        "vision_start_token": ("<|vision_start|>", 302),
+        "vision_end_token": ("<|vision_end|>", 303),
+    }
+    make = _made(family, "Qwen2VL", _AREA | {"patch_size": patch_size}, videos)
+    return Media(make, tokens, (302, 300, 303))
 
 
-_GEMMA_TOKENS = {"boi_token": ("<start_of_image>", 301), "eoi_token": ("<end_of_image>", 302)}
+def _of_pixtral(merged: int) -> Media:
+    patch = {"height": 14, "width": 14}
+    sizes = {"size": {"longest_edge": 56}, "patch_size": patch}
+    keys: dict[str, Any] = {"patch_size": 14, "spatial_merge_size": merged}
+    return Media(_made("Pixtral", "Pixtral", sizes, **keys), _PIXTRAL)
+
+
 _QWEN3_VL = _of_qwen("Qwen3VL", 16)
 MEDIA = {
     "qwen3.5": _QWEN3_VL,
@@ -140,10 +172,11 @@ MEDIA = {
     "qwen3-vl": _QWEN3_VL,
     "qwen3-vl-moe": _QWEN3_VL,
     "qwen2.5-vl": _of_qwen("Qwen2_5_VL", 14),
+    "qwen2-vl": _of_qwen("Qwen2VL", 14),
     "gemma3-vision": Media(
-        _gemma3,
+        _made("Gemma3", "Gemma3", _SIZE, image_seq_length=4),
         {
-            **_GEMMA_TOKENS,
+            **_GEMMA,
             "image_token": ("<image_soft_token>", 300),
             # vLLM joins those around a picture to the text's.
             **{f"newlines_{n}": ("\n" * n, 302 + n) for n in range(1, 5)},
@@ -153,23 +186,52 @@ MEDIA = {
     "gemma4-vision": Media(
         _gemma4,
         {
-            **_GEMMA_TOKENS,
+            **_GEMMA,
             "image_token": ("<|image|>", 300),
             "video_token": ("<|video|>", 303),
             "audio_token": ("<|audio|>", 304),
             "boa_token": ("<|audio>", 305),
             "eoa_token": ("<audio|>", 306),
         },
-        (300,),
     ),
-    "mistral3": Media(
-        _pixtral,
+    "glm4v": Media(
+        _made("Glm4v", "Glm4v", _AREA, "Glm4v"),
         {
-            "image_token": ("[IMG]", 300),
-            "image_break_token": ("[IMG_BREAK]", 301),
-            "image_end_token": ("[IMG_END]", 302),
+            "image_token": ("<|image|>", 300),
+            "video_token": ("<|video|>", 301),
+            "image_start_token": ("<|begin_of_image|>", 302),
+            "image_end_token": ("<|end_of_image|>", 303),
+            "video_start_token": ("<|begin_of_video|>", 304),
+            "video_end_token": ("<|end_of_video|>", 305),
         },
-        (300,),
+        (302, 300, 303),
+    ),
+    "idefics3": Media(_made("Idefics3", "Idefics3", _TILES, image_seq_len=4), _IDEFICS),
+    "smolvlm": Media(_made("SmolVLM", "SmolVLM", _TILES, "SmolVLM", image_seq_len=4), _IDEFICS),
+    "internvl": Media(
+        _made("InternVL", "GotOcr2", _SIZE | {"max_patches": 2}, "InternVL", image_seq_length=4),
+        {
+            "context_image_token": ("<IMG_CONTEXT>", 300),
+            "video_token": ("<video>", 301),
+            "start_image_token": ("<img>", 302),
+            "end_image_token": ("</img>", 303),
+        },
+    ),
+    "llava": Media(_made("Llava", "CLIP", _CLIP, **_LLAVA), _IMAGE),
+    "llava-next": Media(_made("LlavaNext", "LlavaNext", _CLIP | _GRID, **_LLAVA), _IMAGE),
+    "llava-onevision": Media(
+        _made(
+            "LlavaOnevision", "LlavaOnevision", _SIZE | _GRID, "LlavaOnevision",
+            num_image_tokens=16, vision_feature_select_strategy="full",
+        ),
+        _IMAGE_VIDEO,
+    ),
+    "mistral3": _of_pixtral(2),
+    "pixtral": _of_pixtral(1),
+    "paligemma": Media(
+        _made("PaliGemma", "Siglip", _SIZE | {"image_seq_length": 16}),
+        # vLLM asks for the number of a line's end.
+        {**_IMAGE, "newline": ("\n", 301)},
     ),
     "whisper": Media(_whisper, {"start_token": ("<|startoftranscript|>", 300)}, modality="audio"),
-}
+}  # fmt: skip

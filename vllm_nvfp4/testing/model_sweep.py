@@ -29,7 +29,8 @@ from vllm_nvfp4.testing.agreement import (
     held_by,
     quantised_matrices,
 )
-from vllm_nvfp4.testing.architectures import VOCAB_SIZE, Architecture, write_architecture
+from vllm_nvfp4.testing.architecture import VOCAB_SIZE, Architecture
+from vllm_nvfp4.testing.architectures import write_architecture
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.forced import FORCED
