@@ -26,7 +26,6 @@ import os
 import re
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,8 +40,7 @@ from vllm_nvfp4.testing.media import MEDIA
 
 SHOWN = "picture or sound"
 FIELDS = ("architecture", "class", "online", "online_share", "modelopt", "compressed-tensors",
-          "stored_share", SHOWN, "gptq", "TP 2", "LoRA", "MTP", "reference", "dtype", "reason",
-          "seconds")  # fmt: skip
+          "stored_share", SHOWN, "gptq", "TP 2", "LoRA", "MTP", "reference", "reason")  # fmt: skip
 REFUSED = "refused by vLLM"
 ROADS = ("online", "modelopt", "compressed-tensors")
 METHODS = {"modelopt": "rtn", "compressed-tensors": "mse"}
@@ -166,7 +164,6 @@ def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[st
     work.mkdir(parents=True, exist_ok=True)
     found = work / "row.json"
     found.unlink(missing_ok=True)
-    begin = time.monotonic()
     # A fork of this process has all its modules, whose import takes longer than an engine.
     process = multiprocessing.get_context("fork").Process(
         target=run_one, args=(architecture.name, roads, work)
@@ -180,11 +177,7 @@ def run(architecture: Architecture, roads: Sequence[str], work: Path) -> dict[st
         process.join()
     row = json.loads(found.read_text()) if found.exists() else {}
     row["reason"] = "; ".join(part for part in (row.get("reason", ""), ended) if part)
-    return row | {
-        "architecture": architecture.name,
-        "dtype": architecture.dtype,
-        "seconds": round(time.monotonic() - begin),
-    }
+    return row | {"architecture": architecture.name}
 
 
 def prepare() -> None:
@@ -224,23 +217,24 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """The rows, in the order of the table, as CSV and beside it as Markdown."""
     ordered = [rows[name] for name in ARCHITECTURES if name in rows]
-    notes = [*common.header(), ("command", "make models")]
+    notes = (dict(common.header()) | {"command": "make models"}).items()
     with path.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in notes)
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(ordered)
-    head = ("architecture", "class", *ROADS, *COLUMNS, "quantised online", "stored", "reason")
+    head = ("architecture", "class", *ROADS, *COLUMNS, "quantised online, stored", "reason")
     lines = ["# Architectures against stock vLLM on the same weights dequantised", ""]
     lines += [f"{name}: {value}  " for name, value in notes]
-    lines += ["", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines += ["", f"|{'|'.join(head)}|", "|" + "---|" * len(head)]
     for row in ordered:
         models = ARCHITECTURES[row["architecture"]].models
         cells = [row["architecture"] + (f" ({models})" if models else "")]
-        columns = ("class", *ROADS, *COLUMNS, "online_share", "stored_share")
-        cells += [str(row.get(c) or "") for c in columns]
+        cells += [str(row.get(c) or "") for c in ("class", *ROADS, *COLUMNS)]
+        shares = (str(row.get(c) or "") for c in ("online_share", "stored_share"))
+        cells.append(", ".join(dict.fromkeys(filter(None, shares))))
         cells.append(re.sub(r"[|]", "/", str(row.get("reason") or "")))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"|{'|'.join(cells)}|")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

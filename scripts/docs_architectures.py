@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import docs_table
 
+from vllm_nvfp4.testing.architectures import ARCHITECTURES
+
 PAGE = "README.md"
 TABLE = "benchmarks/results/models.md"
 BEGIN = "<!-- architectures: written by scripts/docs_architectures.py -->\n"
@@ -28,7 +30,8 @@ def _is_number(cell: str) -> bool:
 
 
 def _worst(rows: Sequence[Mapping[str, str]], dtype: str) -> float:
-    return max(float(r[road]) for r in rows if r["dtype"] == dtype for road in ROADS)
+    rows = [r for r in rows if ARCHITECTURES[r["architecture"]].dtype == dtype]
+    return max(float(r[road]) for r in rows for road in ROADS)
 
 
 def paragraph() -> str:

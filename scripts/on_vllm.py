@@ -26,7 +26,7 @@ import installer
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "vllm-nvfp4.stamp"
 # What touches vLLM most: registration, a checkpoint of each dialect, quantising while loading, the
-# KV cache, experts, two ranks, a compiled graph, reloading, adapters.
+# KV cache, experts, two ranks, a compiled graph, reloading, adapters, pictures.
 _DIALECT = "layers/test_serving.py::test_every_dialect_gives_the_tokens_of_its_dequantised_weights"
 SELECTION = (
     "compat/test_vllm_api.py::test_vllm_is_the_one_that_was_asked_for_and_sees_the_plugin",
@@ -44,6 +44,7 @@ SELECTION = (
     "layers/test_engine_features.py::test_compiled_graph_gives_the_tokens_of_eager_mode[16-exact]",
     "layers/test_engine_features.py::test_reloading_the_weights_in_place_gives_the_same_bits[online]",
     "layers/test_features.py::test_the_same_answers[LoRA]",
+    "layers/test_case_files.py::test_it_gives_the_right_numbers_or_its_error[KV scales of Gemma-3]",
 )
 
 

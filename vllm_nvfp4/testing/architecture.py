@@ -70,6 +70,15 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 SPARSE: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 GDN: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
@@ -97,14 +106,4 @@ GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
     "global_head_dim": 64,
-}
-LFM2: dict[str, Any] = {
-    **NO_HEAD_DIM,
-    "layer_types": ["conv", "full_attention"],
-    "conv_dim": 128,
-    "block_dim": 128,
-    "block_ff_dim": 256,
-    "block_norm_eps": 1e-5,
-    "block_multiple_of": 64,
-    "block_auto_adjust_ff_dim": False,
 }

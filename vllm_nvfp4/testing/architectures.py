@@ -27,7 +27,8 @@ RANKED = (
     "qwen3.5", "qwen3.5-moe", "gemma4-moe", "gemma4", "nemotron-h-moe", "gpt-oss", "qwen3-moe",
     "qwen3", "glm4-moe-lite", "mistral3", "llama", "qwen3-vl", "qwen2.5-vl", "qwen3-vl-moe",
     "granite4-moe", "falcon-h1", "lfm2-moe", "hunyuan-moe", "llama4", "deepseek-v2",
-    "deepseek-v3", "gemma3n", "jamba", "minimax-m2", "kimi-linear",
+    "deepseek-v3", "gemma3n", "jamba", "minimax-m2", "kimi-linear", "qwen2-vl",
+    "internvl", "glm4v", "glm4v-moe", "smolvlm", "llava",
 )  # fmt: skip
 
 _ROWS = {a.name: a for a in DECODERS + MULTIMODAL}

@@ -9,9 +9,9 @@ from vllm_nvfp4.testing.architecture import (
     DROP,
     EXPERTS,
     GEMMA4,
-    LFM2,
     NO_HEAD_DIM,
     QWEN_MOE_GDN,
+    ROUTED,
     SLIDING,
     SPARSE,
     VOCAB_SIZE,
@@ -24,17 +24,8 @@ _LOCAL_EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "intermediate_size": 64,
 }
-_ROUTED: dict[str, Any] = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
 # All experts of each token: in BF16 a router's tie would be settled by rounding.
-_ALL_ROUTED: dict[str, Any] = {**_ROUTED, "n_routed_experts": 4, "num_experts_per_tok": 4}
+_ALL_ROUTED: dict[str, Any] = {**ROUTED, "n_routed_experts": 4, "num_experts_per_tok": 4}
 _MLA: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
@@ -100,7 +91,7 @@ DECODERS = (
               scoring_func="sigmoid"),
         "mla+moe", "DeepSeek-V3, R1", dtype="bfloat16",
     ),
-    Architecture("dots1", "Dots1Config", sizes(**_ROUTED), "moe"),
+    Architecture("dots1", "Dots1Config", sizes(**ROUTED), "moe"),
     Architecture("ernie4.5", "Ernie4_5Config", sizes()),
     Architecture(
         "ernie4.5-moe", "Ernie4_5_MoeConfig",
@@ -148,7 +139,7 @@ DECODERS = (
     Architecture("glm", "GlmConfig", sizes(partial_rotary_factor=0.5)),
     Architecture("glm4", "Glm4Config", sizes(partial_rotary_factor=0.5)),
     Architecture("glm4-moe", "Glm4MoeConfig",
-                 sizes(**_ROUTED, partial_rotary_factor=0.5, use_qk_norm=True), "moe"),
+                 sizes(**ROUTED, partial_rotary_factor=0.5, use_qk_norm=True), "moe"),
     Architecture(
         "glm4-moe-lite", "Glm4MoeLiteConfig",
         sizes(**_MLA, **_ALL_ROUTED, mlp_layer_types=["dense", "sparse"]), "mla+moe",
@@ -193,7 +184,10 @@ DECODERS = (
               first_k_dense_replace=1),
         "mla+moe", "Kimi-Linear", dtype="bfloat16",
     ),
-    Architecture("lfm2", "Lfm2Config", sizes(**LFM2)),
+    Architecture("lfm2", "Lfm2Config",
+                 sizes(**NO_HEAD_DIM, layer_types=["conv", "full_attention"], conv_dim=128,
+                       block_dim=128, block_ff_dim=256, block_norm_eps=1e-5, block_multiple_of=64,
+                       block_auto_adjust_ff_dim=False)),
     Architecture(
         "lfm2-moe", "Lfm2MoeConfig",
         sizes(**NO_HEAD_DIM, layer_types=["conv", "full_attention"], num_dense_layers=1,
@@ -229,7 +223,7 @@ DECODERS = (
     Architecture(
         "nemotron-h-moe", "NemotronHConfig",
         sizes(**_NEMOTRON_H, layers_block_type=["mamba", "moe", "attention", "moe"],
-              **(_ROUTED | {"first_k_dense_replace": DROP}), norm_topk_prob=True,
+              **(ROUTED | {"first_k_dense_replace": DROP}), norm_topk_prob=True,
               moe_shared_expert_intermediate_size=64),
         "mamba2+moe", "Nemotron-3-Nano-30B-A3B, 3.5-Lightning-30B-A3B",
     ),
@@ -260,7 +254,7 @@ DECODERS = (
     Architecture("roberta", "RobertaConfig", _ENCODER, "encoder", "", "AutoModel"),
     Architecture("seed-oss", "SeedOssConfig", sizes()),
     Architecture("smollm3", "SmolLM3Config", sizes(**NO_HEAD_DIM)),
-    Architecture("solar-open", "SolarOpenConfig", sizes(**_ROUTED), "moe"),
+    Architecture("solar-open", "SolarOpenConfig", sizes(**ROUTED), "moe"),
     Architecture("stablelm", "StableLmConfig", sizes(**NO_HEAD_DIM)),
     Architecture("starcoder2", "Starcoder2Config", sizes(**NO_HEAD_DIM)),
     Architecture(

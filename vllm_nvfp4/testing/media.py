@@ -68,14 +68,12 @@ class Media:
 
 
 def _do_without_packages() -> None:
-    """PIL draws the pictures: the package index has no torchvision for CPUs. num2words puts into
-    words how many pictures a video has."""
+    """PIL draws the pictures, whatever is asked for: the package index has no torchvision for CPUs.
+    num2words puts into words how many pictures a video has."""
     from transformers.models.auto import image_processing_auto as auto
     from transformers.models.smolvlm import processing_smolvlm
 
-    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.values()
-    by_pil = [n["torchvision"] for n in names if n and {"torchvision", "pil"} <= n.keys()]
-    vars(auto)["DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS"] = by_pil
+    vars(auto)["_resolve_backend"] = lambda *asked: "pil"
     vars(processing_smolvlm)["num2words"] = str
 
 
@@ -119,6 +117,11 @@ def _whisper(transformers: Any, tokenizer: Any) -> Any:
     return transformers.WhisperProcessor(sounds, tokenizer)
 
 
+def _tokens(**named: str) -> dict[str, tuple[str, int]]:
+    """Of a tokenizer, with the numbers from 300 on in order."""
+    return {f"{name}_token": (token, 300 + i) for i, (name, token) in enumerate(named.items())}
+
+
 _SQUARE = {"height": 56, "width": 56}
 _SIZE = {"size": _SQUARE}
 _CLIP = {"size": {"shortest_edge": 56}, "crop_size": _SQUARE}
@@ -130,92 +133,79 @@ _LLAVA: dict[str, Any] = {
     "vision_feature_select_strategy": "default",
     "num_additional_image_tokens": 1,
 }
-_IMAGE = {"image_token": ("<image>", 300)}
-_IMAGE_VIDEO = {**_IMAGE, "video_token": ("<video>", 301)}
-_IDEFICS = {
-    **_IMAGE,
-    "fake_image_token": ("<fake_token_around_image>", 301),
-    "global_image_token": ("<global-img>", 302),
-    "end_of_utterance_token": ("<end_of_utterance>", 303),
-}
-_PIXTRAL = {
-    "image_token": ("[IMG]", 300),
-    "image_break_token": ("[IMG_BREAK]", 301),
-    "image_end_token": ("[IMG_END]", 302),
-}
-_GEMMA = {"boi_token": ("<start_of_image>", 301), "eoi_token": ("<end_of_image>", 302)}
+_IMAGE = _tokens(image="<image>")
+_IDEFICS = _tokens(
+    image="<image>",
+    fake_image="<fake_token_around_image>",
+    global_image="<global-img>",
+    end_of_utterance="<end_of_utterance>",
+)
+_GEMMA = {"boi": "<start_of_image>", "eoi": "<end_of_image>"}
+_QWEN = _tokens(
+    image="<|image_pad|>",
+    video="<|video_pad|>",
+    vision_start="<|vision_start|>",
+    vision_end="<|vision_end|>",
+)
+_GLM = Media(
+    _made("Glm4v", "Glm4v", _AREA, "Glm4v"),
+    _tokens(
+        image="<|image|>",
+        video="<|video|>",
+        image_start="<|begin_of_image|>",
+        image_end="<|end_of_image|>",
+        video_start="<|begin_of_video|>",
+        video_end="<|end_of_video|>",
+    ),
+    (302, 300, 303),
+)
 
 
-def _of_qwen(family: str, patch_size: int) -> Media:
-    videos = "Qwen2VL" if family == "Qwen2_5_VL" else family
-    tokens = {
-        "image_token": ("<|image_pad|>", 300),
-        "video_token": ("<|video_pad|>", 301),
-        "vision_start_token": ("<|vision_start|>", 302),
-        "vision_end_token": ("<|vision_end|>", 303),
-    }
+def _of_qwen(family: str, videos: str, patch_size: int) -> Media:
     make = _made(family, "Qwen2VL", _AREA | {"patch_size": patch_size}, videos)
-    return Media(make, tokens, (302, 300, 303))
+    return Media(make, _QWEN, (302, 300, 303))
 
 
 def _of_pixtral(merged: int) -> Media:
     patch = {"height": 14, "width": 14}
     sizes = {"size": {"longest_edge": 56}, "patch_size": patch}
     keys: dict[str, Any] = {"patch_size": 14, "spatial_merge_size": merged}
-    return Media(_made("Pixtral", "Pixtral", sizes, **keys), _PIXTRAL)
+    tokens = _tokens(image="[IMG]", image_break="[IMG_BREAK]", image_end="[IMG_END]")
+    return Media(_made("Pixtral", "Pixtral", sizes, **keys), tokens)
 
 
-_QWEN3_VL = _of_qwen("Qwen3VL", 16)
+_QWEN3_VL = _of_qwen("Qwen3VL", "Qwen3VL", 16)
 MEDIA = {
     "qwen3.5": _QWEN3_VL,
     "qwen3.5-moe": _QWEN3_VL,
     "qwen3-vl": _QWEN3_VL,
     "qwen3-vl-moe": _QWEN3_VL,
-    "qwen2.5-vl": _of_qwen("Qwen2_5_VL", 14),
-    "qwen2-vl": _of_qwen("Qwen2VL", 14),
+    "qwen2.5-vl": _of_qwen("Qwen2_5_VL", "Qwen2VL", 14),
+    "qwen2-vl": _of_qwen("Qwen2VL", "Qwen2VL", 14),
     "gemma3-vision": Media(
         _made("Gemma3", "Gemma3", _SIZE, image_seq_length=4),
-        {
-            **_GEMMA,
-            "image_token": ("<image_soft_token>", 300),
-            # vLLM joins those around a picture to the text's.
-            **{f"newlines_{n}": ("\n" * n, 302 + n) for n in range(1, 5)},
-        },
+        # vLLM joins the ends of lines around a picture to the text's.
+        _tokens(
+            image="<image_soft_token>", **_GEMMA, **{f"lines_{n}": "\n" * n for n in range(1, 5)}
+        ),
         (301,),
     ),
     "gemma4-vision": Media(
         _gemma4,
-        {
-            **_GEMMA,
-            "image_token": ("<|image|>", 300),
-            "video_token": ("<|video|>", 303),
-            "audio_token": ("<|audio|>", 304),
-            "boa_token": ("<|audio>", 305),
-            "eoa_token": ("<audio|>", 306),
-        },
+        _tokens(
+            image="<|image|>", **_GEMMA, video="<|video|>", audio="<|audio|>", boa="<|audio>",
+            eoa="<audio|>",
+        ),
     ),
-    "glm4v": Media(
-        _made("Glm4v", "Glm4v", _AREA, "Glm4v"),
-        {
-            "image_token": ("<|image|>", 300),
-            "video_token": ("<|video|>", 301),
-            "image_start_token": ("<|begin_of_image|>", 302),
-            "image_end_token": ("<|end_of_image|>", 303),
-            "video_start_token": ("<|begin_of_video|>", 304),
-            "video_end_token": ("<|end_of_video|>", 305),
-        },
-        (302, 300, 303),
-    ),
+    "glm4v": _GLM,
+    "glm4v-moe": _GLM,
     "idefics3": Media(_made("Idefics3", "Idefics3", _TILES, image_seq_len=4), _IDEFICS),
     "smolvlm": Media(_made("SmolVLM", "SmolVLM", _TILES, "SmolVLM", image_seq_len=4), _IDEFICS),
     "internvl": Media(
         _made("InternVL", "GotOcr2", _SIZE | {"max_patches": 2}, "InternVL", image_seq_length=4),
-        {
-            "context_image_token": ("<IMG_CONTEXT>", 300),
-            "video_token": ("<video>", 301),
-            "start_image_token": ("<img>", 302),
-            "end_image_token": ("</img>", 303),
-        },
+        _tokens(
+            context_image="<IMG_CONTEXT>", video="<video>", start_image="<img>", end_image="</img>"
+        ),
     ),
     "llava": Media(_made("Llava", "CLIP", _CLIP, **_LLAVA), _IMAGE),
     "llava-next": Media(_made("LlavaNext", "LlavaNext", _CLIP | _GRID, **_LLAVA), _IMAGE),
@@ -224,14 +214,14 @@ MEDIA = {
             "LlavaOnevision", "LlavaOnevision", _SIZE | _GRID, "LlavaOnevision",
             num_image_tokens=16, vision_feature_select_strategy="full",
         ),
-        _IMAGE_VIDEO,
+        _tokens(image="<image>", video="<video>"),
     ),
     "mistral3": _of_pixtral(2),
     "pixtral": _of_pixtral(1),
     "paligemma": Media(
         _made("PaliGemma", "Siglip", _SIZE | {"image_seq_length": 16}),
         # vLLM asks for the number of a line's end.
-        {**_IMAGE, "newline": ("\n", 301)},
+        _tokens(image="<image>", line="\n"),
     ),
-    "whisper": Media(_whisper, {"start_token": ("<|startoftranscript|>", 300)}, modality="audio"),
+    "whisper": Media(_whisper, _tokens(start="<|startoftranscript|>"), modality="audio"),
 }  # fmt: skip

@@ -9,10 +9,9 @@ from vllm_nvfp4.testing.architecture import (
     EXPERTS,
     GDN,
     GEMMA4,
-    LFM2,
     NO_HEAD_DIM,
     QWEN_MOE_GDN,
-    SLIDING,
+    ROUTED,
     SPARSE,
     VOCAB_SIZE,
     Architecture,
@@ -83,10 +82,18 @@ _ROPE_VL = _rope([6, 5, 5], mrope_interleaved=True)
 _ROPE_2 = _rope([4, 6, 6])
 _ROPE_35 = _rope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.5)
 
+_GLM = {**_rope([2, 3, 3], partial_rotary_factor=0.5), "attention_bias": True}
+_GLM_TOWER = _QWEN_TOWER | {"patch_size": 14, "image_size": 56}
+_GLM_TOKENS: dict[str, Any] = {
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "image_start_token_id": 302,
+    "image_end_token_id": 303,
+    "video_start_token_id": 304,
+    "video_end_token_id": 305,
+}
+
 MULTIMODAL = (
-    _vision("cohere2-vision", "Cohere2VisionConfig",
-            sizes(**SLIDING, model_type="cohere2", tie_word_embeddings=True, logit_scale=1.0),
-            _SIGLIP, image_token_id=300, alignment_intermediate_size=256),
     _vision("gemma3-vision", "Gemma3Config",
             sizes(tie_word_embeddings=True, sliding_window=16, query_pre_attn_scalar=32), _TOWER,
             rename=_IN_HUB, mm_tokens_per_image=4, image_token_id=300, boi_token_id=301,
@@ -97,19 +104,14 @@ MULTIMODAL = (
              "position_embedding_size": 64, "default_output_length": 70},
             image_token_id=300, boi_token_id=301, eoi_token_id=302, video_token_id=303,
             audio_token_id=304),
-    _vision("glm4v", "Glm4vConfig",
-            sizes(**NO_HEAD_DIM, **_rope([2, 3, 3], partial_rotary_factor=0.5),
-                  attention_bias=True),
-            _QWEN_TOWER | {"patch_size": 14, "image_size": 56}, "GLM-4.1V", image_token_id=300,
-            video_token_id=301, image_start_token_id=302, image_end_token_id=303,
-            video_start_token_id=304, video_end_token_id=305),
+    _vision("glm4v", "Glm4vConfig", sizes(**NO_HEAD_DIM, **_GLM), _GLM_TOWER, "GLM-4.1V",
+            **_GLM_TOKENS),
+    _vision("glm4v-moe", "Glm4vMoeConfig", sizes(**ROUTED, **_GLM, use_qk_norm=False), _GLM_TOWER,
+            "GLM-4.5V, 4.6V", "moe", **_GLM_TOKENS),
     _vision("idefics3", "Idefics3Config", _LLAMA, _TOWER, "Idefics3", image_token_id=300),
     _vision("internvl", "InternVLConfig", _QWEN2,
             _TOWER | {"image_size": [56, 56], "patch_size": [14, 14]}, "InternVL3",
             image_token_id=300, tie_word_embeddings=False),
-    _vision("lfm2-vl", "Lfm2VlConfig", sizes(**LFM2, model_type="lfm2"),
-            _TOWER | {"model_type": "siglip2_vision_model", "num_patches": 16}, "LFM2-VL",
-            image_token_id=300, projector_hidden_size=128),
     _vision("llama4", "Llama4Config",
             sizes(num_local_experts=8, num_experts_per_tok=1, intermediate_size=64,
                   intermediate_size_mlp=128, interleave_moe_layer_step=2, moe_layers=[1],
