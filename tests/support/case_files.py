@@ -192,6 +192,7 @@ def _with_tower(model: str, form: str, num_linear: int) -> Case:
 
 
 _K, _QWEN = "model.layers.", "model.language_model.layers."
+_GLM_TOWER = ("attn*", "down_proj", "merger.proj")
 _DENSE_2, _MOE_2 = {"linear": 8}, {"linear": 4, "experts": 2}
 _QWEN35, _QWEN35_MOE = {"linear": 10}, {"linear": 10, "experts": 4}
 CASES: dict[str, Case] = {
@@ -373,7 +374,11 @@ CASES: dict[str, Case] = {
     "a tower in FP8 by rows, Qwen3-VL's": _with_tower("qwen3-vl", "fp8row", 20),
     # Its decoder has gate_up_proj whole.
     "a tower in NVFP4, GLM-4V's": _with_tower("glm4v", "nvfp4", 19),
-    "a tower in 16 bits, GLM-4V's": Case("glm4v", modelopt(["lm_head", "*visual*"]), {"linear": 8}),
+    "a tower in 16 bits, GLM-4V's": Case(
+        "glm4v",
+        modelopt(["lm_head", "*.gate_proj", "*.up_proj", *(f"*visual*{n}" for n in _GLM_TOWER)]),
+        {"linear": 8},
+    ),
     "stars at both ends": Case(
         "gemma4",
         legacy(["lm_head", "*per_layer*"]),
