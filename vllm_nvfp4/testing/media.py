@@ -118,7 +118,7 @@ def _whisper(transformers: Any, tokenizer: Any) -> Any:
 
 
 def _tokens(**named: str) -> dict[str, tuple[str, int]]:
-    """Of a tokenizer, with the numbers from 300 on in order."""
+    """Of a tokenizer, numbered from 300 on."""
     return {f"{name}_token": (token, 300 + i) for i, (name, token) in enumerate(named.items())}
 
 

@@ -72,7 +72,7 @@ def _vision(
     turned: str = "",
     **keys: Any,
 ) -> Architecture:
-    """text, tower: their configurations; keys: beside them; all else as of Architecture."""
+    """text, tower: their configurations; keys: beside them."""
     keys |= {"text_config": text, "vision_config": tower}
     auto, kind = "AutoModelForImageTextToText", f"{kind}+vision"
     return Architecture(name, config, keys, kind, models, auto, dtype, "", rename, turned)
