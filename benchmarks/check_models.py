@@ -36,7 +36,6 @@ import common
 from vllm_nvfp4.compat import lean
 from vllm_nvfp4.testing.architecture import Architecture
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, features
-from vllm_nvfp4.testing.media import MEDIA
 
 SHOWN = "picture or sound"
 FIELDS = ("architecture", "class", "online", "online_share", "modelopt", "compressed-tensors",
@@ -56,7 +55,6 @@ _MODULES = (
     "vllm.v1.engine.core", "vllm.model_executor.models.registry",
     "vllm_nvfp4.plugin", "vllm_nvfp4.cli.main", "vllm_nvfp4.testing.model_sweep",
 )  # fmt: skip
-_NO_PICTURE = "no picture: transformers' processor of them needs torchvision"
 _REASON_CHARS = 240
 
 
@@ -112,8 +110,6 @@ def check(
     reasons += [f"{road}: {error}" for road, error in own.items()]
     if stock:
         reasons.append(f"stock vLLM, in 16 bits: {stock}")
-    elif "vision" in architecture.kind and architecture.name not in MEDIA:
-        reasons.append(_NO_PICTURE)
     if "modelopt" in roads and "modelopt" not in failed:
         check_features(sweep, attempt, failed, reasons, note)
     note(reason="; ".join(reasons))

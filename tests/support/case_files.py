@@ -372,7 +372,6 @@ CASES: dict[str, Case] = {
     "a tower in NVFP4, Qwen2.5-VL's": _with_tower("qwen2.5-vl", "nvfp4", 18),
     "a tower in NVFP4, Gemma-4's": _with_tower("gemma4-vision", "nvfp4", 22),
     "a tower in FP8 by rows, Qwen3-VL's": _with_tower("qwen3-vl", "fp8row", 20),
-    # Its decoder has gate_up_proj whole.
     "a tower in NVFP4, GLM-4V's": _with_tower("glm4v", "nvfp4", 19),
     "a tower in 16 bits, GLM-4V's": Case(
         "glm4v",
