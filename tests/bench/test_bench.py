@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import os
 import re
 import signal
@@ -234,6 +235,15 @@ def test_report_refuses(tmp_path: Path, capsys, content: str | None, message: st
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_packed_result_is_read_and_refused_alike(tmp_path: Path, capsys):
+    (tmp_path / "bench.json.xz").write_bytes(lzma.compress(b'{"schema": 2}'))
+    assert main(["report", str(tmp_path)]) == 1
+    assert "bench.json.xz: schema 2; this version reads" in capsys.readouterr().err
+    (tmp_path / "bench.json.xz").write_bytes(b"{}")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "bench.json.xz: not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

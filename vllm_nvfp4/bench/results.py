@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -152,14 +153,18 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Read a folder's bench.json. Raises ValueError with one line for anything else."""
+    """Read a folder's bench.json, or bench.json.xz. Raises ValueError with one line for anything
+    else."""
     path = folder / FILE_NAME if folder.is_dir() else folder
+    if not path.exists() and (packed := path.with_suffix(".json.xz")).exists():
+        path = packed
     remedy = f"needs a folder that `vllm-nvfp4 bench` wrote, with {FILE_NAME}"
     if not path.is_file():
         raise ValueError(f"{folder}: no {FILE_NAME} there; {remedy}")
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        content = json.loads(lzma.decompress(data) if path.suffix == ".xz" else data)
+    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
