@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM does with a model beside running it: compile and reload it."""
 
+import shutil
+
 import pytest
 import torch
-from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of
+from safetensors.torch import load_file, save_file
+from serving_cases import KEEP_KV, NUM_TOKENS, PROMPT, layer_of, write_with_vocabulary
+from stored_forms import store
 
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.testing.checkpoints import extract_fixture
@@ -56,21 +60,52 @@ def test_compiled_graph_reads_the_kv_cache_as_eager_mode_does(tmp_path):
     assert errors[1] < 1.25 * errors[0]
 
 
+def _to_reload(name, folder):
+    """A checkpoint of a kind: a fixture, or made."""
+    if "/" in name:
+        return extract_fixture(name, folder)
+    llama = write_model(folder, "llama")
+    if name == "vocabulary":
+        write_with_vocabulary(llama, folder / "out", "fp8", "nvfp4")
+        return folder / "out"
+    if name == "widened":
+        forms = {"o_proj": "mxfp8", "q_proj": "awq", "down_proj": "fp8block", "v_proj": "bf16"}
+        config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        kept = ("embed", "head", "norm")
+        by_leaf = dict.fromkeys(kept, "bf16") | forms
+        store(llama, lambda n: next((f for k, f in by_leaf.items() if k in n), "nvfp4"), config)
+    return llama
+
+
 @pytest.mark.parametrize(
-    "name", ["compressed_tensors/mixed-llama", "fp_quant/nvfp4-llama", "online"]
+    "name",
+    [
+        *("compressed_tensors/mixed-llama", "fp_quant/nvfp4-llama", "moe_modelopt/nvfp4-qwen3"),
+        *("moe_mlx/nvfp4-qwen3", "vocabulary", "widened", "online"),
+    ],
 )
-def test_reloading_the_weights_in_place_gives_the_same_bits(name, tmp_path):
-    is_online = name == "online"
-    folder = write_model(tmp_path, "llama") if is_online else extract_fixture(name, tmp_path)
+def test_reloading_other_weights_in_place_gives_their_bits(name, tmp_path):
+    folder = _to_reload(name, tmp_path)
     with engine(folder, **FLOAT32) as llm:
-        before = ask_engine(llm, PROMPT, NUM_TOKENS)
-        layer = layer_of(llm, "model.layers.0.self_attn.qkv_proj")
-        pointers = {n: p.data_ptr() for n, p in layer.named_parameters()}
-        for parameter in layer.parameters():
+        expected = ask_engine(llm, PROMPT, NUM_TOKENS)
+    other = shutil.copytree(folder, tmp_path / "other")
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file(tensors | _half_of(tensors), file, {"format": "pt"})
+    with engine(other, **FLOAT32) as llm:
+        assert not torch.equal(ask_engine(llm, PROMPT, NUM_TOKENS).logprobs, expected.logprobs)
+        model = layer_of(llm, "")
+        pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
+        for parameter in model.parameters():
             parameter.data.zero_()
-        llm.collective_rpc("reload_weights")
-        after = ask_engine(llm, PROMPT, NUM_TOKENS)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        answer = ask_engine(llm, PROMPT, NUM_TOKENS)
         # Captured graphs hold the addresses.
-        assert {n: p.data_ptr() for n, p in layer.named_parameters()} == pointers
-    assert after.tokens == before.tokens
-    assert torch.equal(after.logprobs, before.logprobs)
+        assert {n: p.data_ptr() for n, p in model.named_parameters()} == pointers
+    assert answer.tokens == expected.tokens
+    assert torch.equal(answer.logprobs, expected.logprobs)
+
+
+def _half_of(tensors):
+    """Those in 16 bits and float32, scales among them, by half."""
+    return {n: t / 2 for n, t in tensors.items() if t.is_floating_point() and t.itemsize > 1}

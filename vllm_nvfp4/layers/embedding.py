@@ -189,14 +189,15 @@ class _StoredVocabularyMethod(_VocabularyMethod, CheckpointLinearMethod):
     ) -> None:
         load: Any = attrs["weight_loader"]
 
-        def load_rows(parameter: Any, loaded: torch.Tensor) -> None:
+        # Its first argument has the name by which vLLM, reloading, puts another tensor there.
+        def load_rows(param: Any, loaded: torch.Tensor) -> None:
             # vLLM's takes a scalar and a scale for each row in the parameter's shape alone, and
             # fills the rows that pad the vocabulary with 0.
-            if parameter.nvfp4_role is not Role.UNUSED:
+            if param.nvfp4_role is not Role.UNUSED:
                 rows = loaded.shape or (1,)
-                load(parameter, loaded.reshape(rows[0], *parameter.shape[1:]))
-            if parameter.nvfp4_role is Role.ROW_SCALE:
-                parameter.data[layer.num_org_embeddings_per_partition :] = 1
+                load(param, loaded.reshape(rows[0], *param.shape[1:]))
+            if param.nvfp4_role is Role.ROW_SCALE:
+                param.data[layer.num_org_embeddings_per_partition :] = 1
 
         super().add_parameters(layer, shape, dtype, {**attrs, "weight_loader": load_rows})
         layer.nvfp4_dtype = dtype

@@ -123,6 +123,9 @@ class _Widening:
 
     def _collector(self, name: str) -> Any:
         def collect(param: Any, loaded: torch.Tensor, *shard: Any) -> None:
+            if param.is_meta:  # vLLM counts, before it loads a layer again, whether there is any
+                param.data.reshape(-1)[:1].copy_(loaded.reshape(-1)[: param.numel()][:1])
+                return
             self._loaded[tuple(s for s in shard if s is not None)][name] = loaded.clone()
 
         collect.nvfp4_is_own = True  # type: ignore[attr-defined]
