@@ -204,3 +204,25 @@ def test_vllms_own_server_quantises_answers_and_leaves_nothing(tmp_path: Path):
     log = server.log.read_text()
     assert "nvfp4: 16-bit layers, quantised to nvfp4 while loading" in log
     assert not group_is_alive(group)
+
+
+AT_THE_FORK = """
+import os, pathlib, signal, sys
+from vllm_nvfp4.serving.server import Server
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+server = Server(["m"], pathlib.Path(sys.argv[1]))
+try:
+    with server:
+        print("goes on")
+except KeyboardInterrupt:
+    print("interrupted", server.processes())
+"""
+
+
+def test_ctrl_c_at_the_fork_is_not_lost(tmp_path):
+    """Python ignores what is raised there; the server that was started is ended."""
+    command = [sys.executable, "-c", AT_THE_FORK, str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "interrupted []\n", done.stderr

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from vllm_nvfp4.serving import host
+from vllm_nvfp4.serving import host, interrupts
 from vllm_nvfp4.serving.launch import PREFIX, USAGE_STATUS
 from vllm_nvfp4.serving.phases import phase_of
 from vllm_nvfp4.serving.progress import step
@@ -108,18 +108,22 @@ class Server:
 
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as out:
-            # A session of its own: Ctrl-C in the terminal reaches this process alone, which then
-            # stops the server in order.
-            self._process = subprocess.Popen(
-                self.command,
-                env=self.environ,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+        try:
+            with self.log.open("wb") as out, interrupts.held():
+                # A session of its own: Ctrl-C in the terminal reaches this process alone, which
+                # then stops the server in order.
+                self._process = subprocess.Popen(
+                    self.command,
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+        except KeyboardInterrupt:
+            self.stop()
+            raise
         return self
 
     def __exit__(
