@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support" / "lesser_cpu_site"))
+import forked_questions
 import forked_ranks
 import lesser_cpu
 import pytest
@@ -80,6 +81,12 @@ def _no_check_of_what_is_written(request, monkeypatch):
         module = "vllm_nvfp4.cli._quantize_check"
         monkeypatch.setattr(f"{module}.check_written", lambda *_: None)
         monkeypatch.setattr(f"{module}.without_plain", lambda _, table, kept, say: (table, kept))
+
+
+@pytest.fixture(autouse=True)
+def _questions_are_forked(request, monkeypatch):
+    if not request.node.get_closest_marker("own_process"):
+        monkeypatch.setattr("vllm_nvfp4.compat.lean.ask", forked_questions.ask)
 
 
 @functools.cache

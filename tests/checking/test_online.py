@@ -81,6 +81,7 @@ def test_the_layers_of_an_engine(name, reports, tmp_path):
         assert sum(x.num_weights for x in planned) == elements
 
 
+@pytest.mark.own_process
 def test_inspect_asks_vllm_then_the_class_then_names(tmp_path, monkeypatch, capsys):
     folder = write_architecture(tmp_path, ARCHITECTURES["gemma4"])
 

@@ -205,6 +205,7 @@ def test_the_state_is_what_vllm_asks_for(folders):
 
 
 @pytest.mark.vllm
+@pytest.mark.own_process
 def test_vllms_own_specification_is_asked_for(folders, capsys, monkeypatch):
     """Gated delta nets: the state's bytes in vLLM's own types, by `plan` itself."""
     answers, ask = [], vllm_kv.ask_vllm
