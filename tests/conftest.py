@@ -37,10 +37,11 @@ def _as_before_an_engine():
 
 
 def pytest_collection_modifyitems(items):
-    """The files with the most engines first: a long one that is begun last would leave the other
-    process idle."""
+    """Files that take long first, then those with the most engines: one of them that is begun last
+    would leave the other process idle."""
     engines = Counter(item.path for item in items if item.get_closest_marker("vllm"))
-    items.sort(key=lambda item: -engines[item.path])
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: (item.path not in long, -engines[item.path]))
 
 
 _freeze, _thaw = gc.freeze, gc.unfreeze

@@ -27,6 +27,8 @@ from vllm_nvfp4.testing import smollm2
 from vllm_nvfp4.testing.checkpoints import to_gpt_oss_mxfp4
 from vllm_nvfp4.testing.tiny_models import write_model
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = Limit(1, 256.0, "weights", 9e7, 1e7, 25.6, 2e8, None, 1e8, None)
 

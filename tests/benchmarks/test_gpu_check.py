@@ -16,6 +16,8 @@ from vllm_nvfp4.kernels.cuda.devices import Device
 from vllm_nvfp4.testing import first_checks, host_driver, kernel_cases
 from vllm_nvfp4.testing.emulated_gpu import emulated_gpu
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STEPS = (
     "env", "install", "first", "kernels", "sanitizer", "gemm", "moe", "launch", "tiles",

@@ -27,6 +27,8 @@ from vllm_nvfp4.serving.host import command_line
 from vllm_nvfp4.serving.server import Server
 from vllm_nvfp4.testing.tiny_models import write_model
 
+pytestmark = pytest.mark.long
+
 _PORT = "localhost:8000"
 _SERVE = ["vllm-nvfp4", "serve", "MODEL"]
 # Programs of the system that a block may call; what else it calls is checked below.

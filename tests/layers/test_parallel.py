@@ -30,7 +30,7 @@ from vllm_nvfp4.testing.engine import ask_engine, ask_reference, engine, plain_m
 from vllm_nvfp4.testing.model_sweep import TOLERANCE, serve
 from vllm_nvfp4.testing.tiny_models import write_model
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)

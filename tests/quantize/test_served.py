@@ -23,7 +23,7 @@ from vllm_nvfp4.testing.engine import engine
 from vllm_nvfp4.testing.model_sweep import Sweep, stored_matrices, write_twin
 from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 TEXT = ["--samples", "4", "--sample-length", "64"]
 
 

@@ -15,6 +15,8 @@ from serving_cases import NO_FP8
 
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = list(lesser_cpu.MACHINES)
 OWN = lesser_cpu.machine_level()

@@ -18,6 +18,8 @@ from vllm_nvfp4.kernels.cuda.moe_configs import (
 from vllm_nvfp4.kernels.cuda.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass
 
+pytestmark = pytest.mark.long
+
 CARDS = [gpu for gpu in map(find_gpu, ("RTX 4090", "L40S", "L4")) if gpu is not None]
 
 
