@@ -62,8 +62,9 @@ class Row:
 
 # A line of the table, as :func:`table` writes it.
 _LINE = re.compile(
-    r"(?P<release>\S+) +(?P<card>\d+\.\d+)? +(?P<commit>[0-9a-f]{7,12}) +(?P<step>.+?) +"
-    r"(?P<outcome>ok|failed|needs a device) +(?P<seconds>[\d.]+)(  (?P<detail>.*))?"
+    r"(?P<release>\S{1,8}) +(?P<card>\d+\.\d)? +(?P<commit>[0-9a-f]{7})? +"
+    r"(?P<outcome>ok|failed|needs a device) +(?P<seconds>[\d.]+)"
+    r"  (?P<step>.+?)(  (?P<detail>.+))?"
 )
 
 
@@ -187,12 +188,11 @@ def table(rows: list[Row]) -> str:
         f"# cpu: {_cpu()}, {os.cpu_count()} cores, no GPU",
         f"# python: {platform.python_version()}",
         f"# date: {datetime.date.today()}",
-        "# vLLM  card  commit  step  outcome  seconds  detail",
+        "# vLLM  card  commit  outcome  seconds  step  detail",
     ]
-    wide = max(len(row.step) for row in rows)
     lines += [
-        f"{row.release:8}{row.card:5}{row.commit:9}{row.step:{wide}}  {row.outcome:14}"
-        f"{row.seconds:7.1f}  {row.detail}".rstrip()
+        f"{row.release:8}{row.card:5}{row.commit:9}{row.outcome:14}{row.seconds:7.1f}  "
+        f"{row.step}  {row.detail}".rstrip()
         for row in rows
     ]
     failed = sum(row.outcome == "failed" for row in rows)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from vllm_nvfp4.checkpoints.class_names import class_names
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.mlx import MlxDialect
 from vllm_nvfp4.checkpoints.model_census import take_census_of
-from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, online_spec
+from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, is_ignored, online_spec
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,
     CheckpointError,
@@ -46,7 +45,7 @@ from vllm_nvfp4.layers.embedding import Vocabulary, embedding_method, lm_head_me
 from vllm_nvfp4.layers.experts import expert_names, experts_spec, moe_method
 from vllm_nvfp4.layers.experts_loading import ExpertLoading
 from vllm_nvfp4.layers.experts_plain import plain_experts_method
-from vllm_nvfp4.layers.keep import Kept, keep_towers, plain_method, why_kept
+from vllm_nvfp4.layers.keep import Kept, has_odd_size, keep_towers, plain_method, why_kept
 from vllm_nvfp4.layers.linear import linear_method
 from vllm_nvfp4.layers.plain import plain_linear_method
 from vllm_nvfp4.layers.plain_places import widen_for
@@ -354,31 +353,16 @@ class NvFp4Config(QuantizationConfig):
         )
 
     def _stays_in_16_bits(self, spec: LayerSpec, prefix: str, *input_sizes: int) -> bool:
-        """Whether a 16-bit layer is left as it is: by the user's list, or by its shape."""
+        """Whether a 16-bit layer is left as it is: by the user's list, or by its shape. The list
+        names it as the model does, or all its parts as the files do."""
         if spec.kind is not LayerKind.ONLINE or spec.fmt is None:
             return False
-        if self._is_ignored(prefix):
-            return True
-        odd = [size for size in input_sizes if size % spec.fmt.block_size]
-        if not odd:
-            return False
-        logger.warning(
-            "nvfp4: %s stays in 16 bits: its input size %d is no multiple of %s's block of %d",
-            prefix,
-            odd[0],
-            spec.fmt.name,
-            spec.fmt.block_size,
-        )
-        return True
-
-    def _is_ignored(self, prefix: str) -> bool:
-        """Whether the user's list names the layer as the model does, or all its parts as the files
-        do."""
         patterns = self.options.online_ignore
-        if any(fnmatch.fnmatch(prefix, pattern) for pattern in patterns):
+        if is_ignored([prefix], patterns) or (
+            patterns and is_ignored(self.found(prefix), patterns)
+        ):
             return True
-        stored = self.found(prefix) if patterns else ()
-        return bool(stored) and all(any(fnmatch.fnmatch(n, p) for p in patterns) for n in stored)
+        return has_odd_size(spec.fmt, prefix, input_sizes)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from stored_forms import store
 from vllm_nvfp4.checking import check
 from vllm_nvfp4.checking.check import engine_arguments, examine
 from vllm_nvfp4.checking.report import from_json
-from vllm_nvfp4.checkpoints.census import StoredModule
+from vllm_nvfp4.checkpoints.modules import StoredModule
 from vllm_nvfp4.cli import main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import first_check, launch

@@ -237,10 +237,9 @@ def test_vllms_own_parser_answers_in_one_line(tmp_path: Path, monkeypatch):
     assert len(str(refused.value).splitlines()) == 1
     assert "usage:" not in str(refused.value)
     # From now on the names are known without vLLM.
-    begin = time.monotonic()
+    monkeypatch.setattr(launch.subprocess, "run", None)
     with pytest.raises(flags.FlagError, match="did you mean --enforce-eager"):
         arguments.check(["m", "--enforce-eagr"])
-    assert time.monotonic() - begin < 1
 
 
 def test_kept_names_take_what_argparse_takes(tmp_path: Path, monkeypatch):

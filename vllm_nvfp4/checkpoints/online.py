@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 from vllm_nvfp4.checkpoints.spec import (
@@ -50,6 +51,11 @@ def why_in_16_bits(
     if per_layer and per_layer in (n, k):
         return "per-layer inputs"
     return None
+
+
+def is_ignored(names: Collection[str], patterns: Sequence[str]) -> bool:
+    """Whether the user's list names a layer: all of its names, of which there is one at least."""
+    return bool(names) and all(any(fnmatch(n, p) for p in patterns) for n in names)
 
 
 def online_spec(fmt: BlockFormat) -> LayerSpec:

@@ -10,12 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_nvfp4.checkpoints.inventory import EMBEDDING, LINEAR, LayerRecord
-from vllm_nvfp4.checkpoints.online import LEFT_OUT, ROUTERS, TOWERS, is_in_stack, why_in_16_bits
+from vllm_nvfp4.checkpoints.online import (
+    LEFT_OUT,
+    ROUTERS,
+    TOWERS,
+    is_ignored,
+    is_in_stack,
+    why_in_16_bits,
+)
 from vllm_nvfp4.checkpoints.spec import UNQUANTIZED, CheckpointError, LayerKind
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.options import Options
@@ -156,6 +163,5 @@ def _why_by_name(record: LayerRecord, options: Options) -> str | None:
 
 
 def _why_left_out(record: LayerRecord, options: Options) -> str | None:
-    is_ignored = any(fnmatch(record.name, pattern) for pattern in options.online_ignore)
     is_odd = record.shape[-1] % FORMATS[options.online_format].block_size
-    return LEFT_OUT if is_ignored or is_odd else None
+    return LEFT_OUT if is_odd or is_ignored([record.name], options.online_ignore) else None

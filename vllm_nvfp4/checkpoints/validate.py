@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.checkpoints.census import Census, StoredModule, unknown_form
+from vllm_nvfp4.checkpoints.census import Census
 from vllm_nvfp4.checkpoints.detect import detect
 from vllm_nvfp4.checkpoints.experts import check_experts
 from vllm_nvfp4.checkpoints.fields import as_table
@@ -32,6 +32,7 @@ from vllm_nvfp4.checkpoints.inventory import (
     weight_of,
 )
 from vllm_nvfp4.checkpoints.mlx import MlxDialect, refuse_changed
+from vllm_nvfp4.checkpoints.modules import StoredModule, unknown_form
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
     UNQUANTIZED,

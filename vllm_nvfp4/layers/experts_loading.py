@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_nvfp4.checkpoints.census import Census, StoredModule
+from vllm_nvfp4.checkpoints.census import Census
+from vllm_nvfp4.checkpoints.modules import StoredModule
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
     LayerKind,

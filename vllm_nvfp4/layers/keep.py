@@ -7,11 +7,13 @@ The rule is checkpoints/online.py's; what it asks is answered here by what vLLM 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import attrgetter
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     ReplicatedLinear,
@@ -21,6 +23,9 @@ from vllm.model_executor.layers.linear import (
 from vllm_nvfp4.checkpoints.online import TOWERS, is_in_stack, why_in_16_bits
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.layers.linear import NvFp4OnlineLinearMethod
+from vllm_nvfp4.numerics.formats import BlockFormat
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
@@ -73,6 +78,17 @@ def why_kept(layer: Any, prefix: str, model_config: Any) -> str | None:
         is_router=is_router,
         is_in_stack=is_in_stack(prefix),
     )
+
+
+def has_odd_size(fmt: BlockFormat, prefix: str, input_sizes: Sequence[int]) -> bool:
+    """Whether the blocks of a format cannot cut a layer's inputs, which is said."""
+    odd = [size for size in input_sizes if size % fmt.block_size]
+    if odd:
+        logger.warning(
+            "nvfp4: %s stays in 16 bits: its input size %d is no multiple of %s's block of %d",
+            *(prefix, odd[0], fmt.name, fmt.block_size),
+        )
+    return bool(odd)
 
 
 def plain_method(why: str) -> LinearMethodBase:

@@ -22,7 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_nvfp4.checkpoints.census import Census, StoredModule
+from vllm_nvfp4.checkpoints.census import Census
+from vllm_nvfp4.checkpoints.modules import StoredModule
 from vllm_nvfp4.checkpoints.spec import describe, fold, shard_names
 from vllm_nvfp4.layers.plain import beside_value, value_of
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from vllm_nvfp4.checkpoints.census import group_by_module
 from vllm_nvfp4.checkpoints.detect import detect, read_config
 from vllm_nvfp4.checkpoints.headers import read_headers
+from vllm_nvfp4.checkpoints.modules import group_by_module
 from vllm_nvfp4.checkpoints.safetensors_file import SafetensorsWriter
 from vllm_nvfp4.checkpoints.source import TensorInfo
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind
