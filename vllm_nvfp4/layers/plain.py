@@ -21,6 +21,7 @@ from vllm_nvfp4.checkpoints.convert import dequantize_layer
 from vllm_nvfp4.checkpoints.dtypes import dtype_name
 from vllm_nvfp4.checkpoints.forms import form_of
 from vllm_nvfp4.checkpoints.spec import CheckpointError, LayerKind, LayerSpec, Role, describe
+from vllm_nvfp4.compat import versions
 from vllm_nvfp4.layers.cut import CutWeightParameter, FollowsCut, RowCut
 
 logger = init_logger(f"vllm.{__name__}")
@@ -123,7 +124,8 @@ class _Widening:
 
     def _collector(self, name: str) -> Any:
         def collect(param: Any, loaded: torch.Tensor, *shard: Any) -> None:
-            if param.is_meta:  # vLLM counts, before it loads a layer again, whether there is any
+            if getattr(param.weight_loader, "__name__", "") == versions.ONLINE_LOADER:
+                # Reloading, vLLM first counts whether there is anything to load.
                 param.data.reshape(-1)[:1].copy_(loaded.reshape(-1)[: param.numel()][:1])
                 return
             self._loaded[tuple(s for s in shard if s is not None)][name] = loaded.clone()
