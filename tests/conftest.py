@@ -44,6 +44,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path not in long, -engines[item.path]))
 
 
+@pytest.fixture(autouse=True)
+def _log_level_as_it_was():
+    """What a command sets for its own process is not for servers that a later test starts."""
+    name = "VLLM_LOGGING_LEVEL"
+    before = os.environ.get(name)
+    yield
+    os.environ.pop(name, None)
+    if before is not None:
+        os.environ[name] = before
+
+
 _freeze, _thaw = gc.freeze, gc.unfreeze
 _frozen_for = None
 
