@@ -262,14 +262,15 @@ def _patch_cpu_routing() -> None:
 
 
 def _patch_cpu_dispatch() -> None:
-    """Let mixtures of experts run data-parallel and without a gate on a CPU; the modules of compat
-    say why they do not."""
+    """Let mixtures of experts run data-parallel, without a gate and routed by a sigmoid on a CPU; the
+    modules of compat say why they do not."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from vllm_nvfp4.compat import cpu_dispatch, cpu_experts
+        from vllm_nvfp4.compat import cpu_dispatch, cpu_experts, cpu_routing
 
         cpu_dispatch.install()
+        cpu_routing.install_sigmoid()
         cpu_experts.install(METHOD_NAMES)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vllm_nvfp4.compat.cpu_routing import topk_sigmoid, topk_softmax
+from vllm_nvfp4.compat.cpu_routing import install_sigmoid, topk_sigmoid, topk_softmax
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -39,3 +39,19 @@ def test_the_scaling_factor_comes_last():
     topk_sigmoid(plain, ids, ids, logits, True)
     topk_sigmoid(scaled, ids, ids, logits, True, None, 2.5)
     assert torch.equal(scaled, plain * 2.5)
+
+
+def test_vllms_router_for_cpus_chooses_by_a_sigmoid():
+    router = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.cpu_router")
+    install_sigmoid()
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    chosen = router.CPURouter(2, 8, scoring_func="sigmoid", e_score_correction_bias=bias)
+    weights, ids = chosen._compute_routing(logits, logits, None)
+    # transformers' MiniMaxM2TopKRouter
+    scores = logits.sigmoid()
+    best = (scores + bias).topk(2, dim=-1).indices
+    expected = scores.gather(1, best)
+    assert torch.equal(ids.long(), best)
+    torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True))
+    softmax = router.CPURouter(2, 8)._compute_routing(logits, logits, None)[0]
+    assert not torch.allclose(softmax, weights)

