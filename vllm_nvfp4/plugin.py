@@ -262,8 +262,8 @@ def _patch_cpu_routing() -> None:
 
 
 def _patch_cpu_dispatch() -> None:
-    """Let mixtures of experts run data-parallel, without a gate and routed by a sigmoid on a CPU; the
-    modules of compat say why they do not."""
+    """Let mixtures of experts run data-parallel, without a gate and routed by a sigmoid on a CPU;
+    the modules of compat say why they do not."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
