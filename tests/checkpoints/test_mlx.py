@@ -132,5 +132,12 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     edit_json(folder / "config.json", lambda config: config.update(model_type="falcon_h1"))
     with pytest.raises(CheckpointError, match="model_type falcon_h1: found its multipliers"):
         validate(folder, *read_config(folder))
+    folder = extract_fixture("moe_mlx/mxfp4-qwen3", tmp_path)
+    config, quant_config = read_config(folder)
+    for entry in quant_config.values():
+        if isinstance(entry, dict):  # the routers', in integers
+            entry["group_size"] = {}
+    with pytest.raises(CheckpointError, match=r"found 8 bits in groups of \{\}"):
+        validate(folder, config, quant_config)
     with pytest.raises(CheckpointError, match="found experts in one tensor of BF16"):
         restored({"m.switch_mlp.up_proj.weight": torch.zeros(2, 4, 4).bfloat16()})

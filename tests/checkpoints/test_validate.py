@@ -167,6 +167,17 @@ def test_wrong_shape(damaged, name, tensor, change, words):
     refused(damaged(name, edit), UP, words)
 
 
+def test_a_weight_of_three_dimensions_that_is_of_no_experts(damaged):
+    name = "model.layers.0.self_attn.q_proj"
+
+    def lift(tensors):
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].unflatten(1, (8, -1))
+
+    refused(
+        damaged(MODELOPT, lift), re.escape(f"{name}: found shape [128, 8, "), r"needed \[N, K\]\."
+    )
+
+
 def test_wrong_row_scale_and_pre_scale(damaged, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight_scale"
     folder = damaged(

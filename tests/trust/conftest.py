@@ -33,12 +33,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not rows:
         return
     terminalreporter.section("trust")
-    width = max(len(name) for name, _, _ in rows)
     for name, outcome, report in sorted(rows, key=lambda row: row[0]):
         counts = ", ".join(
             f"{key.replace('_', ' ')} {number}" for key, number in _counts(report).items()
         )
-        terminalreporter.line(f"{name:{width}}  {outcome}  {report.duration:7.1f} s  {counts}")
+        terminalreporter.line(f"{name}  {outcome}  {report.duration:.1f} s  {counts}")
     total = sum(report.duration for _, _, report in rows)
     failed = sum(outcome == "failed" for _, outcome, _ in rows)
     terminalreporter.line(f"{len(rows)} runs, {failed} failed, {total:.0f} s")

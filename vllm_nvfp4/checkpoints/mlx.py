@@ -211,7 +211,7 @@ class Restored:
             dtype = "F8_E4M3" if mode == "mxfp8" else "U8"
             return replace(header, dtype=dtype, shape=(*rows, 4 * words))
         bits, group = self._dialect.sizes.get(module, self._dialect.sizes[""])
-        is_known = type(bits) is int and 1 <= bits <= 8
+        is_known = type(bits) is int and 1 <= bits <= 8 and type(group) in (int, type(None))
         if not is_known or ratio != bits * (group or ratio // bits) or ratio // bits % 8:
             found = f"{str(bits)[:9]} bits in groups of {str(group)[:9]}, in {_WHERE}"
             raise _refuse(header, name, found, f"{ratio} bits in a group, as its sizes have it")

@@ -45,6 +45,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
     fold,
 )
+from vllm_nvfp4.checkpoints.stacks import PROJECTIONS
 
 # The fused layers of most models; a model class has its own table.
 PACKED_MODULES: Mapping[str, Sequence[str]] = {
@@ -171,10 +172,12 @@ def _check_tensors(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSp
 def _check_shapes(name: str, tensors: Mapping[str, TensorHeader], spec: LayerSpec) -> None:
     main_role = Role.CODES if spec.kind is LayerKind.MICROSCALED else Role.WEIGHT
     main = _present(tensors, spec, main_role)
-    if main is None or len(main[1].shape) < 2:
+    may_be_experts = name.rpartition(".")[2] in PROJECTIONS
+    if main is None or len(main[1].shape) not in ((2, 3) if may_be_experts else (2,)):
         header = main[1] if main else next(iter(tensors.values()))
+        needed_shape = "[N, K], or [E, N, K] of experts" if may_be_experts else "[N, K]"
         raise CheckpointError(
-            header.file, name, f"shape {list(header.shape)}", "[N, K] or more", _QUANTIZE_AGAIN
+            header.file, name, f"shape {list(header.shape)}", needed_shape, _QUANTIZE_AGAIN
         )
     *rows, cols = main[1].shape
     if main_role is Role.CODES:
