@@ -14,6 +14,8 @@ from pathlib import Path
 
 import forked_ranks
 
+from vllm_nvfp4.compat import lean
+
 
 def _answer(module, arguments, environ, folder):
     os.environ.clear()
@@ -23,7 +25,7 @@ def _answer(module, arguments, environ, folder):
     sys.exit(importlib.import_module(module).main(arguments))
 
 
-def ask(module, arguments, environ, answer, timeout=None):
+def ask(module, arguments, environ, mark, timeout=None):
     """As lean.ask."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -38,4 +40,5 @@ def ask(module, arguments, environ, answer, timeout=None):
             process.kill()
             raise subprocess.TimeoutExpired(module, timeout)
         printed, errors = ((folder / file).read_text() for file in ("out", "err"))
-    return answer(printed), subprocess.CompletedProcess(module, process.exitcode, printed, errors)
+    ended = subprocess.CompletedProcess(module, process.exitcode, printed, errors)
+    return lean.last_line(printed, mark), ended

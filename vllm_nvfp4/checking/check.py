@@ -23,6 +23,7 @@ from vllm_nvfp4.compat import cpu_metadata, lean
 from vllm_nvfp4.compat.messages import message_of
 from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 
+_MARK = '{"schema"'  # how a report in JSON begins
 _DOWNLOAD = "Download the missing files, or quantise the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
 _MODALITIES = ("image", "video", "audio")
@@ -38,16 +39,11 @@ def check(model: Path | str, flags: Sequence[str] = ()) -> Report:
     """
     environ = dict(os.environ)
     cpu_metadata.apply(environ)
-    said, ended = lean.ask("vllm_nvfp4.checking.check", [str(model), *flags], environ, _last_report)
+    said, ended = lean.ask("vllm_nvfp4.checking.check", [str(model), *flags], environ, _MARK)
     if ended.returncode or said is None:
         lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
         raise ValueError(lines[-1])
     return from_json(json.loads(said))
-
-
-def _last_report(printed: str) -> str | None:
-    lines = [line for line in printed.splitlines() if line.startswith('{"schema"')]
-    return lines[-1] if lines else None
 
 
 def examine(engine_args: Any) -> Report:

@@ -51,11 +51,8 @@ class ClassNames:
         others."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        of_many = {
-            p for c in self._converters if len(c.source_patterns) > 1 for p in c.source_patterns
-        }
         for name, tensor in weights:
-            if self._back(name)[1] in of_many:
+            if self._back(name)[1] in self._of_many:
                 yield name, tensor
             else:
                 yield from revert_weight_conversion(self._model, {name: tensor}).items()

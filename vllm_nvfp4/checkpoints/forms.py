@@ -106,7 +106,7 @@ def form_of(tensors: Mapping[str, Stored]) -> LayerSpec | None:
     shape, scales = tensors[codes.name].shape, tensors[scale.name].shape
     if len(shape) < 2 or len(scales) != len(shape) or not scales[-1]:
         return None
-    per_byte = 1 if spec is mlx.AFFINE else 2
+    per_byte = 2 if spec.tensor(Role.CODES) else 1
     block, rest = divmod(per_byte * shape[-1], scales[-1])
     least = spec.fmt.block_size if spec.fmt else 1
     if rest or not block or block % least or (block != least and scale.dtypes == ("U8",)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FLAG = "--lean"
@@ -22,13 +22,13 @@ def ask(
     module: str,
     arguments: Sequence[str],
     environ: Mapping[str, str],
-    answer: Callable[[str], str | None],
+    mark: str,
     timeout: float | None = None,
 ) -> tuple[str | None, subprocess.CompletedProcess[str]]:
     """(What a module says that is run in a process of its own, or None; how that process ended).
 
     module:    of this package; its ``main`` begins with :func:`begin`
-    answer:    finds the answer in what the process has printed
+    mark:      what the line of the answer begins with; the last such line counts
     Where it ends by a traceback, or what it says may be for want of an optional package, it is
     asked again with all of them. Raises subprocess.TimeoutExpired after ``timeout`` seconds of one
     process.
@@ -36,13 +36,18 @@ def ask(
     command = [sys.executable, "-m", module]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout}
     ended = subprocess.run([*command, FLAG, *arguments], env=environ, **options)
-    said = answer(ended.stdout)
+    said = last_line(ended.stdout, mark)
     words = ended.stderr if said is None else said
     has_failed = said is None and (ended.returncode != 1 or "Traceback" in words)
     if has_failed or is_missed(words):
         ended = subprocess.run([*command, *arguments], env=environ, **options)
-        said = answer(ended.stdout)
+        said = last_line(ended.stdout, mark)
     return said, ended
+
+
+def last_line(printed: str, mark: str) -> str | None:
+    """The last line that begins with ``mark``."""
+    return next((x for x in reversed(printed.splitlines()) if x.startswith(mark)), None)
 
 
 def begin(argv: Sequence[str]) -> Sequence[str]:

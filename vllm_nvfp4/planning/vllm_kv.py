@@ -47,15 +47,12 @@ def ask_vllm(config: Mapping[str, Any]) -> tuple[Kept, ...]:
         (Path(name) / "config.json").write_text(json.dumps(plain))
         environ = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         try:
-            said, _ = lean.ask("vllm_nvfp4.planning.vllm_kv", [name], environ, _found, SECONDS)
+            said, _ = lean.ask("vllm_nvfp4.planning.vllm_kv", [name], environ, _MARK, SECONDS)
         except subprocess.TimeoutExpired:
             return ()
-    return () if said is None else tuple(Kept(**entry) for entry in json.loads(said))
-
-
-def _found(printed: str) -> str | None:
-    lines = [line for line in printed.splitlines() if line.startswith(_MARK)]
-    return lines[-1].removeprefix(_MARK) if lines else None
+    if said is None:
+        return ()
+    return tuple(Kept(**entry) for entry in json.loads(said.removeprefix(_MARK)))
 
 
 def kept_by(folder: Path) -> list[Kept]:
