@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvfp4.compat import cpu_metadata, lean
+from vllm_nvfp4.compat.messages import message_of
 from vllm_nvfp4.planning.shapes import Kept
 
 SECONDS = 300.0
@@ -96,7 +97,12 @@ def main(argv: Sequence[str]) -> int:
     cpu_metadata.apply()
     (folder,) = lean.begin(argv)
     lean.look_here()
-    print(_MARK + json.dumps([asdict(kept) for kept in kept_by(Path(folder))]))
+    try:
+        found = [asdict(kept) for kept in kept_by(Path(folder))]
+    except (ValueError, OSError) as error:  # vLLM's refusal: with more packages it is the same
+        print(message_of(error), file=sys.stderr)
+        return 1
+    print(_MARK + json.dumps(found))
     return 0
 
 
