@@ -8,7 +8,7 @@ Compiles every shipped GEMM kernel, dense and grouped, for sm_89 with the compil
 the wheel's cubins (NVRTC), and disassembles it. Every kernel that runs before sm_89 too is compiled
 for sm_80 and sm_86 as well, and may spill nothing there. Needs no GPU and no CUDA toolkit.
 
-Columns: slots/mma and slots/w are instructions issued in the main loop, per MMA and (times 32
+Columns: slots, /mma and /w are instructions issued in the main loop, per MMA and (times 32
 lanes) per weight of the tile; then, for each GPU, the share of issue slots that a loop bound by its
 MMAs takes, and how many times faster than DRAM delivers them packed weights are processed.
 
@@ -37,6 +37,7 @@ from vllm_nvfp4.kernels.cuda.nvrtc import compile_cubin
 from vllm_nvfp4.testing import sass, sass_memory
 
 ARCH = 89
+_PREFIX, _NAME = f"sm{ARCH}_", 55
 GPU_NAMES = ("RTX 4090", "L40S", "L4")
 # Where W4A16 may run too: only what memory asks of it is read from this code.
 OTHER_GPU_NAMES = ("H100 80GB HBM3", "H200")
@@ -55,7 +56,7 @@ def report(config: GemmConfig, cards: Sequence[Gpu]) -> tuple[str, list[str]]:
     flight = sass_memory.flight(config, machine, machine.loops[-1])
     tail = sass_memory.tail(machine, sass_memory.tokens_of_thread(config))
     row = format_row(config.symbol, config, machine, cost, bounds, flight)
-    row += f"{tail.fences:>5} + {tail.atomics} + {tail.rounds}"
+    row += f"{tail.fences:>4}+{tail.atomics}+{tail.rounds}"
     found = sass.problems(config, machine, cost, bounds) + sass.older_problems(config)
     found += sass_memory.flight_problems(config, flight, bounds, [*cards, *gpus(OTHER_GPU_NAMES)])
     return row, found + sass_memory.tail_problems(config, tail)
@@ -70,11 +71,11 @@ def format_row(
     flight: sass_memory.Flight,
 ) -> str:
     weights = config.block_n * config.block_k / config.num_warps / 32
-    row = f"{name:<62}{machine.registers:>5}{config.smem_bytes:>8}"
-    row += f"{machine.stack + machine.local:>6}{cost.slots:>7.0f}{cost.slots / cost.mmas:>11.2f}"
-    row += f"{cost.slots / weights:>9.2f}"
-    row += "".join(f"{b.issue_load:>9.0%}{b.dram_ratio:>7.1f}x" for b in bounds)
-    return row + f"{flight.least / 1024:>8.1f}{flight.most / 1024:>6.1f}"
+    row = f"{name.removeprefix(_PREFIX):<{_NAME}}{machine.registers:>5}{config.smem_bytes:>7}"
+    row += f"{machine.stack + machine.local:>6}{cost.slots:>6.0f}{cost.slots / cost.mmas:>7.2f}"
+    row += f"{cost.slots / weights:>6.2f}"
+    row += "".join(f"{b.issue_load:>6.0%}{b.dram_ratio:>5.1f}x" for b in bounds)
+    return row + f"{flight.least / 1024:>6.1f}{flight.most / 1024:>6.1f}"
 
 
 def report_moe(config: MoeConfig, cards: Sequence[Gpu]) -> tuple[list[str], list[str]]:
@@ -120,11 +121,11 @@ def main() -> int:
     parser.add_argument("--kernels", default="", help="regular expression on the symbols")
     options = parser.parse_args()
     cards = gpus()
-    header = (
-        f"{'kernel (sm_89)':<62}{'regs':>5}{'smem':>8}{'spill':>6}{'slots':>7}{'slots/mma':>11}"
+    header = f"{f'kernel ({_PREFIX}...)':<{_NAME}}{'regs':>5}{'smem':>7}{'spill':>6}{'slots':>6}"
+    header += f"{'/mma':>7}{'/w':>6}" + "".join(
+        f"{gpu.name[-4:].lstrip():>6}{'DRAM':>6}" for gpu in cards
     )
-    header += f"{'slots/w':>9}" + "".join(f"{gpu.name[-8:]:>9}{'DRAM':>8}" for gpu in cards)
-    print(header + f"{'in flight':>14}{'tail':>14}")
+    print(header + f"{'in flight':>12}{'tail':>8}")
     print(needs([*cards, *gpus(OTHER_GPU_NAMES)]))
     missed = 0
     for config in (*GEMM_CONFIGS, *MOE_CONFIGS):
