@@ -36,7 +36,7 @@ from vllm_nvfp4.checkpoints.spec import (
     fold,
     fused_layer_spec,
 )
-from vllm_nvfp4.compat import model_weights, places, versions
+from vllm_nvfp4.compat import building, model_weights, places, versions
 from vllm_nvfp4.compat.kv_cache import head_size
 from vllm_nvfp4.kernels import ops
 from vllm_nvfp4.layers import kv_cache
@@ -73,7 +73,7 @@ class NvFp4Config(QuantizationConfig):
         self._options: Options | None = None
         self._hf_config: Any = None
         self._expert_loading: ExpertLoading | None = None
-        model_weights.install()
+        building.install(METHOD_NAME)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layers of a model, which a copy of the config is for another one of."""
@@ -82,7 +82,7 @@ class NvFp4Config(QuantizationConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a worker's process, which gets the config of its parent."""
         self.__dict__.update(state)
-        model_weights.install()
+        building.install(METHOD_NAME)
 
     def prepare_weights(
         self, weights: Iterable[tuple[str, Any]], model: torch.nn.Module

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from vllm_nvfp4.checkpoints.locate import find_folder
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.compat import batch_invariance, engine_death, positions, tower_marks, versions
+from vllm_nvfp4.compat import batch_invariance, engine_death, positions, versions
 from vllm_nvfp4.options import METHOD_NAME, METHOD_NAMES, Options
 
 _registered = False
@@ -64,14 +64,12 @@ def _lazy_config_class(name: str) -> type:
         def __new__(cls, *args: Any) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
-            tower_marks.install()
             return NvFp4Config(*args)
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
             from vllm_nvfp4.config import NvFp4Config
 
-            tower_marks.install()
             return NvFp4Config.for_options(config, Options.resolve(_additional_config.get()))
 
         @staticmethod

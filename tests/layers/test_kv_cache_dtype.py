@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which KV cache an engine is configured with, and what is said of it, on devices of each kind."""
 
+import json
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from serving_cases import NO_FP8, warnings_of
 
 from vllm_nvfp4.compat import versions
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import extract_fixture
 
 pytestmark = pytest.mark.vllm
@@ -63,18 +69,24 @@ def test_the_type_is_one_that_the_device_can_hold(device, name, is_declared, tmp
         assert lines == ([line] if gives_way else [])
 
 
-def configured(folder, option, flag, dtype="auto"):
-    """The type that an engine's attention layers would have, "fp8" also under its longer name."""
+def engine_config(folder, option, flag, dtype="auto"):
     import vllm_nvfp4
 
     vllm_nvfp4.register()
-    from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
 
-    config = EngineArgs(
-        model=str(folder), max_model_len=64, enforce_eager=True, quantization="nvfp4",
-        dtype=dtype, kv_cache_dtype=flag, additional_config={"nvfp4": {"kv_cache": option}},
+    return EngineArgs(
+        model=str(folder), max_model_len=64, enforce_eager=True, quantization="nvfp4", dtype=dtype,
+        kv_cache_dtype=flag, additional_config={"nvfp4": {"kv_cache": option}},
+        skip_tokenizer_init=True,
     ).create_engine_config()  # fmt: skip
+
+
+def configured(folder, option, flag, dtype="auto"):
+    """The type that an engine's attention layers would have, "fp8" also under its longer name."""
+    from vllm.config import set_current_vllm_config
+
+    config = engine_config(folder, option, flag, dtype)
     dtype = config.cache_config.cache_dtype
     if dtype == "auto":  # vLLM's attention layers then ask the quantization config
         with set_current_vllm_config(config):
@@ -104,3 +116,47 @@ def test_a_cpu_has_no_cache_in_16_bits_beside_a_model_in_32(flag, tmp_path):
     with pytest.raises(ValueError, match=f"^--kv-cache-dtype {flag}: no cache in 16 bits .*auto"):
         configured(folder, "auto", flag, "float32")
     assert configured(folder, "keep", "bfloat16", "bfloat16") == "bfloat16"
+
+
+# A worker: gets the engine's configuration from another process, and builds the model.
+WORKER = """
+import json, pickle, sys, torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.model_loader import base_loader
+
+configs = pickle.load(sys.stdin.buffer)
+torch.cpu._is_avx512_supported = lambda: True
+found = []
+for config in configs:
+    with set_current_vllm_config(config):
+        if not found:
+            init_distributed_environment(1, 0, f"file://{sys.argv[1]}", 0, "gloo")
+            initialize_model_parallel(1, 1)
+        with torch.device("meta"):
+            model = base_loader.initialize_model(vllm_config=config)
+    layers = config.compilation_config.static_forward_context.values()
+    kept = {x.kv_cache_dtype for x in layers if hasattr(x, "kv_cache_dtype")}
+    methods = {n: getattr(m, "quant_method", None) for n, m in model.named_modules()}
+    parts = {n.split(".")[0] for n, m in methods.items() if "Online" in type(m).__name__}
+    found.append([sorted(kept), sorted(parts)])
+print(json.dumps(found))
+"""
+
+
+def test_a_worker_builds_as_the_process_that_made_its_config(tmp_path, monkeypatch):
+    """LFM2's class gives its attention no quantization config; GLM-4V's marks its tower, which is
+    not quantised while it loads."""
+    for question in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: True)
+    names = ("lfm2", "glm4v")
+    folders = [write_architecture(tmp_path / n, ARCHITECTURES[n]) for n in names]
+    configs = [engine_config(folder, "auto", "auto") for folder in folders]
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path / "group")],
+        input=pickle.dumps(configs), stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        [["fp8"], ["model"]],
+        [["fp8"], ["language_model"]],
+    ]
