@@ -63,7 +63,13 @@ def load(config: Any) -> Any:
     from vllm.model_executor.model_loader import get_model_loader
 
     config.load_config.device = "cpu"
-    with set_current_vllm_config(config), packed_as_on_a_gpu():
+    with (
+        set_current_vllm_config(config),
+        packed_as_on_a_gpu(),
+        # Some models make streams of their own, or ask where they are, as they are built.
+        mock.patch.object(torch.cuda, "Stream", mock.MagicMock),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+    ):
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")
         destroy_model_parallel()  # of the model before: only mixtures of experts have all groups

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.metadata
 import os
@@ -17,6 +18,7 @@ import torch
 
 from rehearsal import stage
 from rehearsal.weights import compare_with_file
+from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import (
     extract_fixture,
@@ -31,6 +33,7 @@ SHORT = ("modelopt/nvfp4-kv8-llama", "moe_modelopt/nvfp4-qwen3")
 GRAPHS = ("modelopt/nvfp4-qwen3", "modelopt/mixed-llama", "moe_modelopt/nvfp4-qwen3")
 _ONLINE = ("llama", "gemma3", "qwen3_moe", "qwen2.5-vl")
 _DTYPES = ("auto", "fp8", "nvfp4")
+_MODELS = Path(__file__).parents[2] / "benchmarks" / "results" / "models.csv"
 # Type of the KV cache -> bits, as plan counts them.
 CACHES = {"bfloat16": 16, "fp8": 8, "nvfp4": 4}
 
@@ -129,10 +132,20 @@ def attention() -> str:
 
 
 def checkpoints() -> list[str]:
-    """Every stored checkpoint, the older form of one, gpt-oss, and 16-bit models to quantise."""
-    online = [f"16-bit/{family}" for family in _ONLINE]
+    """Every stored checkpoint, the older form of one, gpt-oss, and 16-bit models to quantise; of
+    architectures that vLLM's CPU backend refuses, as they are and as `quantize` writes them."""
+    refused = refused_on_a_cpu()
+    online = [f"16-bit/{family}" for family in (*_ONLINE, *refused)]
     stored = [*fixture_names(), *fixture_names(experts=True)]
-    return [*stored, "legacy/mixed-llama", "mxfp4/gpt_oss", *online]
+    written = [f"quantised/{name}" for name in refused]
+    return [*stored, "legacy/mixed-llama", "mxfp4/gpt_oss", *online, *written]
+
+
+def refused_on_a_cpu() -> list[str]:
+    """Architectures that `make models` could not serve, stock vLLM itself refusing them."""
+    with _MODELS.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [row["architecture"] for row in rows if row["online"] == "refused by vLLM"]
 
 
 def checkpoint(name: str, folder: Path) -> Path:
@@ -144,6 +157,10 @@ def checkpoint(name: str, folder: Path) -> Path:
         return target
     if tool == "16-bit":
         return write_model(target, rest)
+    if tool == "quantised":
+        source = str(checkpoint(f"16-bit/{rest}", folder / "source"))
+        need(main(["quantize", source, "-o", str(target), "--method", "rtn"]) == 0, "not quantised")
+        return target
     if tool == "mxfp4":
         return to_gpt_oss_mxfp4(write_model(target, rest))
     if tool == "legacy":

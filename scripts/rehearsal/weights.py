@@ -18,6 +18,9 @@ from vllm_nvfp4.layers.weights import experts_of
 from vllm_nvfp4.numerics.formats import FORMATS
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict
 
+# Of an expert, as files name them.
+_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
 
 def compare_with_file(model: Any, folder: Path) -> str:
     """Every packed weight, unpacked, is what the checkpoint's tensors give in float32.
@@ -31,7 +34,7 @@ def compare_with_file(model: Any, folder: Path) -> str:
     equal = loaded = 0
     with stage.packed_as_on_a_gpu():
         for name, layer in model.named_modules():
-            if (found := _weights_of(name, layer, parts)) is None:
+            if (found := _weights_of(name, layer, parts, stored)) is None:
                 continue
             for sources, weight in found:
                 if sources is None or any(f"{s}.weight" not in stored for s in sources):
@@ -46,7 +49,7 @@ def compare_with_file(model: Any, folder: Path) -> str:
     return f"{equal} weights as stored" + (f", {loaded} more loaded" if loaded else "")
 
 
-def _weights_of(name: str, layer: Any, parts: dict[str, list[str]]) -> Any:
+def _weights_of(name: str, layer: Any, parts: dict[str, list[str]], stored: Any) -> Any:
     """[(the names in the file, or None, and the weight [N, K] in float32)] of a layer."""
     parent, _, leaf = name.rpartition(".")
     sources = [f"{parent}.{part}" if parent else part for part in parts.get(leaf, [leaf])]
@@ -66,11 +69,11 @@ def _weights_of(name: str, layer: Any, parts: dict[str, list[str]]) -> Any:
         weight = layer.weight.float() * layer.row_scale[:, None]
         return [(sources if is_stored else None, weight)]
     if versions.is_moe_layer(layer) and hasattr(layer, "nvfp4_format"):
-        return _experts(name, layer)
+        return _experts(name, layer, stored)
     return None
 
 
-def _experts(name: str, layer: Any) -> Any:
+def _experts(name: str, layer: Any, stored: Any) -> Any:
     fmt, inner = FORMATS[layer.nvfp4_format], layer.nvfp4_intermediate_size
     method = layer.quant_method
     # Here weights lie on the CPU, where releases before 0.30 take the experts without the kernel.
@@ -87,8 +90,9 @@ def _experts(name: str, layer: Any) -> Any:
             codes, block_scale, global_scale = tensors
             packed = PackedWeight(codes, block_scale, global_scale, rows, cols, fmt)
             weight = unpack_weight(packed)
-            leaves = ("down_proj",) if stem == "w2" else ("gate_proj", "up_proj")[-gated:]
-            base = name.removesuffix(".routed_experts")
-            sources = None if is_online else [f"{base}.{e}.{leaf}" for leaf in leaves]
+            base = f"{name.removesuffix('.routed_experts')}.{e}"
+            leaves = _LEAVES[f"{base}.w2.weight" in stored]
+            leaves = leaves[2:] if stem == "w2" else leaves[2 - gated : 2]
+            sources = None if is_online else [f"{base}.{leaf}" for leaf in leaves]
             found.append((sources, weight.dequantize(torch.float32)))
     return found
