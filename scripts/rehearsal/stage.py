@@ -68,7 +68,7 @@ def load(config: Any) -> Any:
         packed_as_on_a_gpu(),
         # Some models make streams of their own, or ask where they are, as they are built.
         mock.patch.object(torch.cuda, "Stream", mock.MagicMock),
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
     ):
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")

@@ -91,8 +91,8 @@ def _experts(name: str, layer: Any, stored: Any) -> Any:
             packed = PackedWeight(codes, block_scale, global_scale, rows, cols, fmt)
             weight = unpack_weight(packed)
             base = f"{name.removesuffix('.routed_experts')}.{e}"
-            leaves = _LEAVES[f"{base}.w2.weight" in stored]
-            leaves = leaves[2:] if stem == "w2" else leaves[2 - gated : 2]
+            named = _LEAVES[f"{base}.w2.weight" in stored]
+            leaves = named[2:] if stem == "w2" else named[2 - gated : 2]
             sources = None if is_online else [f"{base}.{leaf}" for leaf in leaves]
             found.append((sources, weight.dequantize(torch.float32)))
     return found
