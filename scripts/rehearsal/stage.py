@@ -20,6 +20,7 @@ import torch
 
 from vllm_nvfp4.gpus import Gpu, find_gpu, short_name
 from vllm_nvfp4.kernels import ops
+from vllm_nvfp4.kernels.cuda.linear import unpack_weight
 
 _SEQUENCES, _TOKENS = 4, 512
 
@@ -48,7 +49,22 @@ def packed_as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(ops, "backend", _kernels_of_a_gpu),
         mock.patch.object(ops, "warm_up"),
         mock.patch.object(ops, "warm_up_fp8"),
+        mock.patch.object(ops, "multiply", _product),
     ):
+        yield
+
+
+def _product(a: torch.Tensor, packed: Any, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    """Latent attention asks kv_b_proj for its weight by a product with the identity."""
+    weight = unpack_weight(packed).dequantize(torch.float32)
+    return torch.nn.functional.linear(a.float(), weight, bias).to(a.dtype)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Within it, vLLM looks at a model's class here: each time it would import itself elsewhere."""
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    with mock.patch.object(registry, "_run_in_subprocess", lambda function: function()):
         yield
 
 
@@ -63,12 +79,16 @@ def load(config: Any) -> Any:
     from vllm.model_executor.model_loader import get_model_loader
 
     config.load_config.device = "cpu"
+    config.device_config.device = torch.device("cpu")
+    flashinfer = importlib.import_module("vllm.v1.attention.backends.flashinfer")
     with (
         set_current_vllm_config(config),
         packed_as_on_a_gpu(),
         # Some models make streams of their own, or ask where they are, as they are built.
         mock.patch.object(torch.cuda, "Stream", mock.MagicMock),
         mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
+        # FlashInfer's layers allocate a counter on the GPU.
+        mock.patch.object(flashinfer, "_get_multi_ctas_kv_counter_buffer", create=True),
     ):
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")

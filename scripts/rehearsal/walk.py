@@ -96,6 +96,8 @@ def _walk(walk: Walk, is_short: bool) -> None:
 
 
 def _rest(walk: Walk, steps: Any, folder: Path) -> None:
+    with walk.step("architectures") as row:
+        row["detail"] = steps.architectures(folder)
     for dtype in steps.CACHES:
         with walk.step(f"KV cache in {dtype}") as row:
             row["detail"] = steps.kv_cache(dtype, folder)

@@ -83,14 +83,15 @@ def engine_config(folder, option, flag, dtype="auto"):
 
 
 def configured(folder, option, flag, dtype="auto"):
-    """The type that an engine's attention layers would have, "fp8" also under its longer name."""
+    """The type that an engine is configured with, "fp8" also under its longer name; the attention
+    layers, left to themselves, would have the same."""
     from vllm.config import set_current_vllm_config
 
     config = engine_config(folder, option, flag, dtype)
     dtype = config.cache_config.cache_dtype
-    if dtype == "auto":  # vLLM's attention layers then ask the quantization config
-        with set_current_vllm_config(config):
-            dtype = "auto" if config.quant_config.kv_cache_scheme is None else "fp8"
+    with set_current_vllm_config(config):
+        scheme = config.quant_config.kv_cache_scheme
+    assert flag != "auto" or (scheme is None) == (dtype == "auto")
     return dtype.removesuffix("_e4m3")
 
 

@@ -109,11 +109,15 @@ def settle_dtype(asked: str, resolved: str, option: str, model_config: Any) -> s
             f"--kv-cache-dtype {asked}", "no cache in 16 bits beside a model in float32"
         )
     if asked == "auto" and option == "fp8" and not resolved.startswith("fp8"):
-        resolved = "auto"  # the attention layers make FP8 of it, see default_scheme
+        resolved = "auto"
     is_declared = resolved not in ("auto", asked) or declares_fp8(model_config.hf_config)
     wanted = "fp8" if resolved == "auto" and (is_declared or option != "keep") else resolved
     size = able.head_size(model_config.hf_text_config)
     obstacle = able.obstacle(wanted, size, model_config.use_mla)
+    # Backends and block sizes are chosen by it before there is a layer that asks for FP8. From
+    # capability 10 on vLLM's own config may serve the checkpoint, which decides for itself.
+    if resolved == "auto" and (versions.device_capability() or (0, 0)) < (10, 0):
+        resolved = wanted
     if obstacle is None:
         return resolved
     if asked != "auto" or option == "fp8":

@@ -29,9 +29,10 @@ _ALL_ROUTED: dict[str, Any] = {**ROUTED, "n_routed_experts": 4, "num_experts_per
 _MLA: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
-    "qk_nope_head_dim": 64,
+    # DeepSeek's: on a GPU vLLM has kernels for few sizes.
+    "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
+    "v_head_dim": 128,
     "head_dim": DROP,
     "num_key_value_heads": 4,
 }
@@ -181,8 +182,11 @@ DECODERS = (
         "kimi-linear", "KimiLinearConfig",
         sizes(**_MLA | {"q_lora_rank": None, "num_hidden_layers": 4}, num_experts=4,
               num_experts_per_tok=4, moe_intermediate_size=64, n_shared_experts=1,
-              first_k_dense_replace=1),
+              first_k_dense_replace=1, mla_use_nope=True,
+              linear_attn_config={"kda_layers": [1, 2, 3], "full_attn_layers": [4],
+                                  "num_heads": 4, "head_dim": 64, "short_conv_kernel_size": 4}),
         "mla+moe", "Kimi-Linear", dtype="bfloat16",
+        rename=(r"layers\.0\.block_sparse_moe", "layers.0.mlp"),
     ),
     Architecture("lfm2", "Lfm2Config",
                  sizes(**NO_HEAD_DIM, layer_types=["conv", "full_attention"], conv_dim=128,
