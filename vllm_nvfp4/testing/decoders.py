@@ -209,7 +209,7 @@ DECODERS = (
     Architecture("mimo-v2", "MiMoV2FlashConfig",
                  sizes(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
                        hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1], v_head_dim=32,
-                       swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=32,
+                       swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=32,
                        swa_v_head_dim=32, sliding_window_size=16, layernorm_epsilon=1e-6), "moe"),
     Architecture("minimax-m2", "MiniMaxM2Config",
                  sizes(**_LOCAL_EXPERTS, scoring_func="sigmoid", use_routing_bias=True,
