@@ -2,20 +2,28 @@
 """Half of vLLM's import, for a process that asks about a model's layers and serves nothing.
 
 vLLM and transformers import what they can do without where it is installed, which takes as long as
-all the rest. They are told that it is not.
+all the rest. They are told that it is not. Of the rest, half was the search for cycles among what
+is imported, Inductor, and the end of a process with five thousand modules.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 FLAG = "--lean"
 
-# Asked for in a `try`, or by find_spec: for traces, for other executors, and for assisted decoding.
-_OPTIONAL = ("opentelemetry", "pandas", "pyarrow", "ray", "scipy", "sklearn")
+# Asked for in a `try`, or by find_spec: for traces, for other executors, for assisted decoding, and
+# for the encoding of a page.
+_OPTIONAL = ("opentelemetry", "pandas", "pyarrow", "ray", "scipy", "sklearn", "chardet")
+# Asked for in a `try` where torch is of 2.12 or later, to have vLLM's operations compiled.
+_COMPILER = "torch._inductor.lowering"
 
 
 def ask(
@@ -59,9 +67,24 @@ def begin(argv: Sequence[str]) -> Sequence[str]:
 
 
 def leave_out() -> None:
-    """Import none of the optional packages from now on."""
-    for name in _OPTIONAL:
+    """Import none of the optional packages from now on, nor what compiles; what is imported stays,
+    so that until :func:`look_here` no cycles are looked for."""
+    gc.disable()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    for name in (*_OPTIONAL, _COMPILER):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    with contextlib.suppress(ImportError):  # whoever comes next imports it whole, or says why not
+        import vllm  # noqa: F401
+    if sys.modules[_COMPILER] is None:
+        del sys.modules[_COMPILER]
+
+
+def end(status: int) -> NoReturn:
+    """Leave the process without taking it down module by module."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def is_missed(said: str) -> bool:
@@ -74,6 +97,8 @@ def look_here() -> None:
     does before it starts a GPU."""
     from vllm.model_executor.models import registry
 
+    gc.freeze()
+    gc.enable()
     vars(registry)["_run_in_subprocess"] = _here
 
 

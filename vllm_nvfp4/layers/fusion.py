@@ -14,16 +14,9 @@ vLLM compiles a graph once for each range of batch sizes. One more end of a rang
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.custom_graph_pass import get_hash_for_files
-from torch._inductor.pattern_matcher import (
-    CallFunctionVarArgs,
-    Match,
-    PatternMatcherPass,
-    register_graph_pattern,
-)
 
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.kernels import ops, paths
@@ -31,6 +24,9 @@ from vllm_nvfp4.kernels.cuda.cost import has_fp8_mma
 from vllm_nvfp4.kernels.cuda.dispatch import gains_from_8_bits
 from vllm_nvfp4.numerics.quantize import quantize_fp8_per_row
 from vllm_nvfp4.options import Options
+
+if TYPE_CHECKING:  # Inductor takes a second to import, and only a compiler needs it
+    from torch._inductor.pattern_matcher import Match
 
 # Above the M from which any card of the table takes 8-bit activations on a model's layers, and
 # below a prompt's worth of tokens.
@@ -41,6 +37,12 @@ class QuantizeWhereComputed(versions.inductor_pass_class()):  # type: ignore[mis
     """A pass over Inductor's post-grad graph, see above. Without state."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        from torch._inductor.pattern_matcher import (
+            CallFunctionVarArgs,
+            PatternMatcherPass,
+            register_graph_pattern,
+        )
+
         patterns = PatternMatcherPass(pass_name="vllm_nvfp4")
         for op, is_8_bit, split in (
             (torch.ops.vllm_nvfp4.linear.default, _takes_8_bits, _split),
@@ -51,6 +53,8 @@ class QuantizeWhereComputed(versions.inductor_pass_class()):  # type: ignore[mis
         patterns.apply(graph)
 
     def uuid(self) -> Any:
+        from torch._inductor.custom_graph_pass import get_hash_for_files
+
         # Inductor's cache: what decides about the split is code and tables of this package.
         package = Path(__file__).resolve().parents[1]
         kernels = ("dispatch.py", "cost.py", "variants.py")
