@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/ptx.cuh, on the emulator: same names, same arguments, same lane maps.
-// csrc/host/README.md lists them. A function here that has no asm twin there, or the reverse, is an
-// error in either file.
+// The functions of csrc/ptx.cuh and ptx_math.cuh, on the emulator: same names, same arguments, same
+// lane maps. A function here that has no asm twin there, or the reverse, is an error in either
+// file.
 #pragma once
 
 #include "abi.h"
