@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from vllm_nvfp4.checkpoints.spec import (
     describe,
 )
 from vllm_nvfp4.checkpoints.stacks import Stack, StoredAs, parts_of
-from vllm_nvfp4.layers.plain import beside_value, value_of
+from vllm_nvfp4.layers.plain import Parts, value_of
 from vllm_nvfp4.numerics.activation import INTERLEAVED
 
 logger = init_logger(f"vllm.{__name__}")
@@ -45,7 +45,7 @@ class _Module:
     stack:      how it is taken apart; None for one expert's layer, which is ``expert`` and ``part``
     spec:       how it is stored
     leaves:     its tensors: file's name -> (name after the module's, as stored)
-    is_widened: its weight becomes 16 bits, once all its tensors are there
+    parts:      to be widened to 16 bits once they are there; None for what is loaded as it is
     """
 
     find_layer: Any
@@ -54,25 +54,18 @@ class _Module:
     part: str
     spec: LayerSpec
     leaves: Mapping[str, tuple[str, StoredAs]]
-    is_widened: bool
-    collected: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: Parts | None
 
     def take(self, name: str, tensor: torch.Tensor) -> None:
         """Load a tensor of the file, or keep it until the others are there."""
         leaf, stored = self.leaves[name]
-        if self.is_widened and leaf in beside_value(self.spec) - {"bias"}:
-            return
         if stored.is_transposed:
             tensor = tensor.mT
-        if not self.is_widened or leaf == "bias":
+        if self.parts is None or leaf == "bias":
             for expert, part, value in self._split(tensor):
                 self._load(leaf, expert, part, value)
-            return
-        self.collected[leaf] = tensor
-        if self.collected.keys() | beside_value(self.spec) >= {
-            leaf for leaf, _ in self.leaves.values()
-        }:
-            self._widen()
+        elif (whole := self.parts.take(leaf, tensor)) is not None:
+            self._widen(whole)
 
     def _split(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         if self.stack is None:
@@ -80,12 +73,11 @@ class _Module:
         else:
             yield from self.stack.split(tensor)
 
-    def _widen(self) -> None:
+    def _widen(self, whole: Mapping[str, torch.Tensor]) -> None:
         found: dict[tuple[int, str], dict[str, torch.Tensor]] = defaultdict(dict)
-        for leaf, tensor in self.collected.items():
+        for leaf, tensor in whole.items():
             for expert, part, value in self._split(tensor):
                 found[expert, part][leaf] = value
-        self.collected.clear()
         for (expert, part), tensors in found.items():
             if self._slots(expert):
                 name = f"expert {expert}, {part} ({describe(self.spec)})"
@@ -194,7 +186,8 @@ class ExpertLoading:
             name = f"{module.name}.{leaf}"
             stored = self._census.stored_as.get(name, StoredAs(name))
             leaves[stored.name] = leaf, stored
-        entry = _Module(weakref.ref(layer), stack, *alone, module.spec, leaves, is_widened)
+        parts = Parts(module.spec, module.tensors) if is_widened else None
+        entry = _Module(weakref.ref(layer), stack, *alone, module.spec, leaves, parts)
         self._modules |= dict.fromkeys(leaves, entry)
 
     def rest(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,25 @@ def beside_value(spec: LayerSpec) -> frozenset[str]:
     return spec.names(Role.UNUSED, Role.INPUT_SCALE) | {"bias"}
 
 
+class Parts:
+    """What a file stores of one module, kept until all is there that its value depends on."""
+
+    def __init__(self, spec: LayerSpec, names: Iterable[str]) -> None:
+        self._useless = beside_value(spec)
+        self._needed = frozenset(names) - self._useless
+        self._found: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """Keep a tensor; all of them by name, once they are there."""
+        if name in self._useless:
+            return None
+        self._found[name] = tensor
+        if not self._found.keys() >= self._needed:
+            return None
+        found, self._found = self._found, {}
+        return found
+
+
 def value_of(spec: LayerSpec, tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
     """The weight [N, K] that stored tensors mean, float32; of tensors without data, one of its
     shape that is made of them all."""
@@ -191,7 +210,7 @@ def widen(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
     weight = tensors.get("weight")
     if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
         return weight
-    shapes = {n: _Shape(_dtype(t), tuple(t.shape)) for n, t in tensors.items()}
+    shapes = {n: _Shape(dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()}
     spec = form_of(shapes)
     if spec is None:
         raise CheckpointError(
@@ -202,10 +221,3 @@ def widen(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
             "Quantise the model again with this layer in one of these, or left as it is.",
         )
     return dequantize_layer(spec, tensors, f"{layer} ({describe(spec)})")
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    """As safetensors names it."""
-    if tensor.dtype is torch.float8_e8m0fnu:
-        return "F8_E8M0"
-    return dtype_name(tensor.dtype)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4.checkpoints.census import Census
 from vllm_nvfp4.checkpoints.modules import StoredModule
 from vllm_nvfp4.checkpoints.spec import describe, fold, shard_names
-from vllm_nvfp4.layers.plain import beside_value, value_of
+from vllm_nvfp4.layers.plain import Parts, value_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,26 +32,19 @@ _LAYERS = (torch.nn.Linear, torch.nn.Embedding, LinearBase, VocabParallelEmbeddi
 _PLAIN = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
-@dataclass
 class _Place:
     """A stored module with a plain place in the model. dtype: of the weight there"""
 
-    module: StoredModule
-    dtype: torch.dtype
-    collected: dict[str, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, module: StoredModule, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+        self._parts = Parts(module.spec, module.tensors)
 
     def take(self, leaf: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Keep a stored tensor; the weight, once all tensors are there that it depends on."""
+        if (found := self._parts.take(leaf, tensor)) is None:
+            return None
         spec = self.module.spec
-        useless = beside_value(spec)
-        if leaf in useless:
-            return None
-        self.collected[leaf] = tensor
-        if not self.collected.keys() | useless >= self.module.tensors.keys():
-            return None
-        value = value_of(spec, self.collected, f"{self.module.name} ({describe(spec)})")
-        self.collected = {}
-        return value.to(self.dtype)
+        return value_of(spec, found, f"{self.module.name} ({describe(spec)})").to(self.dtype)
 
 
 def widen_for(
