@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA = 1
@@ -120,17 +120,10 @@ class Report:
 
 def from_json(value: Mapping[str, Any]) -> Report:
     """The inverse of :meth:`Report.to_json`."""
-    return Report(
-        model=value["model"],
-        architecture=value["architecture"],
-        dialect=value["dialect"],
-        devices=value["devices"],
-        layers=tuple(LayerGroup(**layer) for layer in value["layers"]),
-        errors=tuple(Finding(**finding) for finding in value["errors"]),
-        dropped=tuple(Finding(**finding) for finding in value["dropped"]),
-        left_out={entry["name"]: entry["count"] for entry in value["left_out"]},
-        seconds=value["seconds"],
-        while_loading=tuple(value["while_loading"]),
-        kept=value["kept"],
-        notes=tuple(value["notes"]),
-    )
+    found: dict[str, Any] = {field.name: value[field.name] for field in fields(Report)}
+    for name, made in (("layers", LayerGroup), ("errors", Finding), ("dropped", Finding)):
+        found[name] = [made(**entry) for entry in found[name]]
+    found["left_out"] = {entry["name"]: entry["count"] for entry in found["left_out"]}
+    for name, entry in found.items():
+        found[name] = tuple(entry) if isinstance(entry, list) else entry
+    return Report(**found)

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -39,6 +39,8 @@ _PART_TITLES = {
     EMBEDDING: "embedding",
     OTHER: "norms and others",
 }
+# Of a row, what adds up.
+_ADDED = ("count", "num_weights", "num_bytes", "held_bytes")
 # Parts of a fused layer that share the AWQ scales or the rotation of its first part.
 _LATER_PARTS = ("k_proj", "v_proj", "up_proj", "w3", "kv_a_proj_with_mqa")
 
@@ -69,13 +71,7 @@ class Row:
         return 8 * self.num_bytes / max(self.num_weights, 1)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("name", "count", "part", "format", "algo", "num_weights", "num_bytes",
-                 "held_bytes", "path")  # fmt: skip
-        return {n: getattr(self, n) for n in names} | {
-            "shape": list(self.shape),
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            "files": list(self.files),
-        }
+        return asdict(self) | {"bits_per_weight": round(self.bits_per_weight, 4)}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -131,24 +127,14 @@ def fold(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         key = (re.sub(r"\d+", "#", row.name), row.part, row.format, row.algo, row.shape, row.path)
         groups.setdefault(key, []).append(row)
-    return [_merge(group) for group in groups.values()]
+    return [_sum(rows, name=_folded_name([row.name for row in rows])) for rows in groups.values()]
 
 
-def _merge(group: Sequence[Row]) -> Row:
-    first = group[0]
-    return Row(
-        _folded_name([row.name for row in group]),
-        sum(row.count for row in group),
-        first.part,
-        first.format,
-        first.algo,
-        first.shape,
-        sum(row.num_weights for row in group),
-        sum(row.num_bytes for row in group),
-        sum(row.held_bytes for row in group),
-        first.path,
-        tuple(sorted({file for row in group for file in row.files})),
-    )
+def _sum(rows: Sequence[Row], **others: Any) -> Row:
+    """One row for several: the first one's, but for what adds up and for ``others``."""
+    added = {n: sum(getattr(row, n) for row in rows) for n in _ADDED}
+    files = tuple(sorted({file for row in rows for file in row.files}))
+    return replace(rows[0], files=files, **added, **others)
 
 
 def _folded_name(names: Sequence[str]) -> str:
@@ -281,25 +267,9 @@ def totals(rows: Sequence[Row]) -> list[Row]:
         groups.setdefault((row.part, row.format), []).append(row)
     order = list(_PART_TITLES)
     keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
-    summed = [_sum(groups[key], _PART_TITLES[key[0]], *key) for key in keys]
-    return [*summed, _sum(rows, "all", "all", "")]
-
-
-def _sum(rows: Sequence[Row], name: str, part: str, fmt: str) -> Row:
-    files = tuple(sorted({file for row in rows for file in row.files}))
-    return Row(
-        name,
-        sum(row.count for row in rows),
-        part,
-        fmt,
-        "",
-        (),
-        sum(row.num_weights for row in rows),
-        sum(row.num_bytes for row in rows),
-        sum(row.held_bytes for row in rows),
-        "",
-        files,
-    )
+    none: dict[str, Any] = {"algo": "", "shape": (), "path": ""}
+    summed = [_sum(groups[part, fmt], name=_PART_TITLES[part], **none) for part, fmt in keys]
+    return [*summed, _sum(rows, name="all", part="all", format="", **none)]
 
 
 def _title(inventory: Inventory, config: dict[str, Any]) -> str:
