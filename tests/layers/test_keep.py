@@ -12,8 +12,8 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from vllm_nvfp4.checking.groups import first_of_many
 from vllm_nvfp4.checkpoints.online import online_spec
+from vllm_nvfp4.compat.first_rank import first_of_many
 from vllm_nvfp4.layers.keep import Kept, keep_towers, why_kept
 from vllm_nvfp4.layers.linear import NvFp4OnlineLinearMethod
 from vllm_nvfp4.numerics.formats import NVFP4

@@ -10,7 +10,7 @@ import pytest
 from made_once import made_once
 from quantizing import transformers_reading, write_with_tokenizer
 
-from vllm_nvfp4.checking.check import engine_arguments
+from vllm_nvfp4.checking.check import engine_arguments, load_alone
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.cli.main import main
 from vllm_nvfp4.compat import cpu_metadata
@@ -34,22 +34,7 @@ def quantized(models, tmp_path: Path, family: str, dialect: str) -> Path:
 
 def built(folder: Path) -> Any:
     """vLLM's model of a folder, loaded without its data."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import base_loader
-
-    from vllm_nvfp4.checking.groups import first_of_many
-    from vllm_nvfp4.checking.load import load_without_data
-    from vllm_nvfp4.compat import versions
-
-    config = engine_arguments(str(folder), ["--enforce-eager"]).create_engine_config()
-    headers = config.quant_config.census.headers()
-
-    def build() -> Any:
-        versions.forget_layers(config)
-        return base_loader.initialize_model(config)
-
-    with set_current_vllm_config(config), first_of_many(config.parallel_config):
-        return load_without_data(build, headers, config.model_config).model
+    return load_alone(engine_arguments(str(folder), ["--enforce-eager"])).model
 
 
 @pytest.mark.vllm

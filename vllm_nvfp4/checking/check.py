@@ -52,12 +52,12 @@ def examine(engine_args: Any) -> Report:
     No weight is read, no memory is taken and no kernel is built; the process must be one that
     starts no engine before or after.
     """
-    from vllm.config import set_current_vllm_config
+    from vllm_nvfp4.compat.meta_model import frame_of
 
     started = time.monotonic()
     try:
         config = engine_args.create_engine_config()
-        with set_current_vllm_config(config):
+        with frame_of(config):
             found = _examine_models(config)
     except Exception as error:
         if shows_everything():
@@ -71,56 +71,35 @@ def examine(engine_args: Any) -> Report:
 
 def load_alone(engine_args: Any) -> Any:
     """The model that an engine with these arguments would load, as ``load_without_data`` has it."""
-    from vllm.config import set_current_vllm_config
-
-    from vllm_nvfp4.checking.groups import first_of_many
+    from vllm_nvfp4.checking.load import load_without_data
+    from vllm_nvfp4.compat.meta_model import frame_of
 
     config = engine_args.create_engine_config()
-    with set_current_vllm_config(config), first_of_many(config.parallel_config):
-        return _load(config, config.quant_config.census.headers())
-
-
-def _load(config: Any, headers: Any) -> Any:
-    from vllm.model_executor.model_loader import base_loader
-
-    from vllm_nvfp4.checking.load import load_without_data
-    from vllm_nvfp4.compat import versions
-
-    def build() -> Any:
-        versions.forget_layers(config)
-        return base_loader.initialize_model(config)  # of the loader: see compat.model_weights
-
-    return load_without_data(build, headers, config.model_config)
+    with frame_of(config):
+        return load_without_data(config, config.quant_config.census.headers())
 
 
 def _examine_models(config: Any) -> Callable[[float], Report]:
     """Build and load the model, and the draft model of speculative decoding if there is one."""
-    from vllm_nvfp4.checking.draft import draft_of
-    from vllm_nvfp4.checking.groups import first_of_many
+    from vllm_nvfp4.checking.draft import draft_of, found_census
     from vllm_nvfp4.checking.layers import draft_groups, layer_groups
+    from vllm_nvfp4.checking.load import load_without_data
     from vllm_nvfp4.checking.online import online_layers
 
     model_config, parallel = config.model_config, config.parallel_config
-    census = getattr(config.quant_config, "census", None)
-    if census is None:
-        raise ValueError(
-            f"{model_config.model}: the headers of its files are out of reach; needed: a folder, "
-            "or a hub that answers. Download it first: hf download"
-        )
-
-    with first_of_many(parallel):
-        loaded = _load(config, census.headers())
-        groups = tuple(layer_groups(loaded.model))
-        errors, unused = list(_errors(loaded)), set(loaded.unused)
-        found = [(unused, census)]
-        if (draft := draft_of(config)) is not None:
-            of_draft = _load_draft(draft, census, config)
-            groups += tuple(draft_groups(of_draft.model))
-            errors += _errors(of_draft)
-            if draft.census is None:
-                unused &= set(of_draft.unused)
-            else:
-                found.append((set(of_draft.unused), draft.census))
+    census = found_census(getattr(config.quant_config, "census", None), model_config)
+    loaded = load_without_data(config, census.headers())
+    groups = tuple(layer_groups(loaded.model))
+    errors, unused = list(_errors(loaded)), set(loaded.unused)
+    found = [(unused, census)]
+    if (draft := draft_of(config)) is not None:
+        of_draft = _load_draft(draft, census)
+        groups += tuple(draft_groups(of_draft.model))
+        errors += _errors(of_draft)
+        if draft.census is None:
+            unused &= set(of_draft.unused)
+        else:
+            found.append((set(of_draft.unused), draft.census))
     dropped: list[Finding] = []
     left_out: dict[str, int] = {}
     for names, of_files in found:
@@ -166,17 +145,13 @@ def _notes(model_config: Any) -> Iterable[str]:
         )
 
 
-def _load_draft(draft: Any, target: Any, config: Any) -> Any:
+def _load_draft(draft: Any, target: Any) -> Any:
     """The load of a draft model, whose tables are the target's where its files have none."""
     from vllm_nvfp4.checking.layers import vocabulary_names
     from vllm_nvfp4.checking.load import load_without_data
-    from vllm_nvfp4.compat import versions
 
-    def build() -> Any:
-        versions.forget_layers(config)
-        return draft.build()
-
-    loaded = load_without_data(build, (draft.census or target).headers(), draft.model_config)
+    headers = (draft.census or target).headers()
+    loaded = load_without_data(draft.config, headers, draft.model_config)
     shared = set(vocabulary_names(loaded.model))
     loaded.empty = {n: v for n, v in loaded.empty.items() if n.rpartition(".")[0] not in shared}
     return loaded
@@ -254,18 +229,14 @@ def engine_arguments(model: str, flags: Sequence[str]) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Print the report on argv's model as one line of JSON; 1 with one line of error."""
-    log_errors_alone()
-    cpu_metadata.apply()
-    model, *flags = lean.begin(argv)
-    try:
+
+    def find(model: str, *flags: str) -> str:
         arguments = engine_arguments(model, flags)
         lean.look_here()
-        report = examine(arguments)
-    except (ValueError, OSError) as error:
-        print(message_of(error), file=sys.stderr)
-        return 1
-    print(json.dumps(report.to_json()))
-    return 0
+        return json.dumps(examine(arguments).to_json())
+
+    log_errors_alone()
+    return lean.answer(argv, find)
 
 
 if __name__ == "__main__":

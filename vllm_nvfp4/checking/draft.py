@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,12 @@ from vllm_nvfp4.checkpoints.online import OnlineDialect
 class Draft:
     """A draft model that is not built yet.
 
-    build:        makes it, in vLLM's own frame
+    config:       vLLM's, that it is built with
     model_config: vLLM's, of the draft
     census:       of its files; None for a head in the target's own files
     """
 
-    build: Callable[[], Any]
+    config: Any
     model_config: Any
     census: Census | None
 
@@ -33,7 +32,6 @@ def draft_of(config: Any) -> Draft | None:
     """
     from vllm.config import VllmConfig
     from vllm.config.utils import replace
-    from vllm.model_executor.model_loader import base_loader
 
     speculative = config.speculative_config
     model_config = getattr(speculative, "draft_model_config", None)
@@ -50,21 +48,21 @@ def draft_of(config: Any) -> Draft | None:
         quant_config = config.quant_config
     else:
         quant_config = VllmConfig.get_quantization_config(model_config, config.load_config)
-    is_in_target = model_config.model == speculative.target_model_config.model
     census = None
-    if not is_in_target:
-        census = getattr(quant_config, "census", None)
-        if census is None:
-            census = take_census_of(
-                model_config.model, model_config.revision, None, OnlineDialect()
-            )
-        if census is None:
-            raise ValueError(
-                f"{model_config.model}: the headers of its files are out of reach; needed: a "
-                "folder, or a hub that answers. Download it first: hf download"
-            )
+    if model_config.model != speculative.target_model_config.model:
+        census = found_census(
+            getattr(quant_config, "census", None)
+            or take_census_of(model_config.model, model_config.revision, None, OnlineDialect()),
+            model_config,
+        )
+    return Draft(config, model_config, census)
 
-    def build() -> Any:
-        return base_loader.initialize_model(config, model_config=model_config)
 
-    return Draft(build, model_config, census)
+def found_census(census: Any, model_config: Any) -> Any:
+    """The census. Raises ValueError where there is none."""
+    if census is None:
+        raise ValueError(
+            f"{model_config.model}: the headers of its files are out of reach; needed: a folder, "
+            "or a hub that answers. Download it first: hf download"
+        )
+    return census

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from vllm_nvfp4.checking.trace import LoadTrace, OneDevice, Region, WithoutMemory, num_elements
+from vllm_nvfp4.checking.trace import LoadTrace, Region, num_elements
 from vllm_nvfp4.checkpoints.dtypes import TORCH_DTYPES
 from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat import versions
 from vllm_nvfp4.compat.messages import message_of
+from vllm_nvfp4.compat.meta_model import build_model, meta_device
 
 # An expert's tensor: what stands before its number, the number, and what follows.
 _EXPERT = re.compile(r"^(.*\bexperts\.(?:[A-Za-z_]\w*\.)?)(\d+)(\..*)$")
@@ -33,29 +32,27 @@ class Loaded:
     refused: stored tensor -> the error that ended the load at it; "" for one at no tensor
     unused:  stored tensors that were read and written nowhere
     empty:   parameters that were not filled whole -> (elements filled, elements)
-    places:  stored tensor -> the module that it is loaded into, and the name of its parameter
+    places:  gives stored tensor -> (the module that it is loaded into, its parameter's name)
     """
 
     model: Any
     refused: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     empty: dict[str, tuple[int, int]] = field(default_factory=dict)
-    places: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    places: Callable[[], dict[str, tuple[Any, str]]] = dict
 
 
 def load_without_data(
-    build: Callable[[], Any], headers: Mapping[str, TensorHeader], model_config: Any
+    config: Any, headers: Mapping[str, TensorHeader], model_config: Any = None
 ) -> Loaded:
-    """Load the stored tensors of these headers into the model that ``build`` makes.
+    """Load the stored tensors of these headers into :func:`build_model`'s, in its frame.
 
-    build: makes the model; called in vLLM's own frame, on the meta device
     Whatever building raises is raised.
     """
     refused: dict[str, str] = {}
     while True:
-        with _meta_device(model_config.dtype):
-            with OneDevice():
-                model = build()
+        model = build_model(config, model_config)
+        with meta_device((model_config or config.model_config).dtype):
             represented = _represented(headers, model)
             fed = {n: h for n, h in headers.items() if n not in represented}
             trace, last = LoadTrace(), ""
@@ -83,7 +80,8 @@ def load_without_data(
     left = {name for name in fed if name not in trace.used and name not in refused}
     unused = [name for name in headers if represented.get(name, name) in left]
     empty = _empty_parameters(model, trace, names or (), bool(represented))
-    return Loaded(model, refused, unused, empty, _places(model, trace, represented))
+    places = functools.partial(_places, model, trace, represented)
+    return Loaded(model, refused, unused, empty, places)
 
 
 def _places(
@@ -108,21 +106,6 @@ def _said(error: Exception, header: TensorHeader | None) -> str:
     return (
         f"found {header.dtype} {list(header.shape)}, which the model refuses: {message_of(error)}"
     )
-
-
-@contextlib.contextmanager
-def _meta_device(dtype: torch.dtype) -> Iterator[None]:
-    """As vLLM's loader sets torch up, but without memory; nothing is quantised while it loads."""
-    before = torch.get_default_dtype()
-    initialize = versions.initialize_online_processing
-    versions.initialize_online_processing = lambda layer: None
-    torch.set_default_dtype(dtype)
-    try:
-        with WithoutMemory():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-        versions.initialize_online_processing = initialize
 
 
 def _represented(headers: Mapping[str, TensorHeader], model: Any) -> dict[str, str]:

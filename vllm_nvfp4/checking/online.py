@@ -30,10 +30,11 @@ def online_layers(loaded: Loaded, headers: Mapping[str, TensorHeader]) -> Online
     """What a load found about every stored tensor of two or more dimensions."""
     quantised: set[str] = set()
     kept: dict[str, str] = {}
+    places = loaded.places()
     for name, header in headers.items():
         if len(header.shape) < 2:
             continue
-        if (why := _why_kept(*loaded.places.get(name, (None, "")))) is None:
+        if (why := _why_kept(*places.get(name, (None, "")))) is None:
             quantised.add(layer_key(name))
         else:
             kept[layer_key(name)] = why

@@ -13,17 +13,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-_aten = torch.ops.aten
-_COPY = _aten.copy_.default
-_TO = _aten._to_copy.default
-_ITEM = _aten._local_scalar_dense.default
-
-_COUNTS = (torch.int32, torch.int64, torch.bool)
+from vllm_nvfp4.compat.meta_model import ITEM, run_op
 
 Region = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -65,14 +58,14 @@ class LoadTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         origins = frozenset().union(*(self.origins(t) for t in tensors))
-        if func is _ITEM:
+        if func is ITEM:
             self.used |= origins
-            return _run(func, args, kwargs)
+            return run_op(func, args, kwargs)
         if func._schema.is_mutable:
             target = next((t for t in (kwargs.get("out"), *args) if _is_tensor(t)), None)
             if target is not None:
                 self._note_write(target, origins)
-        result = _run(func, args, kwargs)
+        result = run_op(func, args, kwargs)
         if origins:
             for made in tree_leaves(result):
                 if isinstance(made, torch.Tensor):
@@ -86,25 +79,6 @@ class LoadTrace(TorchDispatchMode):
         self.used |= origins
 
 
-class WithoutMemory(TorchFunctionMode):
-    """Puts new tensors on the meta device. Tables of whole numbers keep their values: a model asks
-    them which experts are here."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            is_table = kwargs.get("dtype") in _COUNTS
-            kwargs = {**kwargs, "device": "cpu" if is_table else "meta"}
-        return func(*args, **kwargs)
-
-
-class OneDevice(TorchDispatchMode):
-    """Lets tensors with and without memory meet: what comes out has none."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
 def num_elements(parts: set[Region]) -> int:
     """Elements of parts that do not overlap."""
     return sum(prod(shape) for _, shape, _ in parts)
@@ -116,32 +90,3 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation, with all of its tensors on the meta device where one of them is."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if func is _ITEM and args[0].is_meta:
-        return _some_value(args[0])
-    if not any(t.is_meta for t in tensors) or all(t.is_meta for t in tensors):
-        if func is _TO and tensors[0].is_meta:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
-    if func is _COPY:
-        if args[0].is_meta:
-            return func(*args, **kwargs)
-        torch.broadcast_shapes(args[0].shape, args[1].shape)
-        return args[0]
-
-    def to_meta(value: Any) -> Any:
-        is_data = isinstance(value, torch.Tensor) and not value.is_meta
-        return torch.empty_like(value, device="meta") if is_data else value
-
-    return func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-
-
-def _some_value(tensor: torch.Tensor) -> Any:
-    """In place of a value that is not read: no question about values is answered by yes."""
-    if tensor.dtype is torch.bool:
-        return False
-    return 1.0 if tensor.is_floating_point() else 1

@@ -14,8 +14,11 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from vllm_nvfp4.compat import cpu_metadata
+from vllm_nvfp4.compat.messages import message_of
 
 FLAG = "--lean"
 
@@ -35,7 +38,7 @@ def ask(
 ) -> tuple[str | None, subprocess.CompletedProcess[str]]:
     """(What a module says that is run in a process of its own, or None; how that process ended).
 
-    module:    of this package; its ``main`` begins with :func:`begin`
+    module:    of this package; its ``main`` is :func:`answer`
     mark:      what the line of the answer begins with; the last such line counts
     Where it ends by a traceback, or what it says may be for want of an optional package, it is
     asked again with all of them. Raises subprocess.TimeoutExpired after ``timeout`` seconds of one
@@ -58,12 +61,19 @@ def last_line(printed: str, mark: str) -> str | None:
     return next((x for x in reversed(printed.splitlines()) if x.startswith(mark)), None)
 
 
-def begin(argv: Sequence[str]) -> Sequence[str]:
-    """The arguments without FLAG, which is followed. To be called before vLLM is imported."""
-    if argv[0] != FLAG:
-        return argv
-    leave_out()
-    return argv[1:]
+def answer(argv: Sequence[str], find: Callable[..., str]) -> int:
+    """What ``main`` of a module does: print what is found, one line, of the arguments; 1 with one
+    line of error. FLAG is followed. To be called before vLLM is imported."""
+    cpu_metadata.apply()
+    if argv[0] == FLAG:
+        leave_out()
+        argv = argv[1:]
+    try:
+        print(find(*argv))
+    except (ValueError, OSError) as error:  # a refusal: with more packages it is the same
+        print(message_of(error), file=sys.stderr)
+        return 1
+    return 0
 
 
 def leave_out() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each layer of a model keeps of a sequence, as vLLM's own model says it.
 
-vLLM builds its model without weights, on the meta device, and each attention or state layer names
-its specification of the KV cache. That takes vLLM's import, so it is done in a process of its own:
+Each attention or state layer of a model without weights names its specification of the KV cache.
+That takes vLLM's import, so it is done in a process of its own:
 
     python -m vllm_nvfp4.planning.vllm_kv FOLDER
 
@@ -23,8 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_nvfp4.compat import cpu_metadata, lean
-from vllm_nvfp4.compat.messages import message_of
+from vllm_nvfp4.compat import lean
 from vllm_nvfp4.planning.shapes import Kept
 
 SECONDS = 300.0
@@ -58,23 +57,18 @@ def ask_vllm(config: Mapping[str, Any]) -> tuple[Kept, ...]:
 
 def kept_by(folder: Path) -> list[Kept]:
     """What the layers of vLLM's model of a folder keep, in its order."""
-    import torch
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from vllm_nvfp4.compat.meta_model import build_model, frame_of
 
     args = EngineArgs(
         model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
         kv_cache_dtype="bfloat16", max_model_len=64, language_model_only=True,
     )  # fmt: skip
     config = args.create_engine_config()
-    with tempfile.TemporaryDirectory() as store, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{store}/group", 0, "gloo")
-        initialize_model_parallel(1, 1)
-        with torch.device("meta"):
-            initialize_model(vllm_config=config)
+    with frame_of(config):
+        build_model(config)
         layers = config.compilation_config.static_forward_context.values()
         specs = [x.get_kv_cache_spec(config) for x in layers if isinstance(x, AttentionLayerBase)]
     return [kept_of(spec) for spec in specs if spec is not None]
@@ -94,16 +88,12 @@ def kept_of(spec: Any) -> Kept:
 
 def main(argv: Sequence[str]) -> int:
     """Print what the layers of argv's model keep, as one line of JSON."""
-    cpu_metadata.apply()
-    (folder,) = lean.begin(argv)
-    lean.look_here()
-    try:
-        found = [asdict(kept) for kept in kept_by(Path(folder))]
-    except (ValueError, OSError) as error:  # vLLM's refusal: with more packages it is the same
-        print(message_of(error), file=sys.stderr)
-        return 1
-    print(_MARK + json.dumps(found))
-    return 0
+
+    def find(folder: str) -> str:
+        lean.look_here()
+        return _MARK + json.dumps([asdict(kept) for kept in kept_by(Path(folder))])
+
+    return lean.answer(argv, find)
 
 
 if __name__ == "__main__":
