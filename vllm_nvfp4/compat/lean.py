@@ -9,13 +9,15 @@ is imported, Inductor, and the end of a process with five thousand modules.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, NoReturn
+
+from packaging.version import Version
 
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.compat.messages import message_of
@@ -25,8 +27,8 @@ FLAG = "--lean"
 # Asked for in a `try`, or by find_spec: for traces, for other executors, for assisted decoding, and
 # for the encoding of a page.
 _OPTIONAL = ("opentelemetry", "pandas", "pyarrow", "ray", "scipy", "sklearn", "chardet")
-# Asked for in a `try` where torch is of 2.12 or later, to have vLLM's operations compiled.
-_COMPILER = "torch._inductor.lowering"
+# Asked for by `import vllm` alone, in a `try` since this torch: how its operations are compiled.
+_COMPILER, _TRIED_SINCE = "torch._inductor.lowering", Version("2.12")
 
 
 def ask(
@@ -81,11 +83,12 @@ def leave_out() -> None:
     so that until :func:`look_here` no cycles are looked for."""
     gc.disable()
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    for name in (*_OPTIONAL, _COMPILER):
+    for name in _OPTIONAL:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-    with contextlib.suppress(ImportError):  # whoever comes next imports it whole, or says why not
+    if Version(metadata.version("torch")) >= _TRIED_SINCE:
+        sys.modules[_COMPILER] = None  # type: ignore[assignment]
         import vllm  # noqa: F401
-    if sys.modules[_COMPILER] is None:
+
         del sys.modules[_COMPILER]
 
 
