@@ -88,6 +88,9 @@ def _walk(walk: Walk, is_short: bool) -> None:
     with walk.step("attention") as row:
         row["detail"] = steps.attention()
     with tempfile.TemporaryDirectory() as folder:
+        if not is_short:
+            with walk.step("architectures") as row:
+                row["detail"] = steps.architectures(Path(folder, "architectures"))
         for name in steps.SHORT if is_short else steps.checkpoints():
             with walk.step(f"load {name}") as row:
                 row["detail"] = steps.load(name, Path(folder))
@@ -96,8 +99,6 @@ def _walk(walk: Walk, is_short: bool) -> None:
 
 
 def _rest(walk: Walk, steps: Any, folder: Path) -> None:
-    with walk.step("architectures") as row:
-        row["detail"] = steps.architectures(folder)
     for dtype in steps.CACHES:
         with walk.step(f"KV cache in {dtype}") as row:
             row["detail"] = steps.kv_cache(dtype, folder)
