@@ -20,6 +20,7 @@ from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.units import FUSED, by_layer
 from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 
 
@@ -274,6 +275,20 @@ def test_what_vllm_builds_without_quantisation_is_in_the_table():
         for name in re.findall(r"^class (\w+)\(", path.read_text(), re.MULTILINE)
     }
     assert UNQUANTIZED.keys() <= classes
+
+
+@pytest.mark.parametrize("family", ["mixtral", "ernie4.5-moe", "granite-moe"])
+def test_files_as_transformers_class_has_them_give_what_the_hubs_do(family, tmp_path):
+    """Other names, experts one by one or stacked, routers, biases."""
+    found = []
+    for is_own in (False, True):
+        folder = write_architecture(tmp_path / str(is_own), ARCHITECTURES[family], is_own=is_own)
+        stored = load_file(folder / "model.safetensors").keys()
+        assert (stored <= Source(folder).tensors.keys()) != is_own
+        assert main(["quantize", str(folder), "-o", str(folder / "4"), "--method", "rtn"]) == 0
+        files = (folder / "4").glob("*.safetensors")
+        found.append({n: t.tolist() for file in files for n, t in load_file(file).items()})
+    assert found[0] == found[1]
 
 
 # --- whether vLLM can load it ---------------------------------------------------------------------

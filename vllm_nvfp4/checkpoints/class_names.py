@@ -8,15 +8,17 @@ as it saves them. Here the tensors of such files are turned back, one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvfp4.checkpoints.forms import FLOATS
-from vllm_nvfp4.checkpoints.headers import TensorHeader
 from vllm_nvfp4.checkpoints.model_class import build_class
 
 if TYPE_CHECKING:
     import torch
+
+    from vllm_nvfp4.checkpoints.headers import TensorHeader
+    from vllm_nvfp4.checkpoints.source import TensorInfo
 
 
 class ClassNames:
@@ -26,7 +28,7 @@ class ClassNames:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightConverter
 
-        self._model, self._own = model, model.state_dict().keys()
+        self._model, self._own = model, model.state_dict()
         # Whether the hub's files have a prefix besides cannot be told from the class.
         found = get_model_conversion_mapping(model, add_legacy=False)
         found = [c for c in found if not isinstance(c, PrefixChange)]
@@ -36,10 +38,17 @@ class ClassNames:
         self._converters = [c for c in back if isinstance(c, WeightConverter)]
         joining = [c for c in self._converters if len(c.source_patterns) > 1]
         self._of_many = {pattern for c in joining for pattern in c.source_patterns}
+        # transformers loads these turned, and saves them as they are then.
+        turning = [c for c in self._converters if hasattr(c.operations[0], "check_dims")]
+        self._turned = {pattern for c in turning for pattern in c.source_patterns}
 
-    def is_own(self, name: str) -> bool:
-        """Whether a tensor of the class has this name, and none of the hub's."""
-        return name in self._own and self._back(name)[0] != name
+    def is_own(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the class has this name, and none of the hub's, or else this shape.
+        A square one shows nothing; no layer's stacks are both square."""
+        if (own := self._own.get(name)) is None:
+            return False
+        back, pattern = self._back(name)
+        return back != name or (pattern in self._turned and own.shape == shape != own.mT.shape)
 
     def _back(self, name: str) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
@@ -52,13 +61,19 @@ class ClassNames:
         from transformers.core_model_loading import revert_weight_conversion
 
         for name, tensor in weights:
-            if self._back(name)[1] in self._of_many:
+            if (pattern := self._back(name)[1]) in self._turned:
+                yield name, tensor.mT
+            elif pattern in self._of_many:
                 yield name, tensor
             else:
                 yield from revert_weight_conversion(self._model, {name: tensor}).items()
 
 
-def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames | None:
+def class_names(
+    headers: Mapping[str, TensorHeader | TensorInfo],
+    config: Any,
+    build: Callable[[Any], Any] = build_class,
+) -> ClassNames | None:
     """Of files with such stacks; None for all others. config: transformers', of the model"""
     stacks = [
         name
@@ -70,7 +85,7 @@ def class_names(headers: Mapping[str, TensorHeader], config: Any) -> ClassNames 
     if not stacks or config is None:
         return None
     try:
-        names = None if (model := build_class(config)) is None else ClassNames(model)
+        names = None if (model := build(config)) is None else ClassNames(model)
     except Exception:  # of any model's code, or of a transformers without such a mapping
         return None
-    return names if names and any(map(names.is_own, stacks)) else None
+    return names if names and any(names.is_own(n, headers[n].shape) for n in stacks) else None

@@ -84,9 +84,13 @@ class ExpertPlace:
         """The matrix in the stack, [N, K], or the bias, [N]; N = rows. What is written to it is in
         the stack."""
         one = stack[self.expert].mT if self.is_transposed else stack[self.expert]
+        return one[self.rows(rows)]
+
+    def rows(self, rows: int) -> slice:
+        """Where ``rows`` of the matrix stand among the stack's."""
         if self.is_interleaved:
-            return one[self.index :: self.count]
-        return one[self.index * rows : (self.index + 1) * rows]
+            return slice(self.index, None, self.count)
+        return slice(self.index * rows, (self.index + 1) * rows)
 
 
 class ModelClass:

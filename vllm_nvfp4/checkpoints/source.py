@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vllm_nvfp4.checkpoints.class_names import class_names
 from vllm_nvfp4.checkpoints.detect import read_config
 from vllm_nvfp4.checkpoints.expert_parts import Part, biases_of, split
 from vllm_nvfp4.checkpoints.files import file_in_folder
@@ -71,12 +72,38 @@ class Source:
                     part = reader.get_slice(name)
                     self.tensors[name] = TensorInfo(part.get_dtype(), tuple(part.get_shape()))
                     self._file_of[name] = path
+        self._own: dict[str, str] = {}  # the hub's names -> those of transformers' class
+        names = class_names(self.tensors, folder, lambda _: self.model_class.model)
+        if names is not None:
+            self._names = names
+            self._take_hub_names()
+
+    def _take_hub_names(self) -> None:
+        """Have what is stored as transformers' class has it under the hub's names."""
+        stored, self.tensors = self.tensors, {}
+        for own, info in stored.items():
+            for name, made in self._names.back([(own, torch.empty(info.shape, device="meta"))]):
+                if name == own:  # turned at most, which split() sees
+                    self.tensors[own] = info
+                    continue
+                shape = tuple(made.shape)
+                self.tensors[name] = TensorInfo(info.dtype, shape)
+                self._own[name], self._file_of[name] = own, self._file_of[own]
+                if (place := self.model_class.expert(name)) is not None:
+                    rows = place.rows(shape[0])
+                    self._part_of[name] = Part(own, place.expert, rows, shape, place.is_transposed)
 
     def load(self, name: str, device: torch.device | str) -> torch.Tensor:
+        part = self._part_of.get(name)
+        stored = part.stored if part else name
+        own = self._own.get(stored, stored)
         with safe_open(self._file_of[name], "pt") as reader:
-            if (part := self._part_of.get(name)) is not None:
-                return part.read(reader.get_slice(part.stored)).to(device)
-            return reader.get_tensor(name).to(device)
+            if part:
+                return part.read(reader.get_slice(own)).to(device)
+            tensor = reader.get_tensor(own)
+        if own != name:
+            tensor = dict(self._names.back([(own, tensor)]))[name]
+        return tensor.to(device)
 
     def load_finite(self, name: str, device: torch.device | str) -> torch.Tensor:
         """As :meth:`load`. Raises CheckpointError where it holds NaN or an infinity."""
@@ -239,8 +266,9 @@ class Source:
         """Have stacks of which nothing is quantised as they are stored: not every model of an
         engine takes experts in 16 bits one by one."""
         layers: dict[str, list[str]] = defaultdict(list)
-        for name in self._part_of:
-            layers[name.rsplit(".", 3)[0]].append(name)
+        for name, part in self._part_of.items():
+            if part.stored in self._stacks:
+                layers[name.rsplit(".", 3)[0]].append(name)
         for names in layers.values():
             if quantized.isdisjoint(names):
                 for name in names:

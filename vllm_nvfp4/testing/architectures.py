@@ -94,8 +94,11 @@ def features(name: str) -> tuple[str, ...]:
     return (*(("gptq",) if name in RANKED else ()), *_FEATURED.get(name, ()))
 
 
-def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) -> Path:
-    """Write the model, BF16, as transformers saves it; returns the folder."""
+def write_architecture(
+    folder: Path, architecture: Architecture, seed: int = 0, is_own: bool = False
+) -> Path:
+    """Write the model, BF16, as transformers saves it; returns the folder. is_own: with the names
+    and stacks of transformers' class"""
     import torch
     import transformers
 
@@ -104,14 +107,14 @@ def write_architecture(folder: Path, architecture: Architecture, seed: int = 0) 
     model = getattr(transformers, architecture.auto).from_config(config)
     _draw(model, torch.Generator().manual_seed(seed))
     model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not is_own)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if architecture.kind == "encoder":
         build_tokenizer().save_pretrained(folder)
     if architecture.written:
         written = [architecture.written]
         edit_json(folder / "config.json", lambda config: config.update(architectures=written))
-    if architecture.rename or architecture.turned:
+    if not is_own and (architecture.rename or architecture.turned):
         edit_tensors(folder, lambda tensors: _to_hub(tensors, architecture))
     return folder
 
