@@ -91,7 +91,7 @@ def _no_check_of_what_is_written(request, monkeypatch):
     each family, in the tests that are marked so."""
     if not request.node.get_closest_marker("checks_written"):
         module = "vllm_nvfp4.cli._quantize_check"
-        monkeypatch.setattr(f"{module}.check_written", lambda *_: None)
+        monkeypatch.setattr(f"{module}.check_written", lambda *_, **__: None)
         monkeypatch.setattr(f"{module}.without_plain", lambda _, table, kept, say: (table, kept))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, write_family
 from made_once import made_once
+from quantizing import write_with_tokenizer
 from safetensors.torch import load_file
 
 from vllm_nvfp4.checkpoints.model_class import UNQUANTIZED
@@ -20,6 +21,7 @@ from vllm_nvfp4.checkpoints.source import Source
 from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.checkpoints.units import FUSED, by_layer
 from vllm_nvfp4.cli.main import main
+from vllm_nvfp4.quantize.forward import LayerwiseModel
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.checkpoints import dequantized_state_dict, edit_json, edit_tensors
 
@@ -303,18 +305,39 @@ def test_vllm_has_a_place_for_every_tensor(models, tmp_path, capfd, family):
 
 
 @pytest.mark.checks_written
-def test_what_vllm_cannot_load_does_not_get_its_name(models, tmp_path, capfd):
+def test_what_vllm_cannot_load_is_refused_before_a_weight_is_read(
+    models, tmp_path, capfd, monkeypatch
+):
     """A tensor that vLLM's class has no place for."""
     odd = "model.layers.0.mlp.odd_proj.weight"
     source = shutil.copytree(models("jamba"), tmp_path / "source")
     edit_tensors(source, lambda tensors: tensors.update({odd: torch.ones(64, 64)}))
     target = tmp_path / "out"
     arguments = ["quantize", str(source), "-o", str(target), "--method", "rtn"]
-    assert main(arguments) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "load", None)
+        assert main(arguments) == 1
     error = capfd.readouterr().err
     assert odd.removesuffix(".weight") in error
     assert "found found" not in error
     assert "--no-check" in error
-    assert not target.exists()
+    assert f"{source}: " in error
+    assert not [*tmp_path.glob("*out*")]
     assert main([*arguments, "--no-check"]) == 0
     assert target.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--towers", "--target-bits", "6"], "neither in a decoder layer nor lm_head"),
+        (["--kv-cache", "fp8", "--samples", "9999"], "needed 9999 samples"),
+    ],
+)
+def test_what_needs_no_layer_is_refused_before_one_runs(flags, found, tmp_path, capfd, monkeypatch):
+    write_with_tokenizer(tmp_path / "model", "qwen3_vl_moe")
+    monkeypatch.setattr(LayerwiseModel, "layer", None)
+    monkeypatch.setattr(Source, "load_finite", None)
+    arguments = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--method", "rtn", *flags]) == 1
+    assert found in capfd.readouterr().err

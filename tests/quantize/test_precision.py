@@ -301,7 +301,7 @@ def test_layers_in_16_bits_are_left_alone(llama, tmp_path):
 
 def test_a_run_that_goes_on_does_not_measure_again(llama, tmp_path, monkeypatch):
     target = tmp_path / "out"
-    options = ["--method", "rtn", "--target-bits", "6"]
+    options = ["--method", "rtn", "--target-bits", "6", "--no-check"]
     from vllm_nvfp4.checkpoints import write
 
     def stop(self, report):

@@ -40,6 +40,11 @@ class SafetensorsWriter:
         self._file: BinaryIO = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
+    def leave_out(self) -> None:
+        """Have a hole in the file for all tensors that are not written."""
+        self._file.truncate(self._file.tell() + sum(info.num_bytes for _, info in self._left))
+        self._left = []
+
     def __enter__(self) -> SafetensorsWriter:
         return self
 

@@ -163,6 +163,25 @@ def write_resumable(
     return report
 
 
+def rehearse(
+    source: Source,
+    target: Path,
+    quantized: set[str],
+    options: WriteOptions,
+    look: Callable[[Path], None],
+) -> None:
+    """Show ``look`` what is going to be written, with holes for the data."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        job = _Job(source, Path(temporary), DataFree(), options, quantized)
+        report = WriteReport()
+        entries = job.plan(whole(source.tensors, quantized)[0], report)
+        with SafetensorsWriter(job.folder / "model.safetensors", entries) as writer:
+            writer.leave_out()
+        job.complete(report)
+        look(job.folder)
+
+
 def _checked(source: Path, target: Path) -> Source:
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or choose another folder")
@@ -188,7 +207,7 @@ class _Job:
     def write(self, units: Sequence[Unit]) -> WriteReport:
         """Write each unit's file that is not there yet."""
         report = WriteReport()
-        planned = [self._plan(unit, report) for unit in units]
+        planned = [self.plan(unit, report) for unit in units]
         paths = [self.folder / self._file_name(i, len(units)) for i in range(len(units))]
         self._check_disk(
             sum(
@@ -226,7 +245,7 @@ class _Job:
         if group[0] in self.quantized and say is not None:
             say(group[0].removesuffix(".weight"))
 
-    def _plan(self, unit: Unit, report: WriteReport) -> dict[str, TensorInfo]:
+    def plan(self, unit: Unit, report: WriteReport) -> dict[str, TensorInfo]:
         entries: dict[str, TensorInfo] = {}
         for name in unit.names:
             info = self.source.tensors[name]

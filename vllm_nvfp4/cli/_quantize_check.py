@@ -14,11 +14,12 @@ from vllm_nvfp4.checkpoints.spec import CheckpointError
 from vllm_nvfp4.compat.messages import message_of
 
 
-def check_written(folder: Path, say: Callable[[str], None]) -> None:
+def check_written(folder: Path, say: Callable[[str], None], shown: Path | None = None) -> None:
     """Have vLLM's class of the model load the folder without its data.
 
-    say: prints a line. Where vLLM is not installed, one line says that nothing was checked. Raises
-    CheckpointError where a tensor has no place, or a parameter no tensor.
+    say: prints a line; shown: stands for the folder in what is said. Where vLLM is not installed,
+    one line says that nothing was checked. Raises CheckpointError where a tensor has no place, or a
+    parameter no tensor.
     """
     if importlib.util.find_spec("vllm") is None:
         say("not checked against vLLM, which is not installed here: `vllm-nvfp4 check` where it is")
@@ -31,7 +32,7 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
         what, found = "vLLM's model", str(error)
     else:
         for note in report.notes:
-            say(f"warning: {note}")
+            say(f"warning: {note.replace(str(folder), str(shown or folder))}")
         if report.is_right:
             say(f"checked: {report.architecture} of vLLM has a place for every tensor")
             return
@@ -39,12 +40,11 @@ def check_written(folder: Path, say: Callable[[str], None]) -> None:
         more = f", and {len(others)} more" if others else ""
         what, found = first.what, f"{first.message.removeprefix('found ').rstrip('.')}{more}"
     raise CheckpointError(
-        str(folder),
-        what,
+        str(shown or folder),
+        what.replace(str(folder), "vLLM's model"),
         found,
         "a place in vLLM's model for every tensor",
-        "The checkpoint is written and has not got its name; the same command with --no-check "
-        "gives it that. Please report the model.",
+        "The same command with --no-check writes it all the same. Please report the model.",
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,9 +295,9 @@ def _quantize(
 ) -> WriteReport:
     from vllm_nvfp4.checkpoints.quantizer import DataFree
     from vllm_nvfp4.checkpoints.source import Source
-    from vllm_nvfp4.checkpoints.write import WriteOptions, write_resumable
+    from vllm_nvfp4.checkpoints.write import WriteOptions, rehearse, write_resumable
     from vllm_nvfp4.checkpoints.written import FORMATS, FpQuantFormat
-    from vllm_nvfp4.cli._quantize_check import without_plain
+    from vllm_nvfp4.cli import _quantize_check
     from vllm_nvfp4.cli._quantize_progress import TITLE, Progress
     from vllm_nvfp4.quantize.calibrated import Calibrated, rotation_size
     from vllm_nvfp4.serving.progress import step
@@ -320,14 +321,22 @@ def _quantize(
     with step(TITLE, sys.stderr) as current:
         if vocabulary and not args.no_check:
             current.begin("Asking vLLM's class of the model")
-            vocabulary, kept = without_plain(source, vocabulary, kept, current.say)
+            vocabulary, kept = _quantize_check.without_plain(source, vocabulary, kept, current.say)
         chosen = linear.union(vocabulary)
         precision = _precision(args, source, method, calibration, current)
         rotation = rotation_size(source, linear) if method == "mr-gptq" else 0
+        stored = FpQuantFormat(rotation) if rotation else FORMATS[args.format]
+        if not args.no_check:
+            current.begin("Checking that vLLM can load it")
+            look = partial(_quantize_check.check_written, say=current.say, shown=folder)
+            rehearse(source, target, linear, WriteOptions(stored), look)
+            current.begin(TITLE)
         quantizer: Any = DataFree(method)
         if calibration is not None and method in CALIBRATED:
             variant = args.a8_variant if args.activation == "8" else ""
             quantizer = Calibrated(source, method, calibration, args.device, rotation, variant)
+        elif calibration is not None:
+            calibration.samples(folder)  # raises what --kv-cache would at the end
         used = calibration if method in CALIBRATED else None
         for line in kept_lines(source, kept, set(vocabulary), args.ignore):
             current.say(line)
@@ -342,7 +351,7 @@ def _quantize(
         if isinstance(quantizer, Calibrated):
             quantizer.progress, quantizer.moment_bytes = progress.begun, moment_bytes
         options = WriteOptions(
-            stored=FpQuantFormat(rotation) if rotation else FORMATS[args.format],
+            stored=stored,
             ignore=args.ignore,
             towers=args.towers,
             device=args.device,
@@ -372,10 +381,11 @@ def _finish(
     def finish(folder: Path) -> None:
         if args.kv_cache != "keep" and calibration is not None:
             add_kv_scales(folder, args.format, calibration, args.device)
-        if not args.no_check:
+        is_other = args.kv_cache != "keep" or args.target_bits or args.max_kl is not None
+        if is_other and not args.no_check:
             current.begin("Checking that vLLM can load it")
             _quantize_check.check_written(folder, current.say)
-            if args.format == "compressed-tensors":
-                current.say(_quantize_check.transformers_line(folder))
+        if args.format == "compressed-tensors" and not args.no_check:
+            current.say(_quantize_check.transformers_line(folder))
 
     return finish

@@ -98,8 +98,7 @@ def measure(
     lm_head and its changes. Raises CheckpointError where transformers cannot run the model, or a
     weight is none of these.
     """
-    model, inputs = _forward(source, measurement)
-    vocabulary = _check_vocabulary(model, source, quantized)
+    model, vocabulary, inputs = _forward(source, measurement, quantized)
     head = model.head()
     own = _vocabulary_change(source, head.name, measurement) if head.name in quantized else {}
     gradients, of_head = _head_gradients(head, inputs.pop()[0], measurement, own)
@@ -161,10 +160,10 @@ def _sensitivity(source: Source, group: tuple[str, ...], kl: dict[str, float]) -
 
 
 def _forward(
-    source: Source, measurement: Measurement
-) -> tuple[LayerwiseModel, list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
-    """(The model; what goes into each layer, and comes out of the last: chunks of the samples and
-    of the others, [num_samples, length, hidden size])."""
+    source: Source, measurement: Measurement, quantized: set[str]
+) -> tuple[LayerwiseModel, list[str], list[tuple[list[torch.Tensor], list[torch.Tensor]]]]:
+    """(The model; what :func:`_check_vocabulary` gives; what goes into each layer, and comes out of
+    the last: chunks of the samples and of the others, [num_samples, length, hidden size])."""
     model = LayerwiseModel(
         source.folder,
         source.tensors,
@@ -173,6 +172,7 @@ def _forward(
         dtype=measurement.dtype or forward_dtype("cpu"),
         model_class=source.model_class,
     )
+    vocabulary = _check_vocabulary(model, source, quantized)
     hidden, model.hidden = model.hidden, []
     count = len(measurement.samples)
     parts = hidden[:count], hidden[count:]
@@ -182,7 +182,7 @@ def _forward(
         layer = model.layer(i, {})
         own, others = ([model.run(layer, i, h) for h in part] for part in inputs[-1])
         inputs.append((own, others))
-    return model, inputs
+    return model, vocabulary, inputs
 
 
 def _check_vocabulary(model: LayerwiseModel, source: Source, quantized: set[str]) -> list[str]:
