@@ -31,6 +31,7 @@ def stacked() -> Mapping[str, Sequence[str]]:
 def install() -> None:
     """Have each model built from now on load ``quant_config.prepare_weights(weights, model)``."""
     from vllm.model_executor.model_loader import base_loader, utils
+    from vllm.model_executor.models import utils as model_utils
 
     loader: Any = base_loader
     initialize = loader.initialize_model
@@ -45,8 +46,7 @@ def install() -> None:
             draft_tables.install()  # a draft is built, and shares, after its target
         model_config = kwargs.get("model_config")
         model = _build(lambda: initialize(*args, **kwargs), vllm_config, model_config)
-        if _is_draft(vllm_config, model_config) and getattr(speculative, "method", "") == "eagle3":
-            _wrap(model, _without_root)
+        model.nvfp4_is_draft = _is_draft(vllm_config, model_config)
         config = _config_of(model, vllm_config, model_config)
         prepare = getattr(config, "prepare_weights", None)
         if prepare is not None:
@@ -64,6 +64,16 @@ def install() -> None:
         return found
 
     utils.get_model_architecture = get_model_architecture
+    auto: Any = model_utils.AutoWeightsLoader
+    load_all = auto.load_weights
+
+    @functools.wraps(load_all)
+    def load_weights(self: Any, weights: Any, *, mapper: Any = None) -> Any:
+        if getattr(self.module, "nvfp4_is_draft", False) and hasattr(self.module, "model"):
+            weights = _placed(weights, self.module, mapper)
+        return load_all(self, weights, mapper=mapper)
+
+    auto.load_weights = load_weights
 
 
 def _build(initialize: Callable[[], Any], vllm_config: Any, model_config: Any) -> Any:
@@ -93,9 +103,18 @@ def _is_draft(vllm_config: Any, model_config: Any) -> bool:
     return model_config is not None and model_config is not vllm_config.model_config
 
 
-def _without_root(weights: Iterable[tuple[str, Any]], model: Any) -> Iterable[tuple[str, Any]]:
-    """vLLM's loaders of EAGLE-3 put "model." before every name, whether a file has it or not."""
-    return ((name.removeprefix("model."), tensor) for name, tensor in weights)
+def _placed(weights: Iterable[tuple[str, Any]], model: Any, mapper: Any) -> Any:
+    """A draft's weights where it has places for them: of vLLM's loaders some put "model." before
+    every name and some before none, whether a file has it or not."""
+    inner, own = ({n.partition(".")[0] for n in m.state_dict()} for m in (model.model, model))
+    for name, tensor in weights:
+        known = next(iter(mapper.apply_list([name])), "") if mapper else name
+        first, second = [*known.split("."), ""][:2]
+        if first == "model" and second not in inner and second in own:
+            name = name.removeprefix("model.")
+        elif first in inner and first not in own:
+            name = f"model.{name}"
+        yield name, tensor
 
 
 def _config_of(model: Any, vllm_config: Any, model_config: Any) -> Any:
