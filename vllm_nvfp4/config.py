@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nvfp4.checkpoints.census import KV_OUTPUTS, OF_ATTENTION, PROJECTION_FIRST, Census
 from vllm_nvfp4.checkpoints.class_names import class_names
 from vllm_nvfp4.checkpoints.detect import detect
-from vllm_nvfp4.checkpoints.mlx import MlxDialect
+from vllm_nvfp4.checkpoints.mlx import MlxDialect, unfold
 from vllm_nvfp4.checkpoints.model_census import take_census_of
 from vllm_nvfp4.checkpoints.online import LEFT_OUT, OnlineDialect, is_ignored, online_spec
 from vllm_nvfp4.checkpoints.spec import (
@@ -140,6 +140,8 @@ class NvFp4Config(QuantizationConfig):
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self._head_size = head_size(text_config)
         self.census = take_census_of(model_name, revision, self.source_config, self.dialect)
+        if isinstance(self.dialect, MlxDialect):
+            unfold(hf_config)
         if self.census is not None:
             self.dialect = self.census.dialect
         elif isinstance(self.dialect, MlxDialect):  # only its sizes say what is in a word

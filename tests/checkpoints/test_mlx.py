@@ -6,15 +6,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import FalconH1Config
 
 from vllm_nvfp4.checkpoints import read_config
 from vllm_nvfp4.checkpoints.headers import TensorHeader
-from vllm_nvfp4.checkpoints.mlx import MlxDialect, Restored
+from vllm_nvfp4.checkpoints.mlx import MlxDialect, Restored, unfold
 from vllm_nvfp4.checkpoints.spec import CheckpointError
-from vllm_nvfp4.checkpoints.validate import validate
+from vllm_nvfp4.checkpoints.validate import take_census, validate
 from vllm_nvfp4.testing.checkpoints import (
     dequantized_state_dict,
-    edit_json,
     edit_tensors,
     extract_fixture,
 )
@@ -75,6 +76,7 @@ def test_what_the_tool_changed_is_turned_back():
     base = "model.layers.0"
     stack = torch.zeros(2, 16, 4, dtype=torch.uint32)
     largest = torch.tensor([2688.0, 5376.0])
+    patches = torch.arange(32.0).view(2, 2, 2, 2, 2)
     read = restored(
         {
             f"{base}.linear_attn.conv1d.weight": conv.mT.contiguous(),
@@ -83,12 +85,36 @@ def test_what_the_tool_changed_is_turned_back():
             f"{base}.mixer.switch_mlp.fc1.weight": stack,
             f"{base}.mixer.switch_mlp.fc1.scales": stack.view(torch.uint8)[..., :2].contiguous(),
             f"{base}.mixer.switch_mlp.fc1.global_scale": largest,
+            "vision_tower.patch_embed.proj.weight": patches.movedim(1, -1),
+            "vision_tower.blocks.0.norm1.weight": norm,
         }
     )
     assert torch.equal(read[f"{base}.linear_attn.conv1d.weight"], conv)
     assert torch.equal(read[f"{base}.input_layernorm.weight"], (norm + 1) - 1)
     assert torch.equal(read[f"{base}.linear_attn.norm.weight"], norm)
     assert read[f"{base}.mixer.experts.up_proj.weight_scale_2"].tolist() == [1, 2]
+    assert torch.equal(read["visual.patch_embed.proj.weight"], patches)
+    assert torch.equal(read["visual.blocks.0.norm1.weight"], norm)
+
+
+def test_what_is_multiplied_in_is_not_again():
+    config = FalconH1Config(embedding_multiplier=2.0, ssm_multipliers=[2.0] * 5)
+    config.lm_head_multiplier, config.tie_word_embeddings = 3.0, True
+    unfold(config)
+    assert (config.embedding_multiplier, config.lm_head_multiplier) == (1, 1.5)
+    assert config.ssm_multipliers == [1] * 5
+
+
+@pytest.mark.vllm
+def test_integers_that_no_layer_asks_for_are_widened(tmp_path):
+    from vllm_nvfp4.layers.plain_places import widen_for
+
+    folder = extract_fixture("moe_mlx/nvfp4-qwen3", tmp_path)
+    census = take_census(folder, MlxDialect(read_config(folder)[1]))
+    stream = census.as_read(load_file(folder / "model.safetensors").items())
+    read = dict(widen_for(torch.nn.Module(), census, dict)(stream))
+    expected = dequantized_state_dict(folder)[f"{GATE}.weight"]
+    assert torch.equal(read[f"{GATE}.weight"], expected)
 
 
 def without(name):
@@ -128,10 +154,6 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=words):
             MlxDialect(config)
-    folder = extract_fixture("moe_mlx/nvfp4-qwen3", tmp_path)
-    edit_json(folder / "config.json", lambda config: config.update(model_type="falcon_h1"))
-    with pytest.raises(CheckpointError, match="model_type falcon_h1: found its multipliers"):
-        validate(folder, *read_config(folder))
     folder = extract_fixture("moe_mlx/mxfp4-qwen3", tmp_path)
     config, quant_config = read_config(folder)
     for entry in quant_config.values():

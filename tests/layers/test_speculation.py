@@ -87,7 +87,7 @@ def renamed(tensors, stem, root):
 
 def as_older(tensors, family):
     """An EAGLE-3 draft's tensors as EAGLE has them: its fc hands the embedding on."""
-    left_out = {"Llama": r"^norm|\.input_", "Mistral": "embed"}[family]
+    left_out = r"^norm|\.input_" if family == "Llama" else "embed"
     for name in list(tensors):
         tensor = tensors.pop(name)
         if not re.search(f"{left_out}|hidden_norm|lm_head", name):
@@ -101,9 +101,7 @@ def as_older(tensors, family):
      ("nvfp4", "", "Mistral"), (None, "", "Llama")],
 )  # fmt: skip
 def test_an_eagle_draft_beside_a_quantised_target(quantization, root, older, tmp_path):
-    """In 16 bits, and quantised while it loads; under the names of a draft and of a whole model.
-    Of the older, vLLM's loader of Llama's puts "model." before every name, Mistral's before none.
-    """
+    """In 16 bits, and quantised while it loads; under the names of a draft and of a whole model."""
     target = write_model(tmp_path / "target", "llama")
     edit_tensors(target, make_predictable)
     draft = write_eagle3(tmp_path / "draft", target, load_file(target / "model.safetensors"))

@@ -7,8 +7,8 @@ For a layer P, [N, K], or [E, N, K] of experts, with b bits an element, the firs
     P.biases        affine alone, as its scales [N, K/group]: W = code * scale + bias
     P.global_scale  nvfp4 experts, optional, float32 [E]: the largest magnitude; 1/2688 multiplies
 The sizes and dtypes tell nvfp4, mxfp4 and mxfp8; of affine layers the configuration has the bits,
-for all of them or by name. mlx_lm also renames experts, keeps convolutions as [C, k, 1], and adds 1
-to the norms of models with Qwen's gated delta nets: turned back here, exactly.
+for all of them or by name. mlx_lm also renames experts, has convolutions' channels last, and adds 1
+to the norms of models with Qwen's gated delta nets; mlx_vlm renames towers: all turned back here.
 Source: mlx 0.32.4 (quantize), mlx_lm 0.32.2 (utils, switch_layers, every model's sanitize).
 """
 
@@ -133,8 +133,10 @@ class Restored:
         self._stored = headers
         self._dialect = dialect
         self._bits: dict[str, int] = {}  # of affine modules, by the file's name
-        is_turned = (h.shape[1] > h.shape[2] for n, h in headers.items() if _is_delta_conv(n, h))
-        self._shifts_norms = any(is_turned)
+        patches = headers.get("vision_tower.patch_embed.proj.weight")
+        self._tower = "visual." if patches and len(patches.shape) == 5 else "vision_tower."
+        convs = [h.shape for n, h in headers.items() if n.endswith(".linear_attn.conv1d.weight")]
+        self._shifts_norms = any(len(c) == 3 and c[1] > c[2] for c in convs)
         for name, header in headers.items():
             found = self._headers_of(name, header)
             if twice := found.keys() & self.headers.keys():
@@ -154,6 +156,8 @@ class Restored:
         import torch
 
         header = self.headers.get(known)
+        if header and _is_conv(name, self._stored[name]):
+            return tensor.movedim(-1, 1)
         if header is None or (known == name and header == self._stored[name]):
             is_shifted = self._shifts_norms and _SHIFTED.search(name)
             return tensor - 1 if is_shifted else tensor
@@ -165,20 +169,21 @@ class Restored:
             return tensor.view(torch.float8_e4m3fn)
         if bits := self._bits.get(name):
             return _unpacked(tensor, bits)
-        return tensor.view(torch.uint8) if header.dtype == "U8" else tensor.reshape(header.shape)
+        return tensor.view(torch.uint8) if header.dtype == "U8" else tensor
 
     def _headers_of(self, name: str, header: TensorHeader) -> dict[str, TensorHeader]:
         module, _, leaf = name.rpartition(".")
-        known = _renamed(module)
+        known = _renamed(module).replace("vision_tower.", self._tower)
         weight, scales = (self._stored.get(f"{module}.{n}") for n in ("weight", "scales"))
         if weight is None or weight.dtype != "U32" or leaf not in _AS_READ:
             if leaf == "weight":
                 self._dialect.note(known, UNQUANTIZED)
-                if known != module:
+                if _EXPERTS.search(module):
                     found = f"experts in one tensor of {header.dtype}"
                     raise _refuse(header, name, found, "quantised ones", _FROM_BF16)
-            if "conv" in module and header.shape[2:] == (1,):
-                header = replace(header, shape=(header.shape[0], 1, header.shape[1]))
+            if _is_conv(name, header):
+                rows, *sizes, channels = header.shape
+                header = replace(header, shape=(rows, channels, *sizes))
             return {f"{known}.{leaf}" if module else leaf: header}
         as_read = f"{known}.{_AS_READ[leaf]}"
         if scales is None:
@@ -210,7 +215,7 @@ class Restored:
         if mode != "affine":
             dtype = "F8_E4M3" if mode == "mxfp8" else "U8"
             return replace(header, dtype=dtype, shape=(*rows, 4 * words))
-        bits, group = self._dialect.sizes.get(module, self._dialect.sizes[""])
+        bits, group = self._dialect.sizes.get(_renamed(name[:-7]), self._dialect.sizes[""])
         is_known = type(bits) is int and 1 <= bits <= 8 and type(group) in (int, type(None))
         if not is_known or ratio != bits * (group or ratio // bits) or ratio // bits % 8:
             found = f"{str(bits)[:9]} bits in groups of {str(group)[:9]}, in {_WHERE}"
@@ -222,8 +227,10 @@ class Restored:
         return replace(header, dtype="U8", shape=(*rows, 32 * words // bits))
 
 
-def _is_delta_conv(name: str, header: TensorHeader) -> bool:
-    return name.endswith(".linear_attn.conv1d.weight") and len(header.shape) == 3
+def _is_conv(name: str, header: TensorHeader) -> bool:
+    """Whether its last dimension belongs after the first."""
+    sizes = header.shape[2:]
+    return name.endswith(".weight") and (len(sizes) in (2, 3) or ("conv" in name and sizes == (1,)))
 
 
 def _refuse(
@@ -246,13 +253,12 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(found, -1).flatten(-2)
 
 
-_REFUSED = {"falcon_h1": "its multipliers, folded into the weights by mlx_lm"}
-
-
-def refuse_changed(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a model whose weights mlx_lm changes beyond return."""
-    kind = str(config.get("model_type"))
-    if kind in _REFUSED:
-        needed = "weights that nothing was folded into"
-        what = f"model_type {kind}"
-        raise CheckpointError("config.json", what, _REFUSED[kind], needed, _FROM_BF16)
+def unfold(config: Any) -> None:
+    """Set to 1 what mlx_lm has multiplied into Falcon-H1's weights, in vLLM's configuration."""
+    if not hasattr(config, "ssm_multipliers"):
+        return
+    head, table = config.lm_head_multiplier, config.embedding_multiplier
+    config.lm_head_multiplier = head / table if config.tie_word_embeddings else 1.0
+    for name in ("embedding", "attention_in", "attention_out", "ssm_in", "ssm_out"):
+        setattr(config, f"{name}_multiplier", 1.0)
+    config.mlp_multipliers, config.ssm_multipliers = [1.0] * 2, [1.0] * 5

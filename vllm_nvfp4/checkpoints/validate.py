@@ -31,7 +31,6 @@ from vllm_nvfp4.checkpoints.inventory import (
     records_of,
     weight_of,
 )
-from vllm_nvfp4.checkpoints.mlx import MlxDialect, refuse_changed
 from vllm_nvfp4.checkpoints.modules import StoredModule, unknown_form
 from vllm_nvfp4.checkpoints.mxfp4 import SPEC, stacked_record
 from vllm_nvfp4.checkpoints.spec import (
@@ -81,8 +80,6 @@ def validate(
         dialect = detect(quant_config) if dialect is None else dialect
         census = take_census(folder, dialect)
     dialect = census.dialect
-    if dialect.name == MlxDialect.name:
-        refuse_changed(config)
     modules = {name: module.tensors for name, module in census.modules.items()}
     text = as_table(config.get("text_config"), "config.json", "text_config") or config
     _check_layer_numbers(modules, text.get("num_hidden_layers"))

@@ -104,8 +104,7 @@ def _is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 
 def _placed(weights: Iterable[tuple[str, Any]], model: Any, mapper: Any) -> Any:
-    """A draft's weights where it has places for them: of vLLM's loaders some put "model." before
-    every name and some before none, whether a file has it or not."""
+    """A draft's weights by names that it has: some of vLLM's loaders put "model." before each."""
     inner, own = ({n.partition(".")[0] for n in m.state_dict()} for m in (model.model, model))
     for name, tensor in weights:
         known = next(iter(mapper.apply_list([name])), "") if mapper else name
