@@ -18,7 +18,7 @@ from vllm_nvfp4.cli import main
 from vllm_nvfp4.compat import cpu_metadata
 from vllm_nvfp4.serving import first_check, launch
 from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
-from vllm_nvfp4.testing.checkpoints import edit_tensors, extract_fixture, fixture_names
+from vllm_nvfp4.testing.checkpoints import edit_json, edit_tensors, extract_fixture, fixture_names
 from vllm_nvfp4.testing.tiny_models import write_model
 
 pytestmark = pytest.mark.vllm
@@ -156,6 +156,20 @@ def test_a_shape_that_does_not_fit_is_named(tmp_path):
 
     report = report_on(edited(tmp_path, edit))
     assert [f.what for f in report.errors][:1] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_tensor_of_which_the_model_takes_a_part_is_named(is_stored, ranks, tmp_path):
+    """vLLM cuts what a rank needs out of a tensor, and looks no further."""
+    if is_stored:
+        folder = extract_fixture("modelopt/w4a16-llama", tmp_path)
+    else:
+        folder = write_model(tmp_path, "llama")
+    edit_json(folder / "config.json", lambda config: config.update(num_attention_heads=2))
+    errors = report_on(folder, "--tensor-parallel-size", ranks).errors
+    assert {e.what.rpartition("self_attn.")[2][:6] for e in errors} == {"q_proj", "o_proj"}
+    assert all("of which the model takes" in e.message for e in errors)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from vllm_nvfp4.compat.quiet import log_errors_alone, shows_everything
 
 _MARK = '{"schema"'  # how a report in JSON begins
 _DOWNLOAD = "Download the missing files, or quantise the model again."
+_CORRECT = "Correct config.json, or download the model again."
 _AGAIN = "Quantise the model again, or download it again if others can load it."
 _MODALITIES = ("image", "video", "audio")
 _EXPERT = re.compile(r"(\bexperts\.(?:[A-Za-z_]\w*\.)?)\d+(?=\.)")
@@ -163,6 +164,9 @@ def _errors(loaded: Any) -> Iterable[Finding]:
     for name, (filled, size) in loaded.empty.items():
         found = f"found {filled} of {size} elements in the files; needed all of them"
         yield Finding(name, f"{found}. {_DOWNLOAD}")
+    for name, (read, size) in loaded.cut.items():
+        found = f"found {size} elements in the files, of which the model takes {read}"
+        yield Finding(name, f"{found}; needed sizes in config.json that take them all. {_CORRECT}")
 
 
 def _unused(names: Iterable[str], census: Any) -> tuple[list[Finding], dict[str, int]]:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from vllm_nvfp4.checking.trace import LoadTrace, Region, num_elements
@@ -32,6 +33,8 @@ class Loaded:
     refused: stored tensor -> the error that ended the load at it; "" for one at no tensor
     unused:  stored tensors that were read and written nowhere
     empty:   parameters that were not filled whole -> (elements filled, elements)
+    cut:     stored tensors of which all ranks take less than there is -> (elements read on one of
+             them, elements)
     places:  gives stored tensor -> (the module that it is loaded into, its parameter's name)
     """
 
@@ -39,6 +42,7 @@ class Loaded:
     refused: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     empty: dict[str, tuple[int, int]] = field(default_factory=dict)
+    cut: dict[str, tuple[int, int]] = field(default_factory=dict)
     places: Callable[[], dict[str, tuple[Any, str]]] = dict
 
 
@@ -80,8 +84,12 @@ def load_without_data(
     left = {name for name in fed if name not in trace.used and name not in refused}
     unused = [name for name in headers if represented.get(name, name) in left]
     empty = _empty_parameters(model, trace, names or (), bool(represented))
+    sizes = {name: prod(header.shape) for name, header in fed.items()}
+    ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.data_parallel_size
+    counts = {name: num_elements(parts) for name, parts in trace.read.items()}
+    cut = {name: (n, sizes[name]) for name, n in counts.items() if n * ranks < sizes[name]}
     places = functools.partial(_places, model, trace, represented)
-    return Loaded(model, refused, unused, empty, places)
+    return Loaded(model, refused, unused, empty, cut, places)
 
 
 def _places(

@@ -26,18 +26,22 @@ class LoadTrace(TorchDispatchMode):
 
     written: storage of a tensor -> the parts of it that were written, as offset, shape and strides
     used:    names of the stored tensors that were written somewhere, or whose value was asked for
+    read:    stored tensor -> the parts of it that something was made of
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.written: dict[int, set[Region]] = defaultdict(set)
         self.used: set[str] = set()
+        self.read: dict[str, set[Region]] = defaultdict(set)
+        self._names: dict[int, str] = {}
         self._origins: dict[int, frozenset[str]] = {}
         self._alive: list[Any] = []  # a storage's address names it for as long as it lives
 
     def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor that stands for the stored one of this name."""
         tensor = torch.empty(shape, dtype=dtype, device="meta")
+        self._names[_storage(tensor)] = name
         self._remember(tensor, frozenset((name,)))
         return tensor
 
@@ -67,21 +71,33 @@ class LoadTrace(TorchDispatchMode):
                 self._note_write(target, origins)
         result = run_op(func, args, kwargs)
         if origins:
+            self._note_reads(tensors, result)
             for made in tree_leaves(result):
                 if isinstance(made, torch.Tensor):
                     self._remember(made, origins)
         return result
 
+    def _note_reads(self, tensors: list[torch.Tensor], result: Any) -> None:
+        """A view is no read yet."""
+        made = {_storage(t) for t in tree_leaves(result) if _is_tensor(t)}
+        for tensor in tensors:
+            name = self._names.get(_storage(tensor))
+            if name is not None and _storage(tensor) not in made:
+                self.read[name].add(_region(tensor))
+
     def _note_write(self, target: torch.Tensor, origins: frozenset[str]) -> None:
         self._alive.append(target)
-        region = int(target.storage_offset()), tuple(target.shape), target.stride()
-        self.written[_storage(target)].add(region)
+        self.written[_storage(target)].add(_region(target))
         self.used |= origins
 
 
 def num_elements(parts: set[Region]) -> int:
     """Elements of parts that do not overlap."""
     return sum(prod(shape) for _, shape, _ in parts)
+
+
+def _region(tensor: torch.Tensor) -> Region:
+    return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
 def _storage(tensor: torch.Tensor) -> int:
