@@ -269,7 +269,7 @@ class NvFp4Config(QuantizationConfig):
             keep_towers(model, self._kept)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        experts = expert_names(layer, prefix)
+        experts = expert_names(layer, prefix, self.census)
         spec = self._stored_experts(layer, prefix, experts)
         moe = layer.moe_config
         stays = self._stays_in_16_bits(spec, prefix, moe.hidden_dim, moe.intermediate_size)

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 
+from vllm_nvfp4.checkpoints.census import Census
 from vllm_nvfp4.checkpoints.convert import check_blocks, to_weight
 from vllm_nvfp4.checkpoints.spec import (
     CheckpointError,
@@ -52,8 +53,16 @@ _LEAVE_OUT = (
 )
 
 
-def expert_names(layer: Any, prefix: str) -> list[list[str]]:
-    """The checkpoint's names of the experts' linear layers: [w1, w2, w3] of each expert."""
+def expert_names(layer: Any, prefix: str, census: Census | None = None) -> list[list[str]]:
+    """The checkpoint's names of the experts' linear layers: [w1, w2, w3] of each expert.
+
+    Some classes (Kimi-Linear's) name them in their loading alone: a census that has none under the
+    usual names, but vLLM's own ids of the shards, decides, and the layer is told.
+    """
+    if census is not None and census.find(expert_names(layer, prefix)[0][0]) is None:
+        for role, leaf in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            if census.find(f"{prefix}.0.{leaf}") is not None:
+                setattr(layer, f"ckpt_{role}_proj_name", leaf)
     leaves = [
         getattr(layer, f"ckpt_{role}_proj_name", f"{role}_proj") for role in ("gate", "down", "up")
     ]
