@@ -58,6 +58,7 @@ def layerwise(folder: Path, samples: torch.Tensor) -> tuple[Source, LayerwiseMod
         ("mamba2", 1),
         ("gpt_oss", 1),
         ("llama4", 1),
+        ("kimi-linear", 3),
     ],
 )
 def test_layer_by_layer_is_the_whole_model(models, family, layer):

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import write_family
+from families import FAMILIES, write_family
 
 from vllm_nvfp4.checkpoints import write
 from vllm_nvfp4.quantize.calibrated import Calibrated
+from vllm_nvfp4.testing.architectures import ARCHITECTURES, write_architecture
 from vllm_nvfp4.testing.engine import plain_model, reference_model
 from vllm_nvfp4.testing.tiny_models import build_tokenizer
 
 
 def write_with_tokenizer(folder: Path, family: str) -> None:
-    write_family(folder, family)
+    if family in FAMILIES:
+        write_family(folder, family)
+    else:
+        write_architecture(folder, ARCHITECTURES[family])
     build_tokenizer().save_pretrained(folder)
 
 

@@ -304,6 +304,17 @@ class ModelClass:
             return f"{expert.module}.{expert.leaf}"
         return self._renamed(name)[0]
 
+    def joined(self, name: str) -> tuple[int, int] | None:
+        """(Which part of a parameter a stored tensor is, the dimension along which the class joins
+        its parts); None where it is joined in no such way."""
+        _, pattern = self._renamed(name)
+        for converter in self._conversions[1]:
+            if pattern in converter.source_patterns and len(converter.operations) == 1:
+                operation = converter.operations[0]
+                if type(operation).__name__ == "Concatenate":
+                    return converter.source_patterns.index(pattern), operation.dim
+        return None
+
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """(The class's name by its own conversions, the pattern of the converter that took it.)"""
         from transformers.core_model_loading import rename_source_key

@@ -224,6 +224,13 @@ class LayerwiseModel:
                 raise self._unknown(f"{stored[0]} {list(value.shape)} for {list(made.shape)}")
             made.copy_(value)
             return
+        # Convolutions, say. Of matrices that the class joins, each would be calibrated alone.
+        parts = {part: name for name in stored if (part := self._class.joined(name)) is not None}
+        if made.dim() != 2 and len(parts) == len(stored):
+            value = torch.cat([load(parts[part]) for part in sorted(parts)], min(parts)[1])
+            if value.shape == made.shape:
+                made.copy_(value)
+                return
         filled = 0
         for name, place in places.items():
             if place is None:
