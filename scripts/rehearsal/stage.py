@@ -79,13 +79,13 @@ def load(config: Any) -> Any:
     from vllm.model_executor.model_loader import get_model_loader
 
     config.load_config.device = "cpu"
-    config.device_config.device = torch.device("cpu")
     flashinfer = importlib.import_module("vllm.v1.attention.backends.flashinfer")
     with (
         set_current_vllm_config(config),
         packed_as_on_a_gpu(),
         # Some models make streams of their own, or ask where they are, as they are built.
         mock.patch.object(torch.cuda, "Stream", mock.MagicMock),
+        mock.patch.object(config.device_config, "device", torch.device("cpu")),
         mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
         # FlashInfer's layers allocate a counter on the GPU.
         mock.patch.object(flashinfer, "_get_multi_ctas_kv_counter_buffer", create=True),

@@ -105,7 +105,7 @@ def _rest(walk: Walk, steps: Any, folder: Path) -> None:
     with walk.step("LoRA") as row:
         row["detail"] = steps.lora(folder / "lora")
     for name in steps.GRAPHS:
-        with walk.step(f"graph of {name}", may_want_a_device=True) as row:
+        with walk.step(f"graph of {name}") as row:
             row["detail"] = steps.graph(name, folder / "graph")
     with walk.step("kernels of csrc/") as row:
         row["detail"] = steps.kernels()
