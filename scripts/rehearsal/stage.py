@@ -62,9 +62,12 @@ def _product(a: torch.Tensor, packed: Any, bias: torch.Tensor | None, *_: Any) -
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """Within it, vLLM looks at a model's class here: each time it would import itself elsewhere."""
+    """Within it, vLLM looks at a model's class here: each time it would import itself elsewhere.
+    What a model's configuration sets for its own process is gone after it: Kimi-Linear's has every
+    model run uncompiled."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
-    with mock.patch.object(registry, "_run_in_subprocess", lambda function: function()):
+    run_here = mock.patch.object(registry, "_run_in_subprocess", lambda function: function())
+    with run_here, mock.patch.dict(os.environ):
         yield
 
 
