@@ -34,12 +34,22 @@ def _worst(rows: Sequence[Mapping[str, str]], dtype: str) -> float:
     return max(float(r[road]) for r in rows for road in ROADS)
 
 
+def read_rows() -> list[dict[str, str]]:
+    """What `make models` found."""
+    with (docs_table.ROOT / TABLE).with_suffix(".csv").open(newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def is_refused(row: Mapping[str, str]) -> bool:
+    """Whether stock vLLM itself refuses the architecture on a CPU."""
+    return all(row[road].startswith("refused") for road in ROADS)
+
+
 def paragraph() -> str:
     """How many architectures agree with stock vLLM, by which road, and how far."""
-    with (docs_table.ROOT / TABLE).with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows = read_rows()
     good = [r for r in rows if all(_is_number(r[road]) for road in ROADS)]
-    refused = [r for r in rows if all(r[road].startswith("refused") for road in ROADS)]
+    refused = [r for r in rows if is_refused(r)]
     others = [r["architecture"] for r in rows if r not in good and r not in refused]
     shown = sum(_is_number(r.get(SHOWN) or "") for r in rows)
     calibrated = sum(_is_number(r.get("gptq") or "") for r in rows)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.metadata
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from docs_architectures import is_refused, read_rows
 
 from rehearsal import stage
 from rehearsal.weights import compare_with_file
@@ -33,7 +33,6 @@ GRAPHS = ("modelopt/nvfp4-qwen3", "modelopt/mixed-llama", "moe_modelopt/nvfp4-qw
 _ONLINE = ("llama", "gemma3", "qwen3_moe", "qwen2.5-vl")
 _DTYPES = ("auto", "fp8", "nvfp4")
 _NOT_QUANTISED = "not quantised"
-_MODELS = Path(__file__).parents[2] / "benchmarks" / "results" / "models.csv"
 # Type of the KV cache -> bits, as plan counts them.
 CACHES = {"bfloat16": 16, "fp8": 8, "nvfp4": 4}
 
@@ -138,13 +137,6 @@ def checkpoints() -> list[str]:
     return [*stored, "legacy/mixed-llama", "mxfp4/gpt_oss", *online]
 
 
-def refused_on_a_cpu() -> list[str]:
-    """Architectures that `make models` could not serve, stock vLLM itself refusing them."""
-    with _MODELS.open(newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    return [row["architecture"] for row in rows if row["online"] == "refused by vLLM"]
-
-
 def checkpoint(name: str, folder: Path) -> Path:
     """The checkpoint of that name below ``folder``."""
     tool, _, rest = name.partition("/")
@@ -199,7 +191,8 @@ def architectures(folder: Path) -> str:
             failed.append(f"{name} ({type(error).__name__})")
     is_known = failed == [f"quantised/gpt2 ({_NOT_QUANTISED})"]  # vLLM transposes its weights
     need(is_known, f"of {len(names)} not loaded: {', '.join(failed)}")
-    return f"{len(names) - 1} loaded, in 16 bits and quantised, {', '.join(refused_on_a_cpu())} too"
+    refused = [r["architecture"] for r in read_rows() if is_refused(r)]
+    return f"{len(names) - 1} loaded, in 16 bits and quantised, {', '.join(refused)} too"
 
 
 def _options(name: str) -> dict[str, Any]:

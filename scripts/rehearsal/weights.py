@@ -31,7 +31,7 @@ def compare_with_file(model: Any, folder: Path) -> str:
     """
     stored = dequantized_state_dict(folder)
     parts = dict(getattr(model, "packed_modules_mapping", {}))
-    equal = loaded = 0
+    equal, loaded, turned = 0, 0, _turned_by(model)
     with stage.packed_as_on_a_gpu():
         for name, layer in model.named_modules():
             if (found := _weights_of(name, layer, parts, stored)) is None:
@@ -40,8 +40,8 @@ def compare_with_file(model: Any, folder: Path) -> str:
                 if sources is None or any(f"{s}.weight" not in stored for s in sources):
                     loaded += 1
                     continue
-                expected = torch.cat([stored[f"{s}.weight"].float() for s in sources])
-                if not _are_same_rows(weight[: len(expected)], expected):
+                expected = torch.cat([turned(s, stored[f"{s}.weight"].float()) for s in sources])
+                if not torch.equal(weight[: len(expected)], expected):
                     raise ValueError(f"{name}: what is packed is not what {folder.name} stores")
                 equal += 1
     if not equal + loaded:
@@ -49,9 +49,12 @@ def compare_with_file(model: Any, folder: Path) -> str:
     return f"{equal} weights as stored" + (f", {loaded} more loaded" if loaded else "")
 
 
-def _are_same_rows(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """In any order: Llama-4's class turns those of q and k for its rotary embedding."""
-    return torch.equal(one, other) or torch.equal(one.unique(dim=0), other.unique(dim=0))
+def _turned_by(model: Any) -> Any:
+    """What the model makes of a stored weight, by its name: Llama-4's class turns the rows of q and
+    k for its rotary embedding."""
+    turn = "permute_qk_weight_for_rotary"
+    turning = next((getattr(m, turn) for m in model.modules() if hasattr(m, turn)), None)
+    return lambda name, weight: turning(f"{name}.weight", weight)[1] if turning else weight
 
 
 def _weights_of(name: str, layer: Any, parts: dict[str, list[str]], stored: Any) -> Any:

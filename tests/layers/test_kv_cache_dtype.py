@@ -122,20 +122,14 @@ def test_a_cpu_has_no_cache_in_16_bits_beside_a_model_in_32(flag, tmp_path):
 # A worker: gets the engine's configuration from another process, and builds the model.
 WORKER = """
 import json, pickle, sys, torch
-from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.model_loader import base_loader
+from vllm_nvfp4.compat.meta_model import build_model, frame_of
 
 configs = pickle.load(sys.stdin.buffer)
 torch.cpu._is_avx512_supported = lambda: True
 found = []
 for config in configs:
-    with set_current_vllm_config(config):
-        if not found:
-            init_distributed_environment(1, 0, f"file://{sys.argv[1]}", 0, "gloo")
-            initialize_model_parallel(1, 1)
-        with torch.device("meta"):
-            model = base_loader.initialize_model(vllm_config=config)
+    with frame_of(config):
+        model = build_model(config)
     layers = config.compilation_config.static_forward_context.values()
     kept = {x.kv_cache_dtype for x in layers if hasattr(x, "kv_cache_dtype")}
     methods = {n: getattr(m, "quant_method", None) for n, m in model.named_modules()}
@@ -154,7 +148,7 @@ def test_a_worker_builds_as_the_process_that_made_its_config(tmp_path, monkeypat
     folders = [write_architecture(tmp_path / n, ARCHITECTURES[n]) for n in names]
     configs = [engine_config(folder, "auto", "auto") for folder in folders]
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path / "group")],
+        [sys.executable, "-c", WORKER],
         input=pickle.dumps(configs), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1]) == [

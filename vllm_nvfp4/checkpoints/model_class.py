@@ -167,8 +167,7 @@ class ModelClass:
         is_bias = match["kind"] == "bias"
         end = "_bias" if is_bias else ""
         if pattern is not None:
-            converters = self._conversions[1]
-            sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
+            sources = self._converter(pattern).source_patterns
             index, count = sources.index(pattern), len(sources)
         elif match["leaf"] in ("gate_proj", "up_proj") and parameter not in self._parameters:
             # One of a stack that is stored whole, by the name that it is written under.
@@ -308,12 +307,14 @@ class ModelClass:
         """(Which part of a parameter a stored tensor is, the dimension along which the class joins
         its parts); None where it is joined in no such way."""
         _, pattern = self._renamed(name)
-        for converter in self._conversions[1]:
-            if pattern in converter.source_patterns and len(converter.operations) == 1:
-                operation = converter.operations[0]
-                if type(operation).__name__ == "Concatenate":
-                    return converter.source_patterns.index(pattern), operation.dim
-        return None
+        if pattern is None or len((converter := self._converter(pattern)).operations) != 1:
+            return None
+        operation = converter.operations[0]
+        joins = type(operation).__name__ == "Concatenate"
+        return (converter.source_patterns.index(pattern), operation.dim) if joins else None
+
+    def _converter(self, pattern: str) -> Any:
+        return next(c for c in self._conversions[1] if pattern in c.source_patterns)
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """(The class's name by its own conversions, the pattern of the converter that took it.)"""
