@@ -131,7 +131,10 @@ for config in configs:
     with frame_of(config):
         model = build_model(config)
     layers = config.compilation_config.static_forward_context.values()
-    kept = {x.kv_cache_dtype for x in layers if hasattr(x, "kv_cache_dtype")}
+    kept = {
+        f"{x.kv_cache_dtype} by {type(getattr(x, 'quant_method', None)).__name__}"
+        for x in layers if hasattr(x, "kv_cache_dtype")
+    }
     methods = {n: getattr(m, "quant_method", None) for n, m in model.named_modules()}
     parts = {n.split(".")[0] for n, m in methods.items() if "Online" in type(m).__name__}
     found.append([sorted(kept), sorted(parts)])
@@ -152,6 +155,6 @@ def test_a_worker_builds_as_the_process_that_made_its_config(tmp_path, monkeypat
         input=pickle.dumps(configs), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1]) == [
-        [["fp8"], ["model"]],
-        [["fp8"], ["language_model"]],
+        [["fp8 by NvFp4KVCacheMethod"], ["model"]],
+        [["fp8 by NvFp4KVCacheMethod"], ["language_model"]],
     ]
